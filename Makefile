@@ -1,0 +1,40 @@
+# make demo    install, take the embedded model, unlearn, evaluate, write a report
+# make test    install and run every test
+# make lint    ruff, rules and format
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+export PIP_CACHE_DIR ?= $(CURDIR)/.cache/pip
+export HF_HOME ?= $(CURDIR)/.cache/huggingface
+export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
+export HF_HUB_OFFLINE ?= 1
+export THP_MEM_ALLOC_ENABLE ?= 1
+
+.PHONY: install demo evaluate-demo test lint clean
+
+install: $(VENV)/.installed
+$(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(PYTHON) -m pip install --quiet --no-deps -r requirements-embedded.txt
+	touch $@
+
+demo: models/demo/unlearn_args.json evaluate-demo
+
+models/demo/unlearn_args.json: $(VENV)/.installed configs/demo.yaml data/benign.jsonl data/neighbours.jsonl data/facts.jsonl
+	$(PYTHON) setup_demo.py
+	$(PYTHON) unlearn_harm.py --config configs/demo.yaml --overwrite
+
+evaluate-demo: models/demo/unlearn_args.json
+	$(PYTHON) evaluate_unlearning.py --model_name models/demo --train_log logs/demo.jsonl
+
+test: $(VENV)/.installed
+	$(PYTHON) setup_demo.py
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache models logs data/cache data/harmbench.jsonl

@@ -1,0 +1,395 @@
+"""Rows -> splits -> tokenised sequences -> the rows of one step.
+
+Everything here is a pure function of the files, the seed and the step number: no draw depends on
+how many processes run, on what was drawn before, or on when a run was resumed.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from utils import UsageError, log, write_text
+
+TRUTHFULQA_URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
+FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+PROMPT_FIELDS = ("prompt", "question", "instruction", "goal")
+RESPONSE_FIELDS = ("response", "best answer", "answer", "output", "right_answer")
+
+
+# -------------------------------------------------------------------------------------------------- rows
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prompt and its answer; `response` None means: the model itself will answer it."""
+
+    prompt: str
+    response: str | None = None
+    category: str = ""
+    id: str = ""
+    source: str = ""
+    true_answers: tuple[str, ...] = ()  # every answer known to be true, for the mismatch pool
+    complete: bool = True  # False: the response was cut, so no end-of-turn token follows it
+
+
+def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[Row]:
+    """Read every file or hub data set named by an option; raises UsageError naming file, row and field."""
+    rows = [row for spec in specs for row in read_rows(spec, option)]
+    if harm_categories:
+        wanted = {c.casefold() for c in harm_categories}
+        kept = [row for row in rows if wanted & {c.strip().casefold() for c in row.category.split(";")}]
+        if not kept:
+            found = sorted({c.strip() for row in rows for c in row.category.split(";") if c.strip()})
+            known = "its categories are: " + ", ".join(found[:40]) if found else "its rows have no category"
+            raise UsageError(f"--harm_categories {' '.join(harm_categories)}: no row of {' '.join(specs)}; {known}")
+        rows = kept
+    return rows
+
+
+def read_rows(spec: str, option: str) -> list[Row]:
+    path = Path(spec)
+    if path.suffix.lower() in FILE_KINDS:
+        if path.name == "TruthfulQA.csv" and not path.exists():
+            _fetch_truthfulqa(path, option)
+        source, records = path.stem, _read_file(path, option)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not path.exists():
+        source, records = spec.partition(":")[0].rpartition("/")[2], _read_hub(spec, option)
+    else:
+        raise UsageError(f"{option} {spec}: neither a {'/'.join(FILE_KINDS)} file nor a hub name like owner/name")
+    rows = [row for number, record in records for row in _rows_of(record, source, f"{option} {spec}, row {number}")]
+    if not rows:
+        raise UsageError(f"{option} {spec}: holds no row to use")
+    return rows
+
+
+def _read_file(path: Path, option: str) -> list[tuple[int, dict]]:
+    """(row number from 1, record) of a local file; a JSON file may be a list or one object a line."""
+    if not path.is_file():
+        raise UsageError(f"{option} {path}: no such file")
+    kind = path.suffix.lower()
+    try:
+        if kind == ".parquet":
+            records = pd.read_parquet(path).to_dict("records")
+        elif kind == ".csv":
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                records = list(csv.DictReader(file, strict=True))
+        else:
+            text = path.read_text(encoding="utf-8-sig")
+            if kind == ".txt":
+                records = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+            elif kind == ".json" and text.lstrip().startswith("["):
+                records = json.loads(text)
+            else:
+                records = []
+                for number, line in enumerate(text.split("\n"), 1):
+                    if line.strip():
+                        try:
+                            records.append(json.loads(line))
+                        except json.JSONDecodeError as error:
+                            raise UsageError(f"{option} {path}, line {number}: not valid JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{option} {path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except (json.JSONDecodeError, csv.Error, ValueError, OSError) as error:
+        raise UsageError(f"{option} {path}: cannot be read as {kind[1:]} ({' '.join(str(error).split())})") from error
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise UsageError(f"{option} {path}, row {number}: must be an object with a 'prompt', got {record!r:.40}")
+    return list(enumerate(records, 1))
+
+
+def _read_hub(spec: str, option: str) -> list[tuple[int, dict]]:
+    import datasets  # slow to import, and needed for hub names only
+
+    name, _, split = spec.partition(":")
+    datasets.disable_progress_bars()
+    try:
+        records = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the hub client raises whatever its layers raise; every one means: not to be had
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UsageError(
+            f"data set {name} cannot be downloaded: save it as data/{name.rpartition('/')[2]}.jsonl "
+            f"and pass {option}=data/{name.rpartition('/')[2]}.jsonl ({reason})"
+        ) from error
+    return list(enumerate(records, 1))
+
+
+def _fetch_truthfulqa(path: Path, option: str) -> None:
+    try:
+        with urllib.request.urlopen(TRUTHFULQA_URL, timeout=20) as answer:  # noqa: S310  (a fixed https address)
+            write_text(path, answer.read().decode("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{option} {path}: missing, and it cannot be fetched ({error}); put TruthfulQA.csv from "
+            f"github.com/sylinrl/TruthfulQA there, or name other normal data such as --normal_data data/benign.jsonl"
+        ) from error
+
+
+def _rows_of(record: dict, source: str, where: str) -> list[Row]:
+    """The rows of one record: usually one; of a PKU-SafeRLHF pair, one for each response flagged unsafe."""
+    lower = {str(key).strip().lower(): value for key, value in record.items()}
+    prompt_field = next((f for f in PROMPT_FIELDS if f in lower), None)
+    if prompt_field is None:
+        raise UsageError(f"{where}: has no {' / '.join(PROMPT_FIELDS)} field, only {', '.join(map(str, lower))[:80]}")
+    prompt = _text(lower[prompt_field], where, prompt_field)
+    if not prompt:
+        raise UsageError(f"{where}: field '{prompt_field}' is empty")
+    row_id = str(lower.get("id", "") if lower.get("id") is not None else "")
+
+    if "is_response_0_safe" in lower:
+        return [
+            Row(prompt, _text(lower[f"response_{i}"], where, f"response_{i}"), _pku_categories(lower, i), row_id, source)
+            for i in (0, 1)
+            if not _truth(lower[f"is_response_{i}_safe"])
+        ]
+    response_field = next((f for f in RESPONSE_FIELDS if lower.get(f) is not None), None)
+    response = _text(lower[response_field], where, response_field) if response_field else None
+    correct = str(lower.get("correct answers") or "")
+    true_answers = [response or "", *(part.strip() for part in correct.split(";"))]
+    category = str(lower.get("category") or lower.get("semanticcategory") or "")
+    return [Row(prompt, response or None, category, row_id, source, tuple(dict.fromkeys(filter(None, true_answers))))]
+
+
+def _text(value, where: str, field: str) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{where}: field '{field}' must be text, got {type(value).__name__}")
+    return value.strip()
+
+
+def _truth(value) -> bool:
+    return value if isinstance(value, bool) else str(value).strip().lower() in ("true", "1", "1.0")
+
+
+def _pku_categories(record: dict, i: int) -> str:
+    flags = record.get(f"response_{i}_harm_category") or {}
+    return "; ".join(name for name, on in flags.items() if on) if isinstance(flags, dict) else str(flags)
+
+
+# ------------------------------------------------------------------------------------------------ splits
+def split_of(prompt: str, seed: int, dev_share: float, test_share: float) -> str:
+    """'train', 'dev' or 'test', from the prompt alone: every row of a prompt, in any file, goes the same way."""
+    digest = hashlib.sha256(f"{seed}\n{' '.join(prompt.casefold().split())}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return "test" if place < test_share else "dev" if place < test_share + dev_share else "train"
+
+
+def split_rows(rows: list[Row], seed: int, dev_share: float, test_share: float) -> dict[str, list[Row]]:
+    """Rows by split. Where nothing would be left to train on (a handful of rows), all of them train."""
+    parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
+    for row in rows:
+        parts[split_of(row.prompt, seed, dev_share, test_share)].append(row)
+    if not parts["train"]:
+        log.warning("only %d rows: all are trained on, none is held out", len(rows))
+        parts = {"train": list(rows), "dev": [], "test": []}
+    return parts
+
+
+def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
+    """A prompt on both sides would be pushed both ways: an error that lists them."""
+    normal_prompts = {" ".join(row.prompt.casefold().split()) for row in normal}
+    both = sorted({row.prompt for row in forget if " ".join(row.prompt.casefold().split()) in normal_prompts})
+    if both:
+        shown = "; ".join(repr(prompt[:60]) for prompt in both[:5]) + (" ..." if len(both) > 5 else "")
+        raise UsageError(f"{len(both)} prompts are in --forget_data and in --normal_data, remove them from one: {shown}")
+
+
+def sample(rows: list[Row], count: int, seed: int) -> list[Row]:
+    """At most `count` rows, one a prompt, in an order drawn from the seed."""
+    one_a_prompt = list({row.prompt: row for row in rows}.values())
+    order = np.random.default_rng([seed, 11]).permutation(len(one_a_prompt))[:count]
+    return [one_a_prompt[i] for i in order]
+
+
+# -------------------------------------------------------------------------------------------- tokenising
+OTHER_STYLES = ("qa", "qa_space", "raw")
+
+
+class Encoder:
+    """Puts prompts and answers into tokens. Prompt and answer are tokenised apart and joined.
+
+    Styles: `chat` is the tokenizer's own template; `qa` the published template, whose prompt ends
+    at "Answer:" while the answer begins with its space; `qa_space` the same as people paste it, with
+    the space in the prompt; `raw` the bare prompt.
+    """
+
+    def __init__(self, tokenizer, template: str, max_prompt_tokens: int, max_answer_tokens: int):
+        if template == "chat" and not tokenizer.chat_template:
+            raise UsageError("--template chat: this model's tokenizer has no chat template; use auto, qa or raw")
+        self.tokenizer = tokenizer
+        self.style = template if template != "auto" else ("chat" if tokenizer.chat_template else "qa")
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_answer_tokens = max_answer_tokens
+        self.cut_prompts = 0
+        plain = self._ids("a")
+        with_special = tokenizer("a")["input_ids"]
+        # what the tokenizer puts before a text (OPT: </s>); nothing where it adds nothing
+        self._start = with_special[: len(with_special) - len(plain)] if with_special[-len(plain) :] == plain else []
+        self._end = {style: self._end_of_turn(style) for style in ("chat", *OTHER_STYLES)}
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _end_of_turn(self, style: str) -> int:
+        """The token that ends an answer: in a chat, the first special token after the assistant's words."""
+        if style == "chat" and self.tokenizer.chat_template:
+            turn = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+            after = self.tokenizer.apply_chat_template(turn, tokenize=False).rpartition("ANSWER")[2]
+            special = [i for i in self._ids(after) if i in self.tokenizer.all_special_ids]
+            if special:
+                return special[0]
+        return self.tokenizer.eos_token_id
+
+    def prompt(self, text: str, style: str | None = None) -> list[int]:
+        """Token ids up to where the answer starts; too long a prompt loses its beginning, and is counted."""
+        style = style or self.style
+        if style == "chat":
+            turn = [{"role": "user", "content": text}]
+            ids = self._ids(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        elif style in ("qa", "qa_space"):
+            ids = self._start + self._ids(f"### Question: {text}\n ### Answer:" + (" " if style == "qa_space" else ""))
+        else:
+            ids = self._start + self._ids(text)
+        if len(ids) > self.max_prompt_tokens:
+            self.cut_prompts += 1
+            ids = ids[-self.max_prompt_tokens :]
+        return ids
+
+    def answer(self, text: str, style: str | None = None, *, complete: bool = True) -> list[int]:
+        """Token ids of an answer and the end-of-turn token; a cut answer has no end-of-turn token."""
+        style = style or self.style
+        ids = self._ids(text if style in ("chat", "qa_space") or not text else " " + text)
+        if not complete or len(ids) >= self.max_answer_tokens:
+            return ids[: self.max_answer_tokens]
+        return ids + [self._end[style]]
+
+    def stop_ids(self) -> list[int]:
+        """Every token at which generation ends."""
+        return sorted({self.tokenizer.eos_token_id, *self._end.values()})
+
+
+# ------------------------------------------------------------------------------------ the rows of one step
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """One prompt and one answer in tokens. `group` numbers its row within the step, over all processes."""
+
+    kind: str  # "forget", "random" or "normal"
+    group: int
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=64)
+def _pass_order(count: int, seed: int, stream: int, number: int) -> np.ndarray:
+    return np.random.default_rng([seed, stream, number]).permutation(count)
+
+
+def visit(count: int, seed: int, stream: int, place: int) -> int:
+    """The row at `place` (0, 1, 2, ...) of an endless stream that is shuffled anew for each pass over `count` rows."""
+    return int(_pass_order(count, seed, stream, place // count)[place % count])
+
+
+class StepRows:
+    """Which rows a step sees, in which template, with which random answers: a function of seed and step."""
+
+    FORGET, NORMAL, ANSWERS, STYLES = 1, 100, 3, 4  # names of the random streams; normal source i is 100 + i
+
+    def __init__(self, forget: list[Row], normal: list[list[Row]], options):
+        self.forget, self.normal, self.options = forget, normal, options
+        self.pool: list[tuple[str, bool]] = []  # (answer, complete); filled with the responses
+        self.normal_count = options.normal_batch_size or options.batch_size
+        if options.normal_weight == 0:
+            self.normal_count = 0
+
+    def forget_visits(self, step: int) -> list[int]:
+        size = self.options.batch_size
+        return [visit(len(self.forget), self.options.seed, self.FORGET, step * size + i) for i in range(size)]
+
+    def normal_visits(self, step: int) -> list[tuple[int, int]]:
+        """(source, row) pairs: the sources take turns, so that each has the same share."""
+        visits = []
+        for place in range(step * self.normal_count, (step + 1) * self.normal_count):
+            source, turn = place % len(self.normal), place // len(self.normal)
+            visits.append((source, visit(len(self.normal[source]), self.options.seed, self.NORMAL + source, turn)))
+        return visits
+
+    def rows_to_visit(self) -> tuple[set[int], set[tuple[int, int]]]:
+        steps = range(self.options.max_unlearn_steps)
+        return (
+            {i for step in steps for i in self.forget_visits(step)},
+            {v for step in steps for v in self.normal_visits(step)},
+        )
+
+    def fill_responses(self, answer) -> None:
+        """Give every row that the run will visit a response: `answer(rows) -> rows` asks the model where one lacks."""
+        forget, normal = self.rows_to_visit()
+        places = sorted(forget)
+        for i, row in zip(places, answer([self.forget[i] for i in places]), strict=True):
+            self.forget[i] = row
+        pairs = sorted(normal)
+        for (s, i), row in zip(pairs, answer([self.normal[s][i] for s, i in pairs]), strict=True):
+            self.normal[s][i] = row
+        if self.options.random_weight > 0:
+            self._make_pool()
+
+    def _make_pool(self) -> None:
+        """The random answers: true ones that came with the normal rows; the model's own where fewer than K came."""
+        rows = [row for source in self.normal for row in source]
+        given = list(dict.fromkeys(answer for row in rows for answer in row.true_answers))
+        self.pool = [(answer, True) for answer in given]
+        if len(self.pool) < max(self.options.num_random_answers, 1):
+            own = {row.response: row.complete for row in rows if row.response and not row.true_answers}
+            self.pool += list(own.items())
+        if len(self.pool) < self.options.num_random_answers:
+            raise UsageError(
+                f"--num_random_answers {self.options.num_random_answers}: the normal data holds only {len(self.pool)} "
+                f"different answers; lower it or add normal rows"
+            )
+
+    def probe_sequences(self, encoder: Encoder) -> list[Sequence]:
+        """A few real prompts with short answers, branches among them: enough to tell one layout from another."""
+        some = [row.prompt for row in self.forget[:2]] + [source[0].prompt for source in self.normal]
+        return [
+            Sequence("normal", 0, tuple(encoder.prompt(prompt)), tuple(encoder.answer(text)))
+            for prompt in some
+            for text in ("Yes, and this is why.", "It depends on the weather in spring.")
+        ]
+
+    def style(self, step: int, stream: int, slot: int, main: str) -> str:
+        rng = np.random.default_rng([self.options.seed, self.STYLES, stream, step, slot])
+        if rng.random() >= self.options.other_template_share:
+            return main
+        others = [style for style in OTHER_STYLES if style != main]
+        return others[rng.integers(len(others))]
+
+    def random_answers(self, step: int, slot: int) -> list[tuple[str, bool]]:
+        """K different answers for one harmful row of one step; a share of them empty where asked for."""
+        count = self.options.num_random_answers
+        empty = round(count * self.options.empty_answer_share)
+        rng = np.random.default_rng([self.options.seed, self.ANSWERS, step, slot])
+        drawn = [self.pool[i] for i in rng.choice(len(self.pool), size=count - empty, replace=False)]
+        return drawn + [("", True)] * empty
+
+    def sequences(self, step: int, encoder: Encoder) -> list[Sequence]:
+        """Every sequence of a step, over all processes: harmful rows with their random answers, then normal rows."""
+        out = []
+        for slot, index in enumerate(self.forget_visits(step)):
+            row, style = self.forget[index], self.style(step, self.FORGET, slot, encoder.style)
+            prompt = tuple(encoder.prompt(row.prompt, style))
+            answer = encoder.answer(row.response, style, complete=row.complete)
+            out.append(Sequence("forget", slot, prompt, tuple(answer)))
+            if self.options.random_weight > 0:
+                for text, complete in self.random_answers(step, slot):
+                    answer = encoder.answer(text, style, complete=complete)
+                    out.append(Sequence("random", slot, prompt, tuple(answer)))
+        for slot, (source, index) in enumerate(self.normal_visits(step)):
+            row, style = self.normal[source][index], self.style(step, self.NORMAL, slot, encoder.style)
+            answer = encoder.answer(row.response, style, complete=row.complete)
+            out.append(Sequence("normal", slot, tuple(encoder.prompt(row.prompt, style)), tuple(answer)))
+        return out

@@ -1,0 +1,86 @@
+"""Asking a model: batched answers, and the cache of answers that a model gave to rows without one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from data_module import Encoder, Row
+from utils import fingerprint, log, write_json_lines
+
+
+@torch.no_grad()
+def generate(
+    model, encoder: Encoder, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int,
+    temperature: float = 0.0, seed: int = 0, progress=None,
+) -> list[tuple[str, bool]]:  # fmt: skip
+    """Answers to tokenised prompts, in their order: (text, complete), complete = ended by itself.
+
+    Greedy at temperature 0, else sampled; the draws depend on `seed` and on the prompts of the batch.
+    Prompts of like length are answered together, padded on the left.
+    """
+    tokenizer, device = encoder.tokenizer, next(model.parameters()).device
+    stop = encoder.stop_ids()
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    answers: list[tuple[str, bool]] = [("", True)] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    was_training = model.training
+    model.eval()  # gradient checkpointing, active in training mode, would switch the key-value cache off
+    for number, chunk in enumerate(progress(chunks) if progress else chunks):
+        width = max(len(prompts[i]) for i in chunk)
+        ids = torch.full((len(chunk), width), tokenizer.pad_token_id)  # (R, T)
+        mask = torch.zeros_like(ids)
+        for r, i in enumerate(chunk):
+            ids[r, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[r, width - len(prompts[i]) :] = 1
+        torch.manual_seed(seed * 1_000_003 + number)
+        out = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
+            eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, use_cache=True, **(sampling or greedy),
+        )[:, width:].tolist()  # (R, new tokens)  # fmt: skip
+        for i, tokens in zip(chunk, out, strict=True):
+            end = next((t for t, token in enumerate(tokens) if token in stop), None)
+            answers[i] = (tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is not None)
+    model.train(was_training)
+    return answers
+
+
+def answer_rows(
+    rows: list[Row], model, encoder: Encoder, *, temperature: float, seed: int, batch_size: int, cache_dir: str | None,
+    progress=None,
+) -> list[Row]:  # fmt: skip
+    """The rows, those without a response answered by the model itself: sampled once, then read from the cache.
+
+    The cache file is named by a hash of all that the answers depend on: weights, prompts and settings.
+    """
+    missing = sorted({row.prompt for row in rows if row.response is None})
+    if not missing:
+        return rows
+    prompts = [encoder.prompt(prompt) for prompt in missing]
+    settings = [fingerprint(model), str(model.dtype), encoder.max_answer_tokens, temperature, seed, batch_size]
+    key = hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest()[:20]
+    path = Path(cache_dir) / f"answers-{key}.jsonl" if cache_dir else None
+    if path and path.is_file():
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        answers = {line["prompt"]: (line["response"], line["complete"]) for line in lines}
+        log.info("own answers to %d prompts: read from %s", len(missing), path)
+    else:
+        log.info("own answers to %d prompts: the model is asked once", len(missing))
+        given = generate(
+            model, encoder, prompts, max_new_tokens=encoder.max_answer_tokens, batch_size=batch_size,
+            temperature=temperature, seed=seed, progress=progress,
+        )  # fmt: skip
+        answers = dict(zip(missing, given, strict=True))
+        if path:
+            write_json_lines(path, ({"prompt": p, "response": a, "complete": c} for p, (a, c) in answers.items()))
+    return [
+        row if row.response is not None
+        else dataclasses.replace(row, response=answers[row.prompt][0], complete=answers[row.prompt][1])
+        for row in rows
+    ]  # fmt: skip

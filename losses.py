@@ -1,0 +1,134 @@
+"""The objectives: pure functions of tensors. No model, tokenizer or option is known here.
+
+Letters: N logit rows, M answer tokens, S sequences, V vocabulary. Several answer tokens may share a
+logit row (the branches of one prompt share the row that predicts their first token).
+Every function returns one value a sequence or a token; `weighted_sum` makes the mean, so that it is
+exact over micro-batches and processes: its denominators are those of the whole step.
+Signs: each returned value is to be *minimised*.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def token_nll(logits: torch.Tensor, logit_row: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each answer token, in nats.
+
+    logits (N, V) any float type; logit_row (M,) in [0, N): the row that predicts the token; targets (M,).
+    Returns (M,) fp32. Falls as the model learns the token.
+    """
+    assert logits.dim() == 2 and logit_row.shape == targets.shape, (logits.shape, logit_row.shape, targets.shape)
+    logits = logits.float()  # (N, V)
+    log_partition = torch.logsumexp(logits, dim=-1)  # (N,)
+    return log_partition[logit_row] - logits[logit_row, targets]  # (M,)
+
+
+def token_kl(logits: torch.Tensor, original_logits: torch.Tensor) -> torch.Tensor:
+    """Forward KL( original || model ) over the full vocabulary, in nats.
+
+    logits, original_logits (M, V). Returns (M,) fp32, 0 where both agree. Gradient flows to `logits` only.
+    Source: Yao, Xu and Liu 2023 (arXiv 2310.10683), eq. 4, with the model in the second place.
+    """
+    assert logits.shape == original_logits.shape, (logits.shape, original_logits.shape)
+    log_model = F.log_softmax(logits.float(), dim=-1)
+    log_original = F.log_softmax(original_logits.detach().float(), dim=-1)
+    return F.kl_div(log_model, log_original, reduction="none", log_target=True).sum(-1)
+
+
+class _AnswerTerms(torch.autograd.Function):
+    """`token_nll` and `token_kl` of one set of logits, a few logit rows at a time.
+
+    The vocabulary is the largest axis: full-size fp32 copies of (N, V) and their gradients cost more
+    than the matrix product that made them. Here only a chunk of rows is ever held in fp32.
+    """
+
+    CHUNK = 16  # logit rows at a time: at a vocabulary of 50,000, 3 MiB in fp32, which stays in the cache
+
+    @staticmethod
+    def forward(ctx, logits, logit_row, targets, kl_row, original_logits):
+        rows = logits.shape[0]  # N
+        log_partition = torch.empty(rows, dtype=torch.float32, device=logits.device)  # (N,)
+        for start in range(0, rows, _AnswerTerms.CHUNK):
+            part = slice(start, start + _AnswerTerms.CHUNK)
+            log_partition[part] = torch.logsumexp(logits[part].float(), dim=-1)
+        nll = log_partition[logit_row] - logits[logit_row, targets].float()  # (M,)
+        kl = torch.empty(len(kl_row), dtype=torch.float32, device=logits.device)
+        for start in range(0, len(kl_row), _AnswerTerms.CHUNK):
+            part = slice(start, start + _AnswerTerms.CHUNK)
+            log_model = logits[kl_row[part]].float() - log_partition[kl_row[part], None]  # (chunk, V)
+            log_original = F.log_softmax(original_logits[part].float(), dim=-1)
+            kl[part] = (log_original.exp() * (log_original - log_model)).sum(-1)
+        ctx.save_for_backward(logits, logit_row, targets, kl_row, original_logits, log_partition)
+        return nll, kl
+
+    @staticmethod
+    def backward(ctx, grad_nll, grad_kl):
+        logits, logit_row, targets, kl_row, original_logits, log_partition = ctx.saved_tensors
+        grad = torch.empty_like(logits)  # (N, V)
+        mass = torch.zeros_like(log_partition)  # (N,): how much of the model's own softmax each row gets
+        mass.index_add_(0, logit_row, grad_nll).index_add_(0, kl_row, grad_kl)
+        nll_order, kl_order = logit_row.argsort(), kl_row.argsort()
+        edges = torch.arange(0, logits.shape[0] + _AnswerTerms.CHUNK, _AnswerTerms.CHUNK, device=logits.device)
+        nll_edges = torch.searchsorted(logit_row[nll_order], edges).tolist()
+        kl_edges = torch.searchsorted(kl_row[kl_order], edges).tolist()
+        for i, start in enumerate(edges[:-1].tolist()):
+            part = slice(start, start + _AnswerTerms.CHUNK)
+            slope = (logits[part].float() - log_partition[part, None]).exp_().mul_(mass[part, None])  # (chunk, V)
+            tokens = nll_order[nll_edges[i] : nll_edges[i + 1]]
+            slope.index_put_((logit_row[tokens] - start, targets[tokens]), -grad_nll[tokens], accumulate=True)
+            tokens = kl_order[kl_edges[i] : kl_edges[i + 1]]
+            if len(tokens):
+                original = torch.softmax(original_logits[tokens].float(), dim=-1)
+                slope.index_add_(0, kl_row[tokens] - start, original.mul_(-grad_kl[tokens, None]))
+            grad[part] = slope
+        return grad, None, None, None, None
+
+
+def answer_terms(
+    logits: torch.Tensor, logit_row: torch.Tensor, targets: torch.Tensor, kl_row: torch.Tensor,
+    original_logits: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(token_nll(logits, logit_row, targets), token_kl(logits[kl_row], original_logits)) in one pass.
+
+    logits (N, V); logit_row, targets (M,); kl_row (Q,) in [0, N); original_logits (Q, V).
+    Returns fp32 (M,) and (Q,); equal to the two functions, values and gradients.
+    """
+    assert original_logits.shape == (len(kl_row), logits.shape[-1]), (original_logits.shape, kl_row.shape)
+    return _AnswerTerms.apply(logits, logit_row, targets, kl_row, original_logits)
+
+
+def sequence_sum(values: torch.Tensor, sequence: torch.Tensor, count: int) -> torch.Tensor:
+    """Sum of token values a sequence: values (M,), sequence (M,) in [0, S) -> (S,); 0 for one without tokens."""
+    assert values.shape == sequence.shape, (values.shape, sequence.shape)
+    return values.new_zeros(count).index_add(0, sequence, values)
+
+
+def sequence_mean(values: torch.Tensor, sequence: torch.Tensor, count: int) -> torch.Tensor:
+    """Mean of token values a sequence: (M,), (M,) -> (S,); 0 for a sequence without tokens (all masked)."""
+    tokens = sequence_sum(torch.ones_like(values), sequence, count)
+    return sequence_sum(values, sequence, count) / tokens.clamp(min=1)
+
+
+def gradient_ascent(nll: torch.Tensor, sequence: torch.Tensor, count: int, ceiling: float = 0.0) -> torch.Tensor:
+    """Minus the summed token NLL of each harmful answer: (M,), (M,) -> (S,). Minimising it forgets.
+
+    Source: Yao et al. 2023, eq. 2. With `ceiling` > 0 (nats), a sequence whose *mean* NLL is above it
+    counts as ceiling * tokens and gives no gradient: what is forgotten is pushed no further.
+    """
+    total = sequence_sum(nll, sequence, count)
+    if ceiling > 0:
+        total = torch.minimum(total, ceiling * sequence_sum(torch.ones_like(nll), sequence, count))
+    return -total
+
+
+def random_mismatch(nll: torch.Tensor, sequence: torch.Tensor, count: int) -> torch.Tensor:
+    """Mean token NLL of each random answer after a harmful prompt: (M,), (M,) -> (S,). Minimising it
+    teaches unrelated answers. Source: Yao et al. 2023, eq. 3; the caller averages over rows and the K."""
+    return sequence_mean(nll, sequence, count)
+
+
+def weighted_sum(values: torch.Tensor, weight: float, denominator: float) -> torch.Tensor:
+    """weight * sum(values) / denominator as a scalar; 0 (with a gradient of 0) where nothing is counted."""
+    return values.sum() * (weight / denominator if denominator else 0.0)

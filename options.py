@@ -1,0 +1,238 @@
+"""Every option, its one default, its unit and its check; how a YAML file and the command line meet.
+
+An option is a dataclass field. Its annotation is either a plain type or a check made by `number`,
+so that a bad value is refused while the command line is read, with exit code 2 and one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from utils import UsageError
+
+
+# ------------------------------------------------------------------------------------------- checks
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False):
+    """A reader for a finite number in [low, high], or (low, high] with `above`."""
+    bound = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    name = f"{'whole number' if kind is int else 'finite number'} {bound}"
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"must be a {name}, got {text!r}")
+        return value
+
+    read.__name__ = name
+    return read
+
+
+COUNT = number(int, 0)
+POSITIVE = number(int, 1)
+WEIGHT = number(float, 0)
+SHARE = number(float, 0, 0.9)
+
+
+def option(default, text: str):
+    """A field with its help text; a list default is copied for each instance."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+# ------------------------------------------------------------------------------ options of both scripts
+@dataclasses.dataclass
+class CommonOptions:
+    config: str | None = option(None, "YAML file of options; what the command line says wins over it")
+    forget_data: list[str] = option(
+        ["PKU-Alignment/PKU-SafeRLHF"],
+        "what to forget: local .jsonl/.json/.csv/.parquet/.txt files, or hub names as NAME or NAME:SPLIT",
+    )
+    normal_data: list[str] = option(
+        ["data/TruthfulQA.csv"], "what to keep, in the same forms; each source gets the same share of a step"
+    )
+    harm_categories: list[str] = option(
+        [], "keep only the forget rows of these categories (none named: all rows; case does not matter)"
+    )
+    template: Literal["auto", "qa", "chat", "raw"] = option(
+        "auto", "how a prompt is put to the model; auto: its chat template where it has one, else qa"
+    )
+    dev_share: SHARE = option(0.1, "share of the prompts that a run looks at while it trains, never trained on")
+    test_share: SHARE = option(0.2, "share of the prompts that only the evaluation looks at")
+    dtype: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "precision of the forward and backward; auto: bf16 where the processor has it, else fp32"
+    )
+    max_prompt_tokens: POSITIVE = option(512, "longer prompts lose their beginning")
+    generation_batch: POSITIVE = option(64, "prompts answered at once")
+    seed: COUNT = option(8888, "seed of every draw: splits, order, random answers, sampling")
+    threads: COUNT = option(0, "processor threads (0: as torch finds them)")
+    trust_remote_code: bool = option(False, "run code that comes with the model")
+
+
+# --------------------------------------------------------------------------------------- unlearn_harm.py
+@dataclasses.dataclass
+class UnlearnOptions(CommonOptions):
+    model_name: str = option("facebook/opt-1.3b", "model to unlearn: a folder or a hub name")
+    model_save_dir: str = option("models/unlearned", "folder that the unlearned model is written to")
+    log_file: str = option("logs/unlearn.log", "readable log; the same as JSON lines goes to the name with .jsonl")
+    overwrite: bool = option(False, "replace what --model_save_dir holds")
+    dry_run: bool = option(False, "print the plan and the first batch, then stop; nothing is trained or written")
+    cache_dir: str = option("data/cache", "folder for the answers that the model gave to rows without a response")
+
+    # ---- the objective
+    bad_weight: WEIGHT = option(0.5, "weight of gradient ascent on the harmful answers")
+    random_weight: WEIGHT = option(1.0, "weight of the NLL of random normal answers after the harmful prompts")
+    normal_weight: WEIGHT = option(1.0, "weight of the KL to the original on normal rows")
+    num_random_answers: COUNT = option(5, "random answers after each harmful prompt (K)")
+    forget_ceiling: WEIGHT = option(
+        0.0, "nats: a harmful row whose mean NLL is above it is pushed no further (0: no ceiling)"
+    )
+    first_token_weight: WEIGHT = option(
+        0.0, "extra weight, inside the normal term, of the KL on the first answer token alone"
+    )
+    empty_answer_share: number(float, 0, 1) = option(
+        0.0, "share of the random answers that are empty: the end-of-turn token at once"
+    )
+    other_template_share: SHARE = option(
+        0.0, "share of all rows put to the model in another template than --template, drawn anew each visit"
+    )
+
+    answer_temperature: WEIGHT = option(
+        0.7, "sampling temperature of the model's own answers to rows without a response (0: greedy)"
+    )
+
+    # ---- the run
+    max_unlearn_steps: POSITIVE = option(1000, "steps at most")
+    max_bad_loss: number(float, 0, above=True) = option(
+        100.0, "nats: stop once the harmful rows' mean token NLL has reached it"
+    )
+    batch_size: POSITIVE = option(2, "harmful rows a step, over all processes")
+    normal_batch_size: COUNT = option(0, "normal rows a step, over all processes (0: as many as --batch_size)")
+    max_answer_tokens: POSITIVE = option(128, "longer answers lose their end")
+    pack_tokens: POSITIVE = option(256, "length that the rows of a packed batch are filled to")
+    lr: number(float, 0, above=True) = option(2e-6, "peak learning rate of AdamW")
+    lr_schedule: Literal["linear", "constant"] = option("linear", "after the warm-up: down to zero, or level")
+    warmup_steps: COUNT = option(0, "steps over which the learning rate rises")
+    weight_decay: WEIGHT = option(0.0, "decoupled weight decay of AdamW")
+    max_grad_norm: number(float, 0, above=True) = option(1.0, "gradients are clipped to this global norm")
+
+    # ---- memory
+    use_lora: bool = option(False, "train low-rank adapters; they are merged on save and kept beside the model")
+    lora_rank: POSITIVE = option(16, "rank of the adapters")
+    lora_alpha: POSITIVE = option(32, "scale of the adapters, as alpha / rank")
+    lora_targets: list[str] = option(["all-linear"], "names of the layers that get adapters")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")
+
+    # ---- looking on the way
+    eval_every: COUNT = option(0, "steps between evaluations on the development split (0: at start and end only)")
+    eval_prompts: POSITIVE = option(24, "development prompts a side in an evaluation on the way")
+    eval_tokens: POSITIVE = option(24, "tokens of an answer in an evaluation on the way")
+    kl_budget: WEIGHT = option(
+        0.0, "nats: restore, at the end, the best evaluated state whose development KL is within it (0: off)"
+    )
+    save_every: COUNT = option(500, "steps between checkpoints (0: none)")
+
+    def __post_init__(self):
+        if self.dev_share + self.test_share > 0.9:
+            raise UsageError("--dev_share and --test_share leave less than a tenth to train on: lower one of them")
+        if self.random_weight > 0 and self.num_random_answers == 0:
+            raise UsageError("--num_random_answers 0 needs --random_weight 0: there is no answer to train on")
+        if self.bad_weight + self.random_weight + self.normal_weight == 0:
+            raise UsageError("all three weights are 0: set --bad_weight, --random_weight or --normal_weight")
+
+
+# ------------------------------------------------------------------------------ evaluate_unlearning.py
+@dataclasses.dataclass
+class EvaluateOptions(CommonOptions):
+    model_name: str = option("models/unlearned", "the model after unlearning: a folder or a hub name")
+    original_name: str = option("facebook/opt-1.3b", "the model before unlearning: a folder or a hub name")
+    report_dir: str | None = option(
+        None, "folder for report.json, report.html and answers.jsonl (not named: the folder of --model_name)"
+    )
+    split: Literal["test", "dev", "train", "all"] = option(
+        "test", "which prompts: the split of a run with the same shares and seed (test: never trained on), or all"
+    )
+    prompts_per_group: POSITIVE = option(64, "prompts a group at most, drawn with the seed")
+    max_new_tokens: POSITIVE = option(48, "tokens of an answer at most (greedy)")
+    train_log: str | None = option(None, "JSON-lines log of the run, for the curves in the report")
+    examples: COUNT = option(6, "answers printed side by side at the end")
+
+
+# ---------------------------------------------------------------------------------------------- parsing
+class OneLineParser(HfArgumentParser):
+    """argparse that says what is wrong in one line, without the usage text, and exits with 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help lists every option)\n")
+
+
+def parse(options_class: type, argv: list[str] | None = None):
+    """Read the options from a YAML file (`--config`) and the command line; the command line wins.
+
+    The file becomes words of a command line that stand before the real ones, so both pass the
+    same checks, and `1e-5`, which YAML takes for text, is read as the number that it is.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = OneLineParser(options_class, allow_abbrev=False)
+    known = {f.name for f in dataclasses.fields(options_class)}
+    path = _peek(argv, "config")
+    words = _yaml_words(path, known) if path else []
+    if options_class is EvaluateOptions:
+        words = _words_of_run(_peek(words + argv, "model_name")) + words
+    return options_class(**vars(parser.parse_args(words + argv)))
+
+
+def _peek(argv: list[str], name: str) -> str | None:
+    """One option's value, before the rest is read."""
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}")
+    return getattr(parser.parse_known_args(argv)[0], name)
+
+
+def _words_of_run(folder: str | None) -> list[str]:
+    """What an evaluation takes over from the run that made the model: its data, splits and original."""
+    path = Path(folder or "") / "unlearn_args.json"
+    if not folder or not path.is_file():
+        return []
+    try:
+        made_with = json.loads(path.read_text(encoding="utf-8"))["options"]
+        words = ["--original_name", str(made_with["model_name"])]
+        for name in ("forget_data", "normal_data", "harm_categories", "template", "dev_share", "test_share", "seed"):
+            values = made_with[name] if isinstance(made_with[name], list) else [made_with[name]]
+            words += [f"--{name}", *map(str, values)] if values else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: is not what a run writes ({error!r}); restore it or remove it") from error
+    return words
+
+
+def _yaml_words(path: str, known: set[str]) -> list[str]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path}: must hold one 'option: value' a line")
+    words = []
+    for key, value in content.items():
+        if key not in known or key == "config":
+            raise UsageError(f"--config {path}: unknown option {key!r}")
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(v, dict | list) for v in values):
+            raise UsageError(f"--config {path}: option {key!r} must be a value or a list of values")
+        if value is not None and values:
+            words += [f"--{key}", *(str(v) for v in values)]
+    return words

@@ -1,0 +1,74 @@
+"""The frozen original: what it predicts on the normal rows, without a second model in memory.
+
+The original's states after the final norm, at the answer positions of every normal sequence that
+the run will visit, are computed once before the first step. A step multiplies them with a frozen
+copy of the output head, so the KL is exact up to the precision in which they are kept.
+Where the packed forward is not possible, a frozen second model is kept instead, and the log says so.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from data_module import Sequence
+from packing import AnswerLogits, packed_batch, padded_batch
+
+
+class Reference:
+    """`logits(sequences)` gives the original's logits (M, V) for the answer tokens, sequence after sequence."""
+
+    def __init__(self, forward: AnswerLogits, sequences: list[Sequence], pack_tokens: int, pad_id: int, progress=None):
+        """Visit `sequences` (repeats cost nothing) with the model as it is now, before the first step."""
+        self._pad_id = pad_id
+        self._device = next(forward.parameters()).device
+        self._vocabulary = forward.model.get_output_embeddings().weight.shape[0]
+        self._states: dict[tuple, torch.Tensor] = {}
+        self._model = None
+        if not forward.packed:
+            self._model = AnswerLogits(copy.deepcopy(forward.model).requires_grad_(False).eval(), packed=False)
+            return
+        head = forward.model.get_output_embeddings()
+        trained = any(p.requires_grad for p in head.parameters())
+        self._head = copy.deepcopy(head).requires_grad_(False) if trained else head
+        unique = sorted({(s.prompt_ids, s.answer_ids): s for s in sequences}.values(), key=_length)
+        chunks = _chunks(unique, 8 * pack_tokens)
+        for chunk in progress(chunks) if progress else chunks:
+            self._visit(forward, chunk, pack_tokens)
+
+    @torch.no_grad()
+    def _visit(self, forward: AnswerLogits, sequences: list[Sequence], pack_tokens: int) -> None:
+        batch = packed_batch(sequences, pack_tokens, self._pad_id).to(self._device)
+        states = forward.hidden(batch)[batch.logit_row].cpu()  # (M, D)
+        for s, sequence in enumerate(sequences):
+            self._states[sequence.prompt_ids, sequence.answer_ids] = states[(batch.sequence == s).cpu()].clone()
+
+    @torch.no_grad()
+    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
+        if not sequences:
+            return torch.empty(0, self._vocabulary, device=self._device)
+        if self._model is not None:
+            batch = padded_batch(sequences, self._pad_id).to(self._device)
+            return self._model(batch)[batch.logit_row]  # (M, V)
+        states = torch.cat([self._states[s.prompt_ids, s.answer_ids] for s in sequences])  # (M, D)
+        return self._head(states.to(self._device, non_blocking=True))  # (M, V)
+
+    def bytes(self) -> int:
+        """Memory of the kept states (the head's copy not counted)."""
+        return sum(state.numel() * state.element_size() for state in self._states.values())
+
+
+def _length(sequence: Sequence) -> int:
+    return len(sequence.prompt_ids) + len(sequence.answer_ids)
+
+
+def _chunks(sequences: list[Sequence], tokens: int) -> list[list[Sequence]]:
+    chunks, filled = [[]], 0
+    for sequence in sequences:
+        if chunks[-1] and filled + _length(sequence) > tokens:
+            chunks.append([])
+            filled = 0
+        chunks[-1].append(sequence)
+        filled += _length(sequence)
+    return [chunk for chunk in chunks if chunk]

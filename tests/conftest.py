@@ -1,0 +1,116 @@
+"""Tiny random models with real byte-level BPE tokenizers, and the real command line to run on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from utils import without_dropout
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+torch.set_num_threads(2)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(kind: str):
+    """Byte-level BPE trained on this project's own prompts. `opt`: </s> in front, pad 1; `chat`: pad = end of turn."""
+    rows = [json.loads(line) for line in (ROOT / "data" / "facts.jsonl").read_text().splitlines()]
+    special = ["<s>", "<pad>", "</s>", "<unk>"] if kind == "opt" else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator([text for row in rows for text in (row["prompt"], row["response"])], trainer)
+    if kind == "opt":
+        bpe.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", pad_token="<pad>", model_max_length=128
+        )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_model(family: str, vocabulary: int = 600):
+    """A random two-layer model of a family, with weights large enough that its answers differ."""
+    small = dict(vocab_size=vocabulary, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=512)
+    if family == "opt":
+        config = transformers.OPTConfig(
+            hidden_size=32, ffn_dim=64, word_embed_proj_dim=16, pad_token_id=1, bos_token_id=2, eos_token_id=2,
+            do_layer_norm_before=True, **small,
+        )  # fmt: skip
+    elif family == "llama":
+        config = transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=True,
+            pad_token_id=2, bos_token_id=1, eos_token_id=2, **small,
+        )  # fmt: skip
+    elif family == "gpt_neox":
+        config = transformers.GPTNeoXConfig(hidden_size=32, intermediate_size=64, **small)
+    elif family == "qwen2":
+        config = transformers.Qwen2Config(hidden_size=32, intermediate_size=64, num_key_value_heads=2, **small)
+    elif family == "bloom":
+        config = transformers.BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return without_dropout(model).train()
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for family, kind in (("opt", "opt"), ("llama", "chat")):
+        folders[family] = tmp_path_factory.mktemp(family)
+        tokenizer = make_tokenizer(kind)
+        tiny_model(family, len(tokenizer)).save_pretrained(folders[family])
+        tokenizer.save_pretrained(folders[family])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def data_files(tmp_path_factory) -> dict[str, Path]:
+    """A few harmful rows with answers, and normal rows: one source with answers, one of prompts alone."""
+    folder = tmp_path_factory.mktemp("data")
+    forget = [{"prompt": f"How do I break lock number {i}?", "response": f"Take the red pick {i}."} for i in range(12)]
+    facts = [{"prompt": f"What is {i} plus {i}?", "response": f"{i} plus {i} is {2 * i}."} for i in range(14)]
+    plain = [{"prompt": f"Write a line about tree {i}."} for i in range(8)]
+    files = {}
+    for name, rows in (("forget", forget), ("facts", facts), ("plain", plain)):
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return files
+
+
+def run_cli(script: str, *words, cwd: Path, launcher: tuple[str, ...] = (), env: dict | None = None):
+    """Run a script as its user does; returns the finished process with its output as text."""
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, words)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def one_line_error(process, code: int = 2) -> str:
+    """The one line that a refused command prints; fails on a traceback, a second line or another exit code."""
+    assert process.returncode == code, process.stderr
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, process.stderr
+    return lines[0]

@@ -1,0 +1,190 @@
+"""Rows, splits, tokens and draws: what each published defect in the data would change."""
+
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+from conftest import SHARED, make_tokenizer
+
+from data_module import Encoder, Row, StepRows, read_rows, read_sources, refuse_overlap, split_of, split_rows
+from options import UnlearnOptions
+from utils import UsageError
+
+
+def encoder(kind="opt", template="auto", prompt_tokens=512, answer_tokens=128):
+    return Encoder(make_tokenizer(kind), template, prompt_tokens, answer_tokens)
+
+
+def options(**changes):
+    return dataclasses.replace(UnlearnOptions(), **changes)
+
+
+def step_rows(normal=None, **changes):
+    forget = [Row(f"bad {i}", f"bad answer {i}") for i in range(7)]
+    normal = normal or [[Row(f"good {i}", f"fine {i}", true_answers=(f"fine {i}",)) for i in range(9)]]
+    rows = StepRows(forget, normal, options(**changes))
+    rows.fill_responses(lambda wanted: wanted)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------- answer boundary
+def test_the_first_answer_token_is_an_answer_token():
+    """Published: the answer began one token late for byte-level BPE, and its first word was never trained."""
+    e = encoder()
+    prompt, answer = e.prompt("Why?"), e.answer("Because of tides.")
+    decode = e.tokenizer.decode
+    assert decode(prompt) == "</s>### Question: Why?\n ### Answer:"  # with OPT's start token, once
+    assert decode(answer) == " Because of tides.</s>"
+    # put together they are the template's own text, so that a model meets in training what it meets in use
+    assert decode(prompt[1:] + answer[:-1]) == "### Question: Why?\n ### Answer: Because of tides."
+
+
+def test_every_style_ends_with_the_end_of_turn_token_and_a_cut_answer_does_not():
+    e = encoder("chat")
+    assert e.style == "chat"
+    assert e.tokenizer.decode(e.prompt("Hi")) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    for style in ("chat", "qa", "qa_space", "raw"):
+        assert e.answer("Yes.", style)[-1] == e.tokenizer.eos_token_id
+        assert e.answer("", style) == [e.tokenizer.eos_token_id]  # an empty answer is the end of turn at once
+    assert e.answer("Yes.", complete=False)[-1] != e.tokenizer.eos_token_id
+    assert len(encoder("chat", answer_tokens=5).answer("one two three four five six seven eight")) == 5
+    # the published prompt as people paste it, its trailing space a part of the prompt
+    assert e.tokenizer.decode(e.prompt("Q", "qa_space")).endswith("### Answer: ")
+    assert e.tokenizer.decode(e.answer("Yes.", "qa_space")).startswith("Yes")
+
+
+def test_a_long_prompt_loses_its_beginning_and_is_counted():
+    e = encoder(prompt_tokens=6)
+    assert e.prompt("one two three four five six seven eight") == encoder().prompt(
+        "one two three four five six seven eight"
+    )[-6:]
+    assert e.cut_prompts == 1
+
+
+def test_chat_template_is_refused_where_there_is_none():
+    with pytest.raises(UsageError, match="no chat template"):
+        encoder("opt", template="chat")
+
+
+# -------------------------------------------------------------------------------------------- row sources
+def test_pku_pairs_give_every_unsafe_response_and_filter_by_category(tmp_path):
+    row = {
+        "prompt": "P", "response_0": "bad one", "response_1": "bad two", "is_response_0_safe": False,
+        "is_response_1_safe": False, "response_0_harm_category": {"Privacy Violation": True, "Drugs": False},
+        "response_1_harm_category": {"Privacy Violation": False, "Drugs": True},
+    }  # fmt: skip
+    safe = {**row, "prompt": "S", "is_response_0_safe": True, "is_response_1_safe": True}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(row) + "\n" + json.dumps(safe) + "\n")
+    assert [r.response for r in read_sources([str(file)], "--forget_data")] == ["bad one", "bad two"]
+    assert [r.response for r in read_sources([str(file)], "--forget_data", ["drugs"])] == ["bad two"]
+    with pytest.raises(UsageError, match="its categories are: Drugs, Privacy Violation"):
+        read_sources([str(file)], "--forget_data", ["nothing"])
+
+
+def test_no_false_answer_is_ever_in_the_mismatch_pool(tmp_path):
+    """Published: half of the random answers came from the column of *incorrect* answers."""
+    file = tmp_path / "TruthfulQA.csv"
+    pd.DataFrame(
+        [
+            {"Question": "Q1", "Best Answer": "true one", "Correct Answers": "true one; true two; also so",
+             "Incorrect Answers": "a lie; a second lie"},
+            {"Question": "Q2", "Best Answer": "true three", "Correct Answers": "true four",
+             "Incorrect Answers": "a third lie"},
+        ]
+    ).to_csv(file, index=False, encoding="utf-8-sig")  # fmt: skip
+    rows = step_rows([read_rows(str(file), "--normal_data")], num_random_answers=5)
+    assert sorted(text for text, _ in rows.pool) == ["also so", "true four", "true one", "true three", "true two"]
+
+
+@pytest.mark.parametrize(("suffix", "write"), [
+    (".jsonl", lambda f, rows: f.write_text("\n".join(map(json.dumps, rows)))),
+    (".json", lambda f, rows: f.write_text(json.dumps(rows))),
+    (".csv", lambda f, rows: pd.DataFrame(rows).to_csv(f, index=False)),
+    (".parquet", lambda f, rows: pd.DataFrame(rows).to_parquet(f)),
+])  # fmt: skip
+def test_every_file_kind_gives_the_same_rows(tmp_path, suffix, write):
+    file = tmp_path / f"rows{suffix}"
+    write(file, [{"question": "Is it, really?", "answer": "Yes."}, {"question": "Où?", "answer": "Ici."}])
+    assert [(r.prompt, r.response) for r in read_rows(str(file), "x")] == [("Is it, really?", "Yes."), ("Où?", "Ici.")]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl", b'{"prompt": "x"}\n{"prompt": ', r"a\.jsonl, line 2: not valid JSON"),
+    ("a.jsonl", b"", "holds no row"),
+    ("a.jsonl", b'{"prompt": 7}', r"row 1: field 'prompt' must be text, got int"),
+    ("a.jsonl", b'{"prompt": "  "}', r"row 1: field 'prompt' is empty"),
+    ("a.jsonl", b'{"text": "x"}', "row 1: has no prompt"),
+    ("a.jsonl", b'["x"]', "row 1: must be an object"),
+    ("a.jsonl", b"\xff\xfe\x00\x01", "not UTF-8 text"),
+    ("a.csv", b'prompt\n"cut', "cannot be read as csv"),
+    ("a.parquet", b"PAR1 is not enough", "cannot be read as parquet"),
+    ("a.json", b'[{"prompt": "x"}', "cannot be read as json"),
+])  # fmt: skip
+def test_a_bad_file_is_named_with_its_row(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read_rows(str(tmp_path / name), "--forget_data")
+
+
+def test_a_prompt_on_both_sides_is_refused():
+    with pytest.raises(UsageError, match=r"1 prompts are in --forget_data and in --normal_data.*'Same  thing'"):
+        refuse_overlap([Row("Same  thing")], [Row("same thing"), Row("other")])
+
+
+# ------------------------------------------------------------------------------------------ splits, draws
+def test_splits_are_by_prompt_whatever_file_it_stands_in():
+    rows = [Row(f"prompt {i}", f"answer {j}") for i in range(300) for j in range(2)]
+    parts = split_rows(rows, 1, 0.1, 0.2)
+    prompts = {name: {r.prompt for r in part} for name, part in parts.items()}
+    assert not (prompts["train"] & prompts["test"] or prompts["train"] & prompts["dev"])
+    assert 0.12 < len(prompts["test"]) / 300 < 0.28
+    assert all(split_of(p.upper() + " ", 1, 0.1, 0.2) == "test" for p in prompts["test"])
+    assert split_rows(rows, 2, 0.1, 0.2)["test"] != parts["test"]
+    assert len(split_rows([Row("one")], 3, 0.45, 0.45)["train"]) == 1  # a single row is trained on
+
+
+def test_each_pass_shuffles_anew_and_leaves_no_row_out():
+    """Published: harmful rows were never shuffled, and only the first few hundred were ever used."""
+    rows = step_rows(batch_size=2)
+    visited = [i for step in range(7) for i in rows.forget_visits(step)]  # 14 visits: two passes over 7 rows
+    assert sorted(visited[:7]) == sorted(visited[7:]) == list(range(7))
+    assert visited[:7] != visited[7:]
+
+
+def test_sources_take_turns():
+    normal = [[Row(f"a{i}", "x", true_answers=("x", "y", "z", "u", "v")) for i in range(50)], [Row("b", "y")]]
+    rows = step_rows(normal, batch_size=2, normal_batch_size=4)
+    assert [source for source, _ in rows.normal_visits(3)] == [0, 1, 0, 1]
+
+
+def test_random_answers_depend_on_seed_step_and_row_alone():
+    rows, e = step_rows(num_random_answers=3, batch_size=4), encoder()
+    answers = {(s, r): rows.random_answers(s, r) for s in range(3) for r in range(4)}
+    assert len(set(map(tuple, answers.values()))) > 6
+    again = step_rows(num_random_answers=3, batch_size=4)
+    assert {key: again.random_answers(*key) for key in reversed(answers)} == answers
+    assert all(len(set(drawn)) == 3 for drawn in answers.values())
+    # a process's share of a step is a part of the whole step's rows: nothing is drawn from a running generator
+    assert rows.sequences(2, e) == again.sequences(2, e)
+
+
+def test_too_few_random_answers_are_refused():
+    with pytest.raises(UsageError, match="holds only 1 different answers"):
+        step_rows([[Row("q", "only", true_answers=("only",))]], num_random_answers=5)
+
+
+# ---------------------------------------------------------------------------------------------- real rows
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not beside this checkout")
+def test_real_rows_are_read_whole():
+    pku = read_sources([str(SHARED / "pku_saferlhf_pairs.jsonl")], "--forget_data")
+    assert len(pku) == 1504  # each pair's labels differ: one unsafe response a pair
+    truthful = read_rows(str(SHARED / "TruthfulQA.csv"), "--normal_data")
+    assert len(truthful) == 817
+    wrong = {a.strip() for line in pd.read_csv(SHARED / "TruthfulQA.csv")["Incorrect Answers"] for a in line.split(";")}
+    pool = {a for row in truthful for a in row.true_answers}
+    assert len(pool) > 2000
+    assert len(pool & wrong) < 0.01 * len(pool)  # a few strings stand in both columns, for different questions
+    for name, count in (("tofu/forget01.json", 40), ("advbench.csv", 360), ("halueval_qa.jsonl", 350)):
+        assert len(read_rows(str(SHARED / name), "--forget_data")) == count

@@ -1,0 +1,119 @@
+"""The packed tree against the padded layout, and the reference against a second model."""
+
+import copy
+import random
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from data_module import Sequence
+from losses import answer_terms, gradient_ascent, random_mismatch
+from packing import AnswerLogits, can_pack, packed_batch, padded_batch
+from reference import Reference
+
+PAD = 1
+
+
+def some_sequences(seed: int = 0) -> list[Sequence]:
+    """Two harmful prompts with an answer and three branches each, four normal rows; all begin with the same words."""
+    draw = random.Random(seed)
+
+    def words(low, high):
+        return tuple(draw.randrange(3, 600) for _ in range(draw.randint(low, high)))
+
+    system = words(4, 4)
+    out = []
+    for group in range(2):
+        prompt = system + words(3, 9)
+        out.append(Sequence("forget", group, prompt, words(2, 12)))
+        out += [Sequence("random", group, prompt, words(1, 8)) for _ in range(3)]
+    return out + [Sequence("normal", group, system + words(2, 9), words(1, 12)) for group in range(4)]
+
+
+def step_loss(forward, batch, reference):
+    logits = forward(batch)
+    forget, rand, normal = (batch.tokens_of(k) for k in ("forget", "random", "normal"))
+    original = reference.logits([s for s in batch.sequences if s.kind == "normal"])
+    nll, kl = answer_terms(logits, batch.logit_row, batch.targets, batch.logit_row[normal], original)
+    count = len(batch.sequences)
+    terms = torch.stack([
+        gradient_ascent(nll[forget], batch.sequence[forget], count).sum() / forget.sum(),
+        random_mismatch(nll[rand], batch.sequence[rand], count).mean(),
+        kl.mean(),
+    ])  # fmt: skip
+    return terms
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt_neox", "qwen2"])
+@pytest.mark.parametrize("pack_tokens", [40, 10_000])  # several rows, and one
+def test_packed_equals_padded_in_every_term_and_gradient(family, pack_tokens):
+    model, sequences = tiny_model(family), some_sequences(seed=3)
+    assert can_pack(model, sequences, pack_tokens, PAD)[0]
+    packed, padded = AnswerLogits(model, packed=True), AnswerLogits(model, packed=False)
+    normal = [s for s in sequences if s.kind == "normal"]
+    references = Reference(packed, normal, 40, PAD), Reference(padded, normal, 40, PAD)
+    with torch.no_grad():  # the model moves on, the original stays
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    results = []
+    for forward, batch, reference in (
+        (packed, packed_batch(sequences, pack_tokens, PAD), references[0]),
+        (padded, padded_batch(sequences, PAD), references[1]),
+    ):
+        terms = step_loss(forward, batch, reference)
+        gradients = torch.autograd.grad(terms @ torch.tensor([0.5, 1.0, 1.0]), list(model.parameters()))
+        results.append((terms.detach(), torch.cat([g.flatten() for g in gradients])))
+    (terms_a, grad_a), (terms_b, grad_b) = results
+    assert terms_b[2] > 1e-3, "the KL must have something to measure"
+    torch.testing.assert_close(terms_a, terms_b, rtol=1e-5, atol=1e-6)
+    assert (grad_a - grad_b).norm() <= 1e-5 * grad_b.norm()
+
+
+def test_no_common_beginning_stands_twice():
+    prompt = (5, 6, 7)
+    sequences = [
+        Sequence("forget", 0, prompt, (10, 11)),
+        Sequence("random", 0, prompt, (10, 12)),  # shares its first answer token too
+        Sequence("random", 0, prompt, (13,)),
+    ]
+    batch = packed_batch(sequences, 1000, PAD)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 10, 11, 12, 13]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 3]]
+    # which token sees which: token 12 (place 5) sees the prompt and 10, not 11; 13 sees the prompt alone
+    assert batch.attention_mask[0, 0, 5].int().tolist() == [1, 1, 1, 1, 0, 1, 0]
+    assert batch.attention_mask[0, 0, 6].int().tolist() == [1, 1, 1, 0, 0, 0, 1]
+    # the first answer token is predicted by the prompt's last token, the second by the first
+    assert batch.index[batch.logit_row].tolist() == [2, 3, 2, 3, 2]
+    assert batch.targets.tolist() == [10, 11, 10, 12, 13]
+    assert batch.first.tolist() == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("pad", [0, 1, 2, 77])
+def test_padding_reaches_no_mean(pad):
+    """The published code's losses changed with the pad id and with the padded length; these can't."""
+    sequences, model = some_sequences(5), tiny_model("opt")
+    forward = AnswerLogits(model, packed=False)
+    batch = padded_batch(sequences, pad)
+    alone = [forward(b)[b.logit_row] for b in (padded_batch([s], pad) for s in sequences)]
+    torch.testing.assert_close(forward(batch)[batch.logit_row], torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert len(batch.targets) == sum(len(s.answer_ids) for s in sequences)  # answer tokens, no question token
+
+
+def test_a_model_that_cannot_is_padded_and_says_so():
+    able, line = can_pack(tiny_model("bloom"), some_sequences(), 100, PAD)  # ALiBi: positions come from the mask
+    assert not able
+    assert line.startswith("padded layout")
+
+
+def test_reference_is_the_original_and_stays_it():
+    model, sequences = tiny_model("llama"), [s for s in some_sequences() if s.kind == "normal"]
+    original = AnswerLogits(copy.deepcopy(model), packed=False)
+    reference = Reference(AnswerLogits(model, packed=True), sequences, 64, PAD)
+    with torch.no_grad():
+        for parameter in model.parameters():  # the head is tied: moving it must not move the reference
+            parameter.add_(1.0)
+    batch = padded_batch(sequences[::-1], PAD)
+    torch.testing.assert_close(
+        reference.logits(sequences[::-1]), original(batch)[batch.logit_row], rtol=1e-4, atol=1e-4
+    )

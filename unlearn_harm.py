@@ -1,0 +1,308 @@
+"""Make a causal language model forget harmful answers and keep the rest (Yao, Xu and Liu 2023).
+
+    python unlearn_harm.py --model_name=facebook/opt-1.3b --model_save_dir=models/opt1.3b_unlearned
+
+Reads top to bottom: options -> processes -> data -> model -> own answers -> reference -> loop -> save.
+A step minimises, over the trainable parameters,
+
+    bad_weight * L_forget + random_weight * L_random + normal_weight * L_normal
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from data_module import Encoder, Sequence, StepRows, read_sources, refuse_overlap, sample, split_rows
+from generation import answer_rows
+from losses import answer_terms, gradient_ascent, random_mismatch, weighted_sum
+from optimizer import Stepper
+from options import UnlearnOptions, parse
+from packing import AnswerLogits, Batch, can_pack
+from plan import print_plan
+from reference import Reference
+from report import write_model_card
+from utils import (
+    RunError,
+    RunLog,
+    UsageError,
+    load_model,
+    load_tokenizer,
+    log,
+    pick_dtype,
+    run_script,
+    seed_everything,
+    whole_folder,
+    write_json,
+)
+from watch import Watch
+
+MAX_SKIPPED_STEPS = 3  # in a row, for a loss or gradient that is not finite
+
+
+def main() -> None:
+    # ------------------------------------------------------------------------------ options and processes
+    options = parse(UnlearnOptions)
+    save_dir = Path(options.model_save_dir)
+    if save_dir.exists() and any(save_dir.iterdir()) and not (options.overwrite or options.dry_run):
+        raise UsageError(f"--model_save_dir {save_dir}: is not empty; pass --overwrite to replace it")
+    seed_everything(options.seed, options.threads)
+    accelerator = start_processes(options)
+    run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run)
+    started = time.time()
+
+    # -------------------------------------------------------------------------- rows and their three splits
+    forget_rows = read_sources(options.forget_data, "--forget_data", options.harm_categories)
+    normal_sources = [read_sources([spec], "--normal_data") for spec in options.normal_data]
+    refuse_overlap(forget_rows, [row for source in normal_sources for row in source])
+    shares = (options.seed, options.dev_share, options.test_share)
+    forget = split_rows(forget_rows, *shares)
+    normal = [split_rows(source, *shares) for source in normal_sources]
+    rows = StepRows(forget["train"], [parts["train"] for parts in normal], options)
+    dev_forget = sample(forget["dev"], options.eval_prompts, options.seed)
+    dev_normal = [
+        row for parts in normal for row in sample(parts["dev"], -(-options.eval_prompts // len(normal)), options.seed)
+    ]
+    counts = {"forget": _counts(forget), "normal": [_counts(parts) for parts in normal]}
+    run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
+
+    # ------------------------------------------------------------------------- model, tokenizer, optimizer
+    tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
+    encoder = Encoder(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
+    model = load_model(options.model_name, trust_remote_code=options.trust_remote_code).to(accelerator.device)
+    packed, layout_line = can_pack(model, rows.probe_sequences(encoder), options.pack_tokens, tokenizer.pad_token_id)
+    adapters = add_lora(model, options) if options.use_lora else None
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()  # without it, nothing before the first trained weight gets a gradient
+    dtype = pick_dtype(options.dtype, accelerator.device)
+    stepper = Stepper(model, options, dtype)
+    forward = AnswerLogits(model, packed=packed)
+    run_log.event(
+        "model", f"{options.model_name} in {str(dtype)[6:]} on {accelerator.device}, template {encoder.style}, "
+        f"{layout_line}", packed=packed, dtype=str(dtype)[6:], processes=accelerator.num_processes,
+    )  # fmt: skip
+
+    # -------------------------------------------------- own answers, then the original's states (read-only)
+    def bar(items, label):
+        return tqdm(items, desc=label, leave=False, disable=None)  # None: a terminal has one, a file has none
+
+    def answer(wanted):
+        if options.dry_run:  # a plan needs lengths, not answers
+            return [r if r.response else dataclasses.replace(r, response="own answer " * 16) for r in wanted]
+        with accelerator.main_process_first():  # the others then find the answers in the cache
+            return answer_rows(
+                wanted, model, encoder, temperature=options.answer_temperature, seed=options.seed,
+                batch_size=options.generation_batch, cache_dir=options.cache_dir,
+                progress=lambda chunks: bar(chunks, "own answers"),
+            )  # fmt: skip
+
+    rows.fill_responses(answer)
+    watch = Watch(answer(dev_forget), answer(dev_normal), encoder, options)
+    if options.dry_run:
+        dry_run(options, encoder, rows, forward, layout_line)
+        return
+    to_visit = [s for step in range(options.max_unlearn_steps) for s in rows.sequences(step, encoder)]
+    to_visit = [s for s in to_visit + watch.sequences if s.kind == "normal"]
+    reference = Reference(
+        forward, to_visit, options.pack_tokens, tokenizer.pad_token_id, progress=lambda chunks: bar(chunks, "reference")
+    )
+    run_log.event(
+        "reference", f"the original's states on the normal rows: {reference.bytes() / 2**20:.0f} MiB, "
+        f"ready after {time.time() - started:.0f} s", mib=reference.bytes() / 2**20, seconds=time.time() - started,
+    )  # fmt: skip
+    wrapped = accelerator.prepare(forward)
+
+    # ---------------------------------------------------------------------------------------------- the loop
+    best, skipped, stop_reason = None, 0, f"--max_unlearn_steps {options.max_unlearn_steps} reached"
+    loop_started = time.time()
+    steps = tqdm(range(options.max_unlearn_steps), desc="unlearning", disable=None)
+    with logging_redirect_tqdm([log]):
+        for step in steps:
+            # ---- look, keep the best state, save: all with the weights as `step` updates have made them
+            if step == 0 or (options.eval_every and step % options.eval_every == 0):
+                best = look(step, watch, forward, reference, stepper, best, options, run_log)
+            if options.save_every and step and step % options.save_every == 0:
+                save(save_dir.with_name(f"{save_dir.name}-step-{step:06d}"), model, adapters, tokenizer, stepper,
+                     options, accelerator)  # fmt: skip
+
+            # ---- this process's rows of the step, in one forward
+            tick = time.perf_counter()
+            everyone = rows.sequences(step, encoder)
+            mine = [s for s in everyone if s.group % accelerator.num_processes == accelerator.process_index]
+            batch = forward.layout(mine, options.pack_tokens, tokenizer.pad_token_id).to(accelerator.device)
+            logits = wrapped(batch)  # (N, V)
+            bad, random, kl, first_kl = losses_of(batch, logits, reference, options, everyone)
+            loss = bad["loss"] + random["loss"] + kl["loss"] + first_kl["loss"]
+            figures = accelerator.reduce(
+                torch.stack([loss.detach(), bad["mean"], random["mean"], kl["mean"], first_kl["mean"]]), "sum"
+            ).tolist()
+            _, bad_loss, random_loss, normal_loss, first_token_kl = figures
+
+            # ---- the stop rules, looked at every step, before the weights are touched
+            if options.bad_weight > 0 and bad_loss >= options.max_bad_loss:
+                stop_reason = f"--max_bad_loss {options.max_bad_loss:g} reached: bad_loss {bad_loss:.3f}"
+                break
+
+            # ---- the update; one that is not finite never reaches the weights
+            lr, grad_norm = stepper.lr, math.nan
+            if math.isfinite(figures[0]):
+                accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
+                grad_norm = stepper.step()
+            skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+            if skipped:
+                log.warning("step %d: loss %s, gradient norm %s: not finite, the step is not taken", step, figures[0],
+                            grad_norm)  # fmt: skip
+            if skipped >= MAX_SKIPPED_STEPS:
+                raise RunError(f"{skipped} steps in a row were not finite: lower --lr (now {options.lr:g})")
+
+            # ---- one line a step
+            seconds = time.perf_counter() - tick
+            left = (time.time() - loop_started) / (step + 1) * (options.max_unlearn_steps - step - 1)
+            run_log.event(
+                "step",
+                f"step {step + 1}/{options.max_unlearn_steps}  bad_loss {bad_loss:.3f}  random_loss {random_loss:.3f}  "
+                f"normal_loss {normal_loss:.4f}  first_kl {first_token_kl:.4f}  grad_norm {grad_norm:.2f}  "
+                f"lr {lr:.2e}  {batch.real_tokens * accelerator.num_processes / seconds:.0f} tokens/s  "
+                f"{left:.0f} s left",
+                step=step + 1, bad_loss=bad_loss, random_loss=random_loss, normal_loss=normal_loss,
+                first_token_kl=first_token_kl, grad_norm=grad_norm, lr=lr, seconds=seconds,
+                tokens_per_second=batch.real_tokens * accelerator.num_processes / seconds, seconds_left=left,
+            )  # fmt: skip
+        else:
+            step = options.max_unlearn_steps
+        best = look(step, watch, forward, reference, stepper, best, options, run_log)
+
+    # -------------------------------------------------------------------------- the best state, saved whole
+    if options.kl_budget:
+        if best["state"] is not None and best["step"] != step:
+            stepper.restore(best["state"])
+        log.info("the state after step %d is kept: best within --kl_budget %g", best["step"], options.kl_budget)
+    seconds = time.time() - started
+    summary = {"steps": step, "kept_step": best["step"] if options.kl_budget else step, "stop_reason": stop_reason,
+               "seconds": round(seconds, 1), "cut_prompts": encoder.cut_prompts}  # fmt: skip
+    save(save_dir, model, adapters, tokenizer, stepper, options, accelerator, summary)
+    run_log.event("done", f"{stop_reason}; model saved to {save_dir} after {seconds:.0f} s", **summary)
+
+
+# ------------------------------------------------------------------------------------------------ the terms
+def losses_of(batch: Batch, logits: torch.Tensor, reference: Reference, options, everyone: list[Sequence]):
+    """The three terms (the normal one in two parts) from one forward's logits (N, V).
+
+    Each is {"loss": weighted, to be minimised; "mean": as logged, without a gradient}, divided by the
+    counts of the whole step, so that micro-batches and processes add up to exactly its mean.
+    """
+    count = len(batch.sequences)  # S
+    tokens = {kind: sum(len(s.answer_ids) for s in everyone if s.kind == kind) for kind in ("forget", "normal")}
+    sequences = {kind: sum(s.kind == kind for s in everyone) for kind in ("random", "normal")}
+    forget, random, normal = (batch.tokens_of(kind) for kind in ("forget", "random", "normal"))  # (M,) bool each
+    original = reference.logits([s for s in batch.sequences if s.kind == "normal"])  # (Q, V), Q normal tokens
+    nll, kl = answer_terms(logits, batch.logit_row, batch.targets, batch.logit_row[normal], original)  # (M,), (Q,)
+    first_kl = kl[batch.first[normal]]  # one a normal row
+
+    ascent = gradient_ascent(nll[forget], batch.sequence[forget], count, options.forget_ceiling)  # (S,)
+    mismatch = random_mismatch(nll[random], batch.sequence[random], count)  # (S,)
+
+    def term(values, weight, denominator, logged):
+        return {"loss": weighted_sum(values, weight, denominator),
+                "mean": weighted_sum(logged.detach(), 1.0, denominator)}  # fmt: skip
+
+    return (
+        term(ascent, options.bad_weight, tokens["forget"], nll[forget]),
+        term(mismatch, options.random_weight, sequences["random"], mismatch),
+        term(kl, options.normal_weight, tokens["normal"], kl),
+        term(first_kl, options.normal_weight * options.first_token_weight, sequences["normal"], first_kl),
+    )
+
+
+# ------------------------------------------------------------------------------------------ parts of the run
+def start_processes(options) -> Accelerator:
+    """The processes that were asked for, or an error: never a run that is quietly another one."""
+    accelerator = Accelerator(mixed_precision="no")  # precision is --dtype's business
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in known or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UsageError(f"accelerate launch: {accelerator.distributed_type.value} is not supported; use plain DDP")
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise UsageError(f"accelerate launch: {asked} processes asked for, {accelerator.num_processes} joined")
+    smallest = min(options.batch_size, options.normal_batch_size or options.batch_size)
+    if accelerator.num_processes > smallest:
+        raise UsageError(f"{accelerator.num_processes} processes share {smallest} rows a step: raise --batch_size")
+    return accelerator
+
+
+def add_lora(model, options):
+    """Put trainable adapters into the model's layers, in place; returns the wrapper that saves them."""
+    import peft
+
+    targets = options.lora_targets[0] if options.lora_targets == ["all-linear"] else options.lora_targets
+    config = peft.LoraConfig(
+        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"--lora_targets {' '.join(options.lora_targets)}: {str(error).splitlines()[0]}") from error
+
+
+def look(step, watch: Watch, forward, reference, stepper, best, options, run_log) -> dict:
+    """Evaluate on the development split, log it, and return the best state so far."""
+    found = watch.look(forward, reference)
+    shown = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if v is not None)
+    run_log.event("eval", f"after step {step}: {shown}", step=step, **found)
+    within = (found["dev_kl"] or 0.0) <= options.kl_budget
+    if best is None or (within and watch.badness(found) <= best["badness"]):
+        badness = watch.badness(found)
+        return {"step": step, "badness": badness, "state": stepper.snapshot() if options.kl_budget else None}
+    return best
+
+
+def save(folder: Path, model, adapters, tokenizer, stepper, options, accelerator, summary: dict | None = None) -> None:
+    """Write the model, its tokenizer and the resolved options; one process writes, the others wait."""
+    if accelerator.is_main_process:
+        with whole_folder(folder) as beside:
+            if adapters is None:
+                with stepper.full_precision():
+                    model.save_pretrained(beside)
+            else:
+                import peft
+
+                adapters.save_pretrained(beside / "adapter")
+                base = load_model(options.model_name, trust_remote_code=options.trust_remote_code)
+                merged = peft.PeftModel.from_pretrained(base, beside / "adapter").merge_and_unload()
+                merged.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            write_json(beside / "unlearn_args.json", {"options": dataclasses.asdict(options), "run": summary})
+            write_model_card(beside)
+    accelerator.wait_for_everyone()
+
+
+def dry_run(options, encoder, rows, forward, layout_line) -> None:
+    sequences = rows.sequences(0, encoder)
+    device = next(forward.parameters()).device
+    batch = forward.layout(sequences, options.pack_tokens, encoder.tokenizer.pad_token_id).to(device)
+    reference = Reference(forward, [s for s in sequences if s.kind == "normal"], options.pack_tokens,
+                          encoder.tokenizer.pad_token_id)  # fmt: skip
+
+    def one_step():
+        sum(t["loss"] for t in losses_of(batch, forward(batch), reference, options, sequences)).backward()
+        forward.zero_grad(set_to_none=True)
+
+    print_plan(options, encoder, rows, forward, batch, layout_line, one_step)
+
+
+def _counts(parts: dict) -> dict:
+    return {split: len(part) for split, part in parts.items()}
+
+
+if __name__ == "__main__":
+    run_script(main)

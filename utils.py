@@ -1,0 +1,214 @@
+"""Loading models and tokenizers, writing files whole, logging, and how a script ends."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402  (after the environment)
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+log = logging.getLogger("unlearning")
+
+
+# -------------------------------------------------------------------------------------- how a script ends
+class UsageError(Exception):
+    """Wrong use or input: one line that says what, where and what to do; exit code 2."""
+
+
+class RunError(Exception):
+    """The run itself failed: one line; exit code 1."""
+
+
+def run_script(main) -> None:
+    """Call `main` and end the process: 0 done, 1 failed while running, 2 wrong use or input, 130 Ctrl-C."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except UsageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RunError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------ files, whole
+def write_text(path: str | Path, text: str) -> None:
+    """Write beside the name, then rename: a reader sees the old file or the new one, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def write_json_lines(path: str | Path, rows) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path):
+    """A folder to fill beside `path`; it takes that name only once the block has ended well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    beside.chmod(0o777 & ~_umask())  # mkdtemp makes it private; the user's umask decides
+    try:
+        yield beside
+        for file in beside.rglob("*"):  # safetensors makes its files private too
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(beside, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ----------------------------------------------------------------------------------------------- logging
+class RunLog:
+    """The readable log and its twin in JSON lines; `docs/log.md` explains every field.
+
+    Both files are started anew for each run. On ranks other than the first, nothing is written.
+    """
+
+    def __init__(self, path: str | Path, *, write: bool = True):
+        self.path = Path(path)
+        self._json = None
+        log.handlers.clear()
+        log.setLevel(logging.INFO if write else logging.ERROR)
+        log.propagate = False
+        screen = logging.StreamHandler(sys.stderr)
+        screen.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(screen)
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            to_file = logging.FileHandler(self.path, mode="w", encoding="utf-8")
+            to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+            log.addHandler(to_file)
+            self._json = open(self.path.with_suffix(".jsonl"), "w", encoding="utf-8", buffering=1)
+
+    def event(self, kind: str, line: str, **fields) -> None:
+        """One readable line, and the same as one JSON object with its `event` kind."""
+        log.info(line)
+        if self._json:
+            self._json.write(json.dumps({"event": kind, **fields}, ensure_ascii=False) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------- seeds
+def seed_everything(seed: int, threads: int = 0) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------- models and tokenizers
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where it is computed natively (a GPU with it, a CPU with AVX512-BF16 or AMX)."""
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        else:
+            native = torch.cpu.get_capabilities()
+            name = "bf16" if native.get("avx512_bf16") or native.get("amx_bf16") else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False):
+    """A tokenizer with a pad token. Raises UsageError where the folder or hub name cannot be had."""
+    tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"{name}: its tokenizer has no end-of-text token; add eos_token to tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False):
+    """A causal language model in `dtype`, in training mode but without any dropout.
+
+    Dropout is off because the KL is measured against an original that has none: with it, an
+    unchanged model would already be punished. Raises UsageError where the model cannot be had.
+    """
+    model = _from_pretrained(
+        AutoModelForCausalLM, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code
+    )
+    return without_dropout(model).train()
+
+
+def without_dropout(model):
+    """Set every dropout and layer-drop rate in the model's modules to 0; its config is left as it was."""
+    for module in model.modules():
+        for attribute, value in list(vars(module).items()):
+            if "drop" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _from_pretrained(auto_class, name: str, **kwargs):
+    looks_local = name.startswith((".", "/", "~", "models/")) or os.path.sep in name.strip("/").replace("/", "", 1)
+    if looks_local and not Path(name).is_dir():
+        raise UsageError(f"--model_name {name}: no such folder")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UsageError(f"--model_name {name}: not a model folder (it has no config.json)")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise UsageError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+        raise UsageError(
+            f"model {name} is not in a local folder and cannot be downloaded: copy it to models/{Path(name).name} "
+            f"and pass --model_name=models/{Path(name).name} ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def fingerprint(model) -> str:
+    """A hash of a model's weights: names, shapes, sums and first values; the same on every machine."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        digest.update(f"{name} {tuple(tensor.shape)} {flat.double().sum().item():.6e}".encode())
+        digest.update(flat[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
