@@ -99,7 +99,7 @@ def _umask() -> int:
 
 # ----------------------------------------------------------------------------------------------- logging
 class RunLog:
-    """The readable log and its twin in JSON lines; `docs/log.md` explains every field.
+    """The readable log and its twin in JSON lines; `docs/fields.md` explains every field.
 
     Both files are started anew for each run. On ranks other than the first, nothing is written.
     """

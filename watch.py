@@ -37,7 +37,7 @@ class Watch:
 
     @torch.no_grad()
     def look(self, forward: AnswerLogits, reference: Reference) -> dict:
-        """Figures of the model as it is now; `docs/log.md` says what each means. None: nothing to measure."""
+        """Figures of the model as it is now; `docs/fields.md` says what each means. None: nothing to measure."""
         totals = {"nll": [], "kl": [], "first_kl": []}
         device = next(forward.parameters()).device
         for start in range(0, len(self.sequences), 16):

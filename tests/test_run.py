@@ -1,0 +1,266 @@
+"""The real command line on tiny random models: what it writes, when it stops, and what it refuses."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, SHARED, one_line_error, run_cli
+from safetensors.torch import load_file
+
+import unlearn_harm
+
+SMALL = [
+    "--dtype=fp32", "--max_unlearn_steps=5", "--lr=1e-3", "--num_random_answers=2", "--max_answer_tokens=12",
+    "--eval_prompts=4", "--eval_tokens=6", "--save_every=0", "--threads=1",
+]  # fmt: skip
+
+
+def data_words(files):
+    return ["--forget_data", files["forget"], "--normal_data", files["facts"], files["plain"]]
+
+
+def events(path, kind):
+    return [e for e in map(json.loads, path.read_text().splitlines()) if e["event"] == kind]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module", params=["opt", "llama"])
+def finished(request, tmp_path_factory, model_folders, data_files):
+    """One whole run and its evaluation, on a tiny OPT and on a tiny Llama."""
+    cwd = tmp_path_factory.mktemp(f"run_{request.param}")
+    run = run_cli(
+        "unlearn_harm.py", f"--model_name={model_folders[request.param]}", "--model_save_dir=models/out",
+        "--log_file=logs/out.log", *data_words(data_files), *SMALL, "--eval_every=2", "--save_every=3", cwd=cwd,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    evaluation = run_cli(
+        "evaluate_unlearning.py", "--model_name=models/out", "--dtype=fp32", "--max_new_tokens=6",
+        "--train_log=logs/out.jsonl", cwd=cwd,
+    )  # fmt: skip
+    assert evaluation.returncode == 0, evaluation.stderr
+    return request.param, cwd, run, evaluation
+
+
+def test_a_run_leaves_a_model_that_a_pipeline_loads(finished, model_folders):
+    family, cwd, _, _ = finished
+    folder = cwd / "models/out"
+    names = {file.name for file in folder.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md",
+                     "unlearn_args.json", "report.json", "report.html", "answers.jsonl"}  # fmt: skip
+    assert ("chat_template.jinja" in names) is (family == "llama")
+    pipe = transformers.pipeline("text-generation", model=str(folder))
+    assert pipe("### Question: Why?\n ### Answer: ", max_new_tokens=3)[0]["generated_text"].startswith("### Question")
+    before, after = weights(model_folders[family]), weights(folder)
+    assert before.keys() == after.keys()
+    assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in after.values())
+    assert any((after[k] != before[k]).any() for k in after)
+    # nothing is left lying beside it but the checkpoint that was asked for
+    assert {f.name for f in (cwd / "models").iterdir()} == {"out", "out-step-000003"}
+    assert (cwd / "models/out-step-000003/tokenizer.json").is_file()
+
+
+def test_the_log_tells_the_run(finished):
+    _, cwd, run, _ = finished
+    steps = events(cwd / "logs/out.jsonl", "step")
+    assert [e["step"] for e in steps] == [1, 2, 3, 4, 5]  # asked for 5, and not one more
+    assert steps[0]["bad_loss"] > 0
+    assert steps[0]["normal_loss"] == pytest.approx(0, abs=1e-6)  # nothing has changed yet
+    assert steps[-1]["normal_loss"] > 1e-6
+    assert set(steps[0]) >= {"random_loss", "grad_norm", "lr", "tokens_per_second", "seconds_left"}
+    assert [e["step"] for e in events(cwd / "logs/out.jsonl", "eval")] == [0, 2, 4, 5]
+    text = (cwd / "logs/out.log").read_text()
+    assert re.search(r"step 5/5  bad_loss \d+\.\d+  random_loss .* normal_loss .* grad_norm .* lr .* tokens/s", text)
+    assert "\r" not in run.stderr, "a progress bar has no place in a file"
+    glossary = (ROOT / "docs/fields.md").read_text()
+    assert not [f for kind in ("step", "eval") for e in events(cwd / "logs/out.jsonl", kind)
+                for f in e if f"`{f}`" not in glossary]  # fmt: skip
+
+
+def test_the_evaluation_asks_both_models_the_same(finished):
+    family, cwd, _, evaluation = finished
+    report = json.loads((cwd / "models/out/report.json").read_text())
+    lines = [json.loads(x) for x in (cwd / "models/out/answers.jsonl").read_text().splitlines()]
+    names = [g["name"] for g in report["groups"]]
+    assert names[0] == "published prompt, published template"
+    assert ("published prompt, chat template" in names) is (family == "llama")
+    assert {"forget (unseen)", "forget (trained)", "facts (unseen)", "plain (unseen)"} <= set(names)
+    assert sum(g["n"] for g in report["groups"]) == len(lines)
+    for group in report["groups"]:
+        figure = group["after"]["on_topic"]
+        assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+    assert "on topic before" in evaluation.stdout
+    assert "before: " in evaluation.stdout
+    assert "| forget (unseen) |" in (cwd / "models/out/README.md").read_text()
+
+
+def test_hostile_answers_stay_text(tmp_path):
+    from report import write_report
+
+    rate = {"value": 0.5, "n": 2, "low": 0.1, "high": 0.9}
+    evil = '<script>alert(1)</script><img src=x onerror="alert(2)">'
+    side = {"on_topic": rate, "empty": rate, "repetitive": rate, "leak": rate}
+    group = {"name": evil, "side": "forget", "style": "qa", "n": 2, "before": side, "after": side, "length_ratio": 1.0,
+             "similarity": {"value": 0.5, "n": 2, "low": 0, "high": 1}}  # fmt: skip
+    answer = {"answer": evil, "on_topic": True, "empty": False}
+    line = {"group": evil, "prompt": evil, "before": answer, "after": answer}
+    report = {"before": evil, "after": evil, "on_topic_cosine": 0.3, "groups": [group],
+              "options": {"max_new_tokens": 4, "model_name": evil}}  # fmt: skip
+    write_report(tmp_path / "report.html", report, [line], None)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;" in page
+
+
+# ------------------------------------------------------------------------------------------- stops, faults
+def test_the_ceiling_stops_the_run_at_the_step_that_reaches_it(tmp_path, model_folders, data_files):
+    """Published: looked at between passes only, and with the wrong sign, so that it never fired."""
+    run = run_cli(
+        "unlearn_harm.py", f"--model_name={model_folders['opt']}", "--model_save_dir=out", "--log_file=out.log",
+        *data_words(data_files), *SMALL, "--max_unlearn_steps=60", "--lr=1e-2", "--random_weight=0",
+        "--normal_weight=0", "--max_bad_loss=20", "--forget_ceiling=0", cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    losses = [e["bad_loss"] for e in events(tmp_path / "out.jsonl", "step")]
+    assert losses
+    assert losses[-1] > losses[0] > 0, "gradient ascent makes the harmful rows less likely"
+    assert all(loss < 20 for loss in losses)
+    done = events(tmp_path / "out.jsonl", "done")[0]
+    assert done["steps"] == len(losses) < 60
+    assert "--max_bad_loss 20 reached" in done["stop_reason"]
+
+
+def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, model_folders, data_files):
+    """A NaN is put into the loss of the second step: that step is not taken, the run goes on."""
+    monkeypatch.chdir(tmp_path)
+    real, calls = unlearn_harm.losses_of, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        terms = real(*arguments)
+        if len(calls) == 2:
+            terms[0]["loss"] = terms[0]["loss"] * float("nan")
+        return terms
+
+    monkeypatch.setattr(unlearn_harm, "losses_of", poisoned)
+    words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
+             *map(str, data_words(data_files)), *SMALL]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    unlearn_harm.main()
+    assert "step 1: loss nan" in (tmp_path / "out.log").read_text()
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out").values())
+    monkeypatch.setattr("sys.argv", [*words, "--overwrite"])
+    monkeypatch.setattr(unlearn_harm, "losses_of", lambda *a: [{**t, "loss": t["loss"] * float("inf")} for t in real(*a)])
+    with pytest.raises(unlearn_harm.RunError, match="3 steps in a row were not finite"):
+        unlearn_harm.main()
+
+
+def test_two_processes_give_the_run_of_one(tmp_path, model_folders, data_files):
+    """Each process gets its own rows, means are over all of them, and no draw depends on the rank."""
+    words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *SMALL, "--batch_size=4"]
+    one = run_cli("unlearn_harm.py", *words, "--model_save_dir=one", "--log_file=one.log", cwd=tmp_path)
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
+              "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29617")  # fmt: skip
+    two = run_cli("unlearn_harm.py", *words, "--model_save_dir=two", "--log_file=two.log", cwd=tmp_path,
+                  launcher=launch)  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert events(tmp_path / "two.jsonl", "model")[0]["processes"] == 2
+    start, a, b = weights(model_folders["llama"]), weights(tmp_path / "one"), weights(tmp_path / "two")
+    update = torch.cat([(a[k] - start[k]).flatten() for k in a]).norm()
+    apart = torch.cat([(a[k] - b[k]).flatten() for k in a]).norm()
+    assert apart <= 0.01 * update
+    for x, y in zip(events(tmp_path / "one.jsonl", "step"), events(tmp_path / "two.jsonl", "step"), strict=True):
+        assert x["bad_loss"] == pytest.approx(y["bad_loss"], rel=1e-3)
+        assert x["normal_loss"] == pytest.approx(y["normal_loss"], rel=1e-2, abs=1e-6)
+
+
+def test_adapters_train_under_checkpointing_and_are_merged(tmp_path, model_folders, data_files):
+    run = run_cli(
+        "unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
+        *data_words(data_files), *SMALL, "--use_lora", "--lora_rank=4", "--gradient_checkpointing", cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    adapter = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    assert all((tensor != 0).any() for name, tensor in adapter.items() if "lora_B" in name)  # B starts at 0
+    start, merged = weights(model_folders["llama"]), weights(tmp_path / "out")
+    assert merged.keys() == start.keys()
+    assert any((merged[k] != start[k]).any() for k in merged)
+
+
+# ---------------------------------------------------------------------------------------------- wrong use
+@pytest.mark.parametrize(("words", "message"), [
+    (["--no_such_option=1"], "unrecognized arguments: --no_such_option=1"),
+    (["--lr=-1"], "--lr: must be a finite number above 0, got '-1'"),
+    (["--lr=nan"], "--lr: must be a finite number"),
+    (["--batch_size=0"], "--batch_size: must be a whole number at least 1, got '0'"),
+    (["--max_unlearn_steps=2.5"], "--max_unlearn_steps: must be a whole number"),
+    (["--template=haiku"], "--template: invalid choice: 'haiku'"),
+    (["--bad_weight=0", "--random_weight=0", "--normal_weight=0"], "all three weights are 0"),
+    (["--config=none.yaml"], "--config none.yaml: cannot be read"),
+    (["--forget_data=none.jsonl"], "--forget_data none.jsonl: no such file"),
+    (["--forget_data=a b c"], "--forget_data a b c: neither a"),
+    (["--model_name=./nowhere"], "--model_name ./nowhere: no such folder"),
+    (["--model_name=someone/something"], "model someone/something is not in a local folder and cannot be downloaded"),
+    (["--forget_data=someone/something"], "data set someone/something cannot be downloaded: save it as data/something"),
+])  # fmt: skip
+def test_wrong_use_ends_with_one_line_and_nothing_written(tmp_path, data_files, words, message):
+    run = run_cli("unlearn_harm.py", *data_words(data_files), "--model_save_dir=out", *words, cwd=tmp_path)
+    assert message in one_line_error(run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_published_command_says_what_is_missing_and_where_to_put_it(tmp_path):
+    run = run_cli("unlearn_harm.py", "--model_name=facebook/opt-1.3b", "--model_save_dir=models/opt1.3b_unlearned",
+                  "--log_file=logs/opt-1.3b-unlearn.log", cwd=tmp_path)  # fmt: skip
+    line = one_line_error(run)
+    assert "PKU-Alignment/PKU-SafeRLHF cannot be downloaded" in line
+    assert "data/PKU-SafeRLHF.jsonl" in line
+
+
+def test_yaml_gives_way_to_the_command_line(tmp_path, monkeypatch):
+    from options import UnlearnOptions, parse
+
+    (tmp_path / "c.yaml").write_text("lr: 1e-5\nbatch_size: 3\nuse_lora: true\nforget_data: [a.txt, b.txt]\nconfig:\n")
+    with pytest.raises(unlearn_harm.UsageError, match="unknown option 'config'"):
+        parse(UnlearnOptions, [f"--config={tmp_path / 'c.yaml'}"])
+    (tmp_path / "c.yaml").write_text("lr: 1e-5\nbatch_size: 3\nuse_lora: true\nforget_data: [a.txt, b.txt]\n")
+    found = parse(UnlearnOptions, ["--batch_size", "4", "--config", str(tmp_path / "c.yaml")])
+    assert (found.lr, found.batch_size, found.use_lora, found.forget_data) == (1e-5, 4, True, ["a.txt", "b.txt"])
+    (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\n")
+    with pytest.raises(unlearn_harm.UsageError, match="unknown option 'learning_rate'"):
+        parse(UnlearnOptions, ["--config", str(tmp_path / "c.yaml")])
+
+
+def test_a_folder_with_something_in_it_is_not_replaced_unasked(tmp_path, model_folders, data_files):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    run = run_cli("unlearn_harm.py", *data_words(data_files), "--model_save_dir=out", cwd=tmp_path)
+    assert "--model_save_dir out: is not empty; pass --overwrite" in one_line_error(run)
+    assert (tmp_path / "out/thesis.txt").read_text() == "mine"
+
+
+def test_a_dry_run_shows_the_batch_and_writes_nothing(tmp_path, model_folders, data_files):
+    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['opt']}", "--model_save_dir=out",
+                  *data_words(data_files), *SMALL, "--dry_run", cwd=tmp_path)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "packed layout: logits equal" in run.stdout
+    assert re.search(r"forget  row 0: .*### Answer:\[ Take the red pick \d+\.</s>\]", run.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- real rows
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not beside this checkout")
+def test_real_rows_run_end_to_end(tmp_path, model_folders):
+    run = run_cli(
+        "unlearn_harm.py", f"--model_name={model_folders['opt']}", "--model_save_dir=out", "--log_file=out.log",
+        "--forget_data", SHARED / "pku_saferlhf_pairs.jsonl", "--normal_data", SHARED / "TruthfulQA.csv", *SMALL,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert len(events(tmp_path / "out.jsonl", "step")) == 5
