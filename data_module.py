@@ -123,7 +123,7 @@ def _read_hub(spec: str, option: str) -> list[tuple[int, dict]]:
 
 def _fetch_truthfulqa(path: Path, option: str) -> None:
     try:
-        with urllib.request.urlopen(TRUTHFULQA_URL, timeout=20) as answer:  # noqa: S310  (a fixed https address)
+        with urllib.request.urlopen(TRUTHFULQA_URL, timeout=20) as answer:
             write_text(path, answer.read().decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
@@ -145,7 +145,9 @@ def _rows_of(record: dict, source: str, where: str) -> list[Row]:
 
     if "is_response_0_safe" in lower:
         return [
-            Row(prompt, _text(lower[f"response_{i}"], where, f"response_{i}"), _pku_categories(lower, i), row_id, source)
+            Row(
+                prompt, _text(lower[f"response_{i}"], where, f"response_{i}"), _pku_categories(lower, i), row_id, source
+            )
             for i in (0, 1)
             if not _truth(lower[f"is_response_{i}_safe"])
         ]
@@ -197,7 +199,9 @@ def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
     both = sorted({row.prompt for row in forget if " ".join(row.prompt.casefold().split()) in normal_prompts})
     if both:
         shown = "; ".join(repr(prompt[:60]) for prompt in both[:5]) + (" ..." if len(both) > 5 else "")
-        raise UsageError(f"{len(both)} prompts are in --forget_data and in --normal_data, remove them from one: {shown}")
+        raise UsageError(
+            f"{len(both)} prompts are in --forget_data and in --normal_data, remove them from one: {shown}"
+        )
 
 
 def sample(rows: list[Row], count: int, seed: int) -> list[Row]:

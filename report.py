@@ -15,15 +15,15 @@ import jinja2
 import matplotlib
 
 matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+import matplotlib.pyplot as plt
 
-from utils import write_text  # noqa: E402
+from utils import write_text
 
 BEFORE_COLOUR, AFTER_COLOUR = "#b35806", "#2166ac"  # told apart by the colour-blind, and by their markers
 
 _pages = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=lambda name: bool(name) and name.endswith(".html"),
+    autoescape=jinja2.select_autoescape(["html"], default=False),
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
@@ -68,8 +68,10 @@ def print_report(report: dict, lines: list[dict], examples: int) -> None:
     print("  ".join("-" * width[c] for c in columns))
     for row in rows:
         print("  ".join(row[c].ljust(width[c]) for c in columns))
-    print("\non topic: cosine of answer and prompt above "
-          f"{report['on_topic_cosine']:.2f}, with a 95 % Wilson interval; similarity: to the original's own answer\n")
+    print(
+        "\non topic: cosine of answer and prompt above "
+        f"{report['on_topic_cosine']:.2f}, with a 95 % Wilson interval; similarity: to the original's own answer\n"
+    )
     for line in example_lines(lines, examples):
         print(f"[{line['group']}] {' '.join(line['prompt'].split())}")
         for label in ("before", "after"):

@@ -19,8 +19,8 @@ import torch
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402  (after the environment)
-from transformers.utils import logging as transformers_logging  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger("unlearning")
 
@@ -118,7 +118,7 @@ class RunLog:
             to_file = logging.FileHandler(self.path, mode="w", encoding="utf-8")
             to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
             log.addHandler(to_file)
-            self._json = open(self.path.with_suffix(".jsonl"), "w", encoding="utf-8", buffering=1)
+            self._json = open(self.path.with_suffix(".jsonl"), "w", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def event(self, kind: str, line: str, **fields) -> None:
         """One readable line, and the same as one JSON object with its `event` kind."""

@@ -56,9 +56,10 @@ def test_every_style_ends_with_the_end_of_turn_token_and_a_cut_answer_does_not()
 
 def test_a_long_prompt_loses_its_beginning_and_is_counted():
     e = encoder(prompt_tokens=6)
-    assert e.prompt("one two three four five six seven eight") == encoder().prompt(
-        "one two three four five six seven eight"
-    )[-6:]
+    assert (
+        e.prompt("one two three four five six seven eight")
+        == encoder().prompt("one two three four five six seven eight")[-6:]
+    )
     assert e.cut_prompts == 1
 
 

@@ -155,7 +155,9 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, mod
     assert "step 1: loss nan" in (tmp_path / "out.log").read_text()
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out").values())
     monkeypatch.setattr("sys.argv", [*words, "--overwrite"])
-    monkeypatch.setattr(unlearn_harm, "losses_of", lambda *a: [{**t, "loss": t["loss"] * float("inf")} for t in real(*a)])
+    monkeypatch.setattr(
+        unlearn_harm, "losses_of", lambda *a: [{**t, "loss": t["loss"] * float("inf")} for t in real(*a)]
+    )
     with pytest.raises(unlearn_harm.RunError, match="3 steps in a row were not finite"):
         unlearn_harm.main()
 
@@ -164,10 +166,9 @@ def test_two_processes_give_the_run_of_one(tmp_path, model_folders, data_files):
     """Each process gets its own rows, means are over all of them, and no draw depends on the rank."""
     words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *SMALL, "--batch_size=4"]
     one = run_cli("unlearn_harm.py", *words, "--model_save_dir=one", "--log_file=one.log", cwd=tmp_path)
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
-              "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29617")  # fmt: skip
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617")
     two = run_cli("unlearn_harm.py", *words, "--model_save_dir=two", "--log_file=two.log", cwd=tmp_path,
-                  launcher=launch)  # fmt: skip
+                  launcher=launch, env={"ACCELERATE_USE_CPU": "true"})  # fmt: skip
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
     assert events(tmp_path / "two.jsonl", "model")[0]["processes"] == 2
