@@ -72,11 +72,11 @@ def main() -> None:
     dev_normal = [
         row for parts in normal for row in sample(parts["dev"], -(-options.eval_prompts // len(normal)), options.seed)
     ]
+    tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     counts = {"forget": _counts(forget), "normal": [_counts(parts) for parts in normal]}
     run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
 
     # ------------------------------------------------------------------------- model, tokenizer, optimizer
-    tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     encoder = Encoder(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
     model = load_model(options.model_name, trust_remote_code=options.trust_remote_code).to(accelerator.device)
     packed, layout_line = can_pack(model, rows.probe_sequences(encoder), options.pack_tokens, tokenizer.pad_token_id)

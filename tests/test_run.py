@@ -199,8 +199,8 @@ def test_adapters_train_under_checkpointing_and_are_merged(tmp_path, model_folde
     (["--no_such_option=1"], "unrecognized arguments: --no_such_option=1"),
     (["--lr=-1"], "--lr: must be a finite number above 0, got '-1'"),
     (["--lr=nan"], "--lr: must be a finite number"),
-    (["--batch_size=0"], "--batch_size: must be a whole number at least 1, got '0'"),
-    (["--max_unlearn_steps=2.5"], "--max_unlearn_steps: must be a whole number"),
+    (["--batch_size=0"], "must be a whole number at least 1, got '0'"),
+    (["--max_unlearn_steps=2.5"], "must be a whole number"),
     (["--template=haiku"], "--template: invalid choice: 'haiku'"),
     (["--bad_weight=0", "--random_weight=0", "--normal_weight=0"], "all three weights are 0"),
     (["--config=none.yaml"], "--config none.yaml: cannot be read"),
@@ -251,7 +251,7 @@ def test_a_dry_run_shows_the_batch_and_writes_nothing(tmp_path, model_folders, d
                   *data_words(data_files), *SMALL, "--dry_run", cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "packed layout: logits equal" in run.stdout
-    assert re.search(r"forget  row 0: .*### Answer:\[ Take the red pick \d+\.</s>\]", run.stdout)
+    assert re.search(r"forget  row 0: .*### Answer:\[ Take the red pick[^\]]*\]", run.stdout)
     assert list(tmp_path.iterdir()) == []
 
 
