@@ -175,9 +175,14 @@ def _pku_categories(record: dict, i: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ splits
+def _same(prompt: str) -> str:
+    """What makes two prompts the same one: their words, whatever the case and the space between them."""
+    return " ".join(prompt.casefold().split())
+
+
 def split_of(prompt: str, seed: int, dev_share: float, test_share: float) -> str:
     """'train', 'dev' or 'test', from the prompt alone: every row of a prompt, in any file, goes the same way."""
-    digest = hashlib.sha256(f"{seed}\n{' '.join(prompt.casefold().split())}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\n{_same(prompt)}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     return "test" if place < test_share else "dev" if place < test_share + dev_share else "train"
 
@@ -195,8 +200,8 @@ def split_rows(rows: list[Row], seed: int, dev_share: float, test_share: float) 
 
 def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
     """A prompt on both sides would be pushed both ways: an error that lists them."""
-    normal_prompts = {" ".join(row.prompt.casefold().split()) for row in normal}
-    both = sorted({row.prompt for row in forget if " ".join(row.prompt.casefold().split()) in normal_prompts})
+    normal_prompts = {_same(row.prompt) for row in normal}
+    both = sorted({row.prompt for row in forget if _same(row.prompt) in normal_prompts})
     if both:
         shown = "; ".join(repr(prompt[:60]) for prompt in both[:5]) + (" ..." if len(both) > 5 else "")
         raise UsageError(
