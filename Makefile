@@ -10,7 +10,9 @@ export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE ?= 1
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-.PHONY: install demo evaluate-demo test lint clean
+# A second call does only what is missing: the model is a file of make's, the report is reused by its options.
+
+.PHONY: install demo test lint clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.txt
@@ -19,14 +21,12 @@ $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.
 	$(PYTHON) -m pip install --quiet --no-deps -r requirements-embedded.txt
 	touch $@
 
-demo: models/demo/unlearn_args.json evaluate-demo
+demo: models/demo/unlearn_args.json
+	$(PYTHON) evaluate_unlearning.py --model_name models/demo --train_log logs/demo.jsonl --reuse
 
-models/demo/unlearn_args.json: $(VENV)/.installed configs/demo.yaml data/benign.jsonl data/neighbours.jsonl data/facts.jsonl
+models/demo/unlearn_args.json: configs/demo.yaml data/benign.jsonl data/neighbours.jsonl data/facts.jsonl | $(VENV)/.installed
 	$(PYTHON) setup_demo.py
 	$(PYTHON) unlearn_harm.py --config configs/demo.yaml --overwrite
-
-evaluate-demo: models/demo/unlearn_args.json
-	$(PYTHON) evaluate_unlearning.py --model_name models/demo --train_log logs/demo.jsonl
 
 test: $(VENV)/.installed
 	$(PYTHON) setup_demo.py

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from rephrase import rephrase
 from utils import UsageError, log, write_text
 
 TRUTHFULQA_URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
@@ -270,12 +271,12 @@ class Encoder:
             ids = ids[-self.max_prompt_tokens :]
         return ids
 
-    def answer(self, text: str, style: str | None = None, *, complete: bool = True) -> list[int]:
+    def answer(self, text: str, style: str | None = None, *, complete: bool = True, limit: int = 0) -> list[int]:
         """Token ids of an answer and the end-of-turn token; a cut answer has no end-of-turn token."""
-        style = style or self.style
+        style, limit = style or self.style, limit or self.max_answer_tokens
         ids = self._ids(text if style in ("chat", "qa_space") or not text else " " + text)
-        if not complete or len(ids) >= self.max_answer_tokens:
-            return ids[: self.max_answer_tokens]
+        if not complete or len(ids) >= limit:
+            return ids[:limit]
         return ids + [self._end[style]]
 
     def stop_ids(self) -> list[int]:
@@ -305,12 +306,13 @@ def visit(count: int, seed: int, stream: int, place: int) -> int:
 
 
 class StepRows:
-    """Which rows a step sees, in which template, with which random answers: a function of seed and step."""
+    """Which rows a step sees, in which words, with which random answers: a function of seed and step."""
 
-    FORGET, NORMAL, ANSWERS, STYLES = 1, 100, 3, 4  # names of the random streams; normal source i is 100 + i
+    FORGET, NORMAL, ANSWERS, STYLES, WORDS = 1, 100, 3, 4, 5  # names of the random streams; normal source i is 100 + i
 
     def __init__(self, forget: list[Row], normal: list[list[Row]], options):
         self.forget, self.normal, self.options = forget, normal, options
+        self.normal_tokens = options.normal_answer_tokens or options.max_answer_tokens
         self.pool: list[tuple[str, bool]] = []  # (answer, complete); filled with the responses
         self.normal_count = options.normal_batch_size or options.batch_size
         if options.normal_weight == 0:
@@ -336,13 +338,14 @@ class StepRows:
         )
 
     def fill_responses(self, answer) -> None:
-        """Give every row that the run will visit a response: `answer(rows) -> rows` asks the model where one lacks."""
+        """Give every row that the run will visit a response: `answer(rows, tokens) -> rows` asks the model where
+        one lacks, for an answer of at most so many tokens."""
         forget, normal = self.rows_to_visit()
         places = sorted(forget)
-        for i, row in zip(places, answer([self.forget[i] for i in places]), strict=True):
+        for i, row in zip(places, answer([self.forget[i] for i in places], self.options.max_answer_tokens), strict=True):
             self.forget[i] = row
         pairs = sorted(normal)
-        for (s, i), row in zip(pairs, answer([self.normal[s][i] for s, i in pairs]), strict=True):
+        for (s, i), row in zip(pairs, answer([self.normal[s][i] for s, i in pairs], self.normal_tokens), strict=True):
             self.normal[s][i] = row
         if self.options.random_weight > 0:
             self._make_pool()
@@ -370,12 +373,17 @@ class StepRows:
             for text in ("Yes, and this is why.", "It depends on the weather in spring.")
         ]
 
-    def style(self, step: int, stream: int, slot: int, main: str) -> str:
+    def ask(self, prompt: str, step: int, stream: int, slot: int, encoder: Encoder) -> tuple[tuple[int, ...], str]:
+        """(prompt tokens, style) of one visit: a share of the visits in other words, a share in another template."""
+        rng = np.random.default_rng([self.options.seed, self.WORDS, stream, step, slot])
+        if rng.random() < self.options.rephrase_share:
+            prompt = rephrase(prompt, rng)
         rng = np.random.default_rng([self.options.seed, self.STYLES, stream, step, slot])
-        if rng.random() >= self.options.other_template_share:
-            return main
-        others = [style for style in OTHER_STYLES if style != main]
-        return others[rng.integers(len(others))]
+        style = encoder.style
+        if rng.random() < self.options.other_template_share:
+            others = [other for other in OTHER_STYLES if other != style]
+            style = others[rng.integers(len(others))]
+        return tuple(encoder.prompt(prompt, style)), style
 
     def random_answers(self, step: int, slot: int) -> list[tuple[str, bool]]:
         """K different answers for one harmful row of one step; a share of them empty where asked for."""
@@ -389,8 +397,8 @@ class StepRows:
         """Every sequence of a step, over all processes: harmful rows with their random answers, then normal rows."""
         out = []
         for slot, index in enumerate(self.forget_visits(step)):
-            row, style = self.forget[index], self.style(step, self.FORGET, slot, encoder.style)
-            prompt = tuple(encoder.prompt(row.prompt, style))
+            row = self.forget[index]
+            prompt, style = self.ask(row.prompt, step, self.FORGET, slot, encoder)
             answer = encoder.answer(row.response, style, complete=row.complete)
             out.append(Sequence("forget", slot, prompt, tuple(answer)))
             if self.options.random_weight > 0:
@@ -398,7 +406,8 @@ class StepRows:
                     answer = encoder.answer(text, style, complete=complete)
                     out.append(Sequence("random", slot, prompt, tuple(answer)))
         for slot, (source, index) in enumerate(self.normal_visits(step)):
-            row, style = self.normal[source][index], self.style(step, self.NORMAL, slot, encoder.style)
-            answer = encoder.answer(row.response, style, complete=row.complete)
-            out.append(Sequence("normal", slot, tuple(encoder.prompt(row.prompt, style)), tuple(answer)))
+            row = self.normal[source][index]
+            prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, encoder)
+            answer = encoder.answer(row.response, style, complete=row.complete, limit=self.normal_tokens)
+            out.append(Sequence("normal", slot, prompt, tuple(answer)))
         return out

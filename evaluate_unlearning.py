@@ -9,6 +9,7 @@ unlearn_args.json, so that the prompts are the ones that it was never trained on
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from options import EvaluateOptions, parse
 from report import print_report, write_model_card, write_report
 from utils import (
     UsageError,
+    fingerprint,
     load_model,
     load_tokenizer,
     pick_dtype,
@@ -65,14 +67,22 @@ def main() -> None:
                   for n in (options.original_name, options.model_name)]  # fmt: skip
     encoders = [Encoder(t, options.template, options.max_prompt_tokens, options.max_new_tokens) for t in tokenizers]
     groups = make_groups(sources, encoders[0].style, options)
+    folder = Path(options.report_dir or options.model_name)
+    if options.reuse and (kept := report_at_hand(folder, options)):
+        print_report(*kept, options.examples)
+        print(f"report: {folder / 'report.html'} (as it was; without --reuse it is made anew)")
+        return
 
     # ------------------------------------------------------------------------------- both models' answers
     answers = []  # before, after: one list of texts a group
-    seconds = {}
+    seconds, fingerprints = {}, {}
     for name, encoder, label in zip((options.original_name, options.model_name), encoders, ("before", "after"),
                                     strict=True):  # fmt: skip
         tick = time.time()
-        answers.append(answer_groups(name, encoder, groups, options, label))
+        model = load_for(name, options)
+        fingerprints[label] = fingerprint(model)
+        answers.append(answer_groups(model, encoder, groups, options, label))
+        del model
         seconds[label] = round(time.time() - tick, 1)
 
     # ----------------------------------------------------------------------------------------- judgements
@@ -86,6 +96,7 @@ def main() -> None:
         "schema": 1,
         "before": options.original_name,
         "after": options.model_name,
+        "fingerprints": fingerprints,
         "options": dataclasses.asdict(options),
         "on_topic_cosine": metrics.ON_TOPIC_COSINE,
         "groups": report_groups,
@@ -93,7 +104,6 @@ def main() -> None:
     }
 
     # --------------------------------------------------------------------------------------------- report
-    folder = Path(options.report_dir or options.model_name)
     write_json(folder / "report.json", report)
     write_json_lines(folder / "answers.jsonl", lines)
     write_report(folder / "report.html", report, lines, options.train_log)
@@ -123,11 +133,31 @@ def make_groups(sources: dict, style: str, options) -> list[Group]:
     return groups
 
 
-def answer_groups(name: str, encoder: Encoder, groups: list[Group], options, label: str) -> list[list[str]]:
-    """One model's greedy answers, a list a group; all prompts are answered in one pass, sorted by length."""
+def load_for(name: str, options):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = pick_dtype(options.dtype, device)
-    model = load_model(name, dtype=dtype, trust_remote_code=options.trust_remote_code).to(device)
+    return load_model(name, dtype=dtype, trust_remote_code=options.trust_remote_code).to(device)
+
+
+def report_at_hand(folder: Path, options) -> tuple[dict, list[dict]] | None:
+    """The report and answers in `folder`, if the same options and the same weights would make them again."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        shown = {"reuse", "examples"}  # these change what is printed, not what is measured
+        then, now = ({k: v for k, v in made.items() if k not in shown}
+                     for made in (report["options"], dataclasses.asdict(options)))  # fmt: skip
+        if then != now or not (folder / "report.html").is_file():
+            return None
+        weights = {"before": fingerprint(load_for(options.original_name, options)),
+                   "after": fingerprint(load_for(options.model_name, options))}  # fmt: skip
+        return (report, lines) if report["fingerprints"] == weights else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def answer_groups(model, encoder: Encoder, groups: list[Group], options, label: str) -> list[list[str]]:
+    """One model's greedy answers, a list a group; all prompts are answered in one pass, sorted by length."""
     prompts = [encoder.prompt(row.prompt, group.style) for group in groups for row in group.rows]
     texts = iter(
         generate(

@@ -52,10 +52,11 @@ def generate(
 
 
 def answer_rows(
-    rows: list[Row], model, encoder: Encoder, *, temperature: float, seed: int, batch_size: int, cache_dir: str | None,
-    progress=None,
+    rows: list[Row], model, encoder: Encoder, *, tokens: int, temperature: float, seed: int, batch_size: int,
+    cache_dir: str | None, progress=None,
 ) -> list[Row]:  # fmt: skip
-    """The rows, those without a response answered by the model itself: sampled once, then read from the cache.
+    """The rows, those without a response answered by the model itself in at most `tokens` tokens: sampled once, then
+    read from the cache.
 
     The cache file is named by a hash of all that the answers depend on: weights, prompts and settings.
     """
@@ -63,7 +64,7 @@ def answer_rows(
     if not missing:
         return rows
     prompts = [encoder.prompt(prompt) for prompt in missing]
-    settings = [fingerprint(model), str(model.dtype), encoder.max_answer_tokens, temperature, seed, batch_size]
+    settings = [fingerprint(model), str(model.dtype), tokens, temperature, seed, batch_size]
     key = hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest()[:20]
     path = Path(cache_dir) / f"answers-{key}.jsonl" if cache_dir else None
     if path and path.is_file():
@@ -73,7 +74,7 @@ def answer_rows(
     else:
         log.info("own answers to %d prompts: the model is asked once", len(missing))
         given = generate(
-            model, encoder, prompts, max_new_tokens=encoder.max_answer_tokens, batch_size=batch_size,
+            model, encoder, prompts, max_new_tokens=tokens, batch_size=batch_size,
             temperature=temperature, seed=seed, progress=progress,
         )  # fmt: skip
         answers = dict(zip(missing, given, strict=True))

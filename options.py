@@ -108,6 +108,9 @@ class UnlearnOptions(CommonOptions):
     other_template_share: SHARE = option(
         0.0, "share of all rows put to the model in another template than --template, drawn anew each visit"
     )
+    rephrase_share: number(float, 0, 1) = option(
+        0.0, "share of all rows whose prompt is put in other words (a command as a question, ...), anew each visit"
+    )
 
     answer_temperature: WEIGHT = option(
         0.7, "sampling temperature of the model's own answers to rows without a response (0: greedy)"
@@ -121,6 +124,7 @@ class UnlearnOptions(CommonOptions):
     batch_size: POSITIVE = option(2, "harmful rows a step, over all processes")
     normal_batch_size: COUNT = option(0, "normal rows a step, over all processes (0: as many as --batch_size)")
     max_answer_tokens: POSITIVE = option(128, "longer answers lose their end")
+    normal_answer_tokens: COUNT = option(0, "the same for normal rows alone (0: as --max_answer_tokens)")
     pack_tokens: POSITIVE = option(256, "length that the rows of a packed batch are filled to")
     lr: number(float, 0, above=True) = option(2e-6, "peak learning rate of AdamW")
     lr_schedule: Literal["linear", "constant"] = option("linear", "after the warm-up: down to zero, or level")
@@ -167,6 +171,7 @@ class EvaluateOptions(CommonOptions):
     prompts_per_group: POSITIVE = option(64, "prompts a group at most, drawn with the seed")
     max_new_tokens: POSITIVE = option(48, "tokens of an answer at most (greedy)")
     train_log: str | None = option(None, "JSON-lines log of the run, for the curves in the report")
+    reuse: bool = option(False, "print the report that is there, where the same models and options made it")
     examples: COUNT = option(6, "answers printed side by side at the end")
 
 

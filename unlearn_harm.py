@@ -96,18 +96,18 @@ def main() -> None:
     def bar(items, label):
         return tqdm(items, desc=label, leave=False, disable=None)  # None: a terminal has one, a file has none
 
-    def answer(wanted):
+    def answer(wanted, tokens):
         if options.dry_run:  # a plan needs lengths, not answers
             return [r if r.response else dataclasses.replace(r, response="own answer " * 16) for r in wanted]
         with accelerator.main_process_first():  # the others then find the answers in the cache
             return answer_rows(
-                wanted, model, encoder, temperature=options.answer_temperature, seed=options.seed,
+                wanted, model, encoder, tokens=tokens, temperature=options.answer_temperature, seed=options.seed,
                 batch_size=options.generation_batch, cache_dir=options.cache_dir,
                 progress=lambda chunks: bar(chunks, "own answers"),
             )  # fmt: skip
 
     rows.fill_responses(answer)
-    watch = Watch(answer(dev_forget), answer(dev_normal), encoder, options)
+    watch = Watch(answer(dev_forget, options.max_answer_tokens), answer(dev_normal, rows.normal_tokens), encoder, options)
     if options.dry_run:
         dry_run(options, encoder, rows, forward, layout_line)
         return
@@ -227,6 +227,11 @@ def losses_of(batch: Batch, logits: torch.Tensor, reference: Reference, options,
 # ------------------------------------------------------------------------------------------ parts of the run
 def start_processes(options) -> Accelerator:
     """The processes that were asked for, or an error: never a run that is quietly another one."""
+    # `accelerate launch --cpu --num_processes N` starts one process and says nothing: it sets an address, no world
+    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+    if launched and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys():
+        raise UsageError("accelerate launch was asked for several processes and started one; without GPUs use "
+                         "'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...'")  # fmt: skip
     accelerator = Accelerator(mixed_precision="no")  # precision is --dtype's business
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in known or os.environ.get("ACCELERATE_USE_FSDP") == "true":

@@ -24,7 +24,7 @@ def step_rows(normal=None, **changes):
     forget = [Row(f"bad {i}", f"bad answer {i}") for i in range(7)]
     normal = normal or [[Row(f"good {i}", f"fine {i}", true_answers=(f"fine {i}",)) for i in range(9)]]
     rows = StepRows(forget, normal, options(**changes))
-    rows.fill_responses(lambda wanted: wanted)
+    rows.fill_responses(lambda wanted, tokens: wanted)
     return rows
 
 
@@ -169,6 +169,29 @@ def test_random_answers_depend_on_seed_step_and_row_alone():
     assert all(len(set(drawn)) == 3 for drawn in answers.values())
     # a process's share of a step is a part of the whole step's rows: nothing is drawn from a running generator
     assert rows.sequences(2, e) == again.sequences(2, e)
+
+
+def test_both_sides_are_put_in_other_words_at_the_share_asked_for():
+    """On one side alone, the form of a prompt would tell which side it is."""
+    e = encoder("chat")
+    forget = [Row(f"How do I break lock {i}?", f"Take pick {i}.") for i in range(7)]
+    normal = [[Row(f"How do I bake loaf {i}?", f"Take flour {i}.", true_answers=(f"Take flour {i}.",)) for i in range(9)]]
+    asked = {}
+    for share in (0.0, 0.5):
+        rows = StepRows(list(forget), [list(normal[0])], options(rephrase_share=share, batch_size=4, num_random_answers=2))
+        rows.fill_responses(lambda wanted, tokens: wanted)
+        plain = {tuple(e.prompt(row.prompt)) for row in forget + normal[0]}
+        seen = [s for step in range(40) for s in rows.sequences(step, e)]
+        for kind in ("forget", "normal"):
+            prompts = [s.prompt_ids in plain for s in seen if s.kind == kind]
+            asked[share, kind] = sum(prompts) / len(prompts)
+        # a row's random answers follow the very words that its own answer follows
+        assert all(len({s.prompt_ids for s in rows.sequences(3, e) if s.kind != "normal" and s.group == g}) == 1
+                   for g in range(4))  # fmt: skip
+        assert rows.sequences(3, e) == rows.sequences(3, e)
+    assert asked[0.0, "forget"] == asked[0.0, "normal"] == 1
+    assert 0.35 < asked[0.5, "forget"] < 0.65
+    assert 0.35 < asked[0.5, "normal"] < 0.65
 
 
 def test_too_few_random_answers_are_refused():

@@ -98,6 +98,24 @@ def test_the_evaluation_asks_both_models_the_same(finished):
     assert "| forget (unseen) |" in (cwd / "models/out/README.md").read_text()
 
 
+def test_a_report_is_reused_only_where_nothing_has_changed(finished):
+    _, cwd, _, evaluation = finished
+    words = ("--model_name=models/out", "--dtype=fp32", "--max_new_tokens=6", "--train_log=logs/out.jsonl", "--reuse")
+    stamp = (cwd / "models/out/report.json").stat().st_mtime_ns
+    again = run_cli("evaluate_unlearning.py", *words, cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    assert "(as it was" in again.stdout
+    assert (cwd / "models/out/report.json").stat().st_mtime_ns == stamp
+    assert again.stdout.splitlines()[:-1] == evaluation.stdout.splitlines()[:-1]
+    file = cwd / "models/out/model.safetensors"
+    kept = file.read_bytes()
+    file.write_bytes(kept[:-64] + bytes(64))  # other weights: another model, whose report this is not
+    other = run_cli("evaluate_unlearning.py", *words, cwd=cwd)
+    file.write_bytes(kept)
+    assert other.returncode == 0, other.stderr
+    assert "(as it was" not in other.stdout
+
+
 def test_hostile_answers_stay_text(tmp_path):
     from report import write_report
 
@@ -166,7 +184,8 @@ def test_two_processes_give_the_run_of_one(tmp_path, model_folders, data_files):
     """Each process gets its own rows, means are over all of them, and no draw depends on the rank."""
     words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *SMALL, "--batch_size=4"]
     one = run_cli("unlearn_harm.py", *words, "--model_save_dir=one", "--log_file=one.log", cwd=tmp_path)
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617")
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+              "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29617")  # fmt: skip
     two = run_cli("unlearn_harm.py", *words, "--model_save_dir=two", "--log_file=two.log", cwd=tmp_path,
                   launcher=launch, env={"ACCELERATE_USE_CPU": "true"})  # fmt: skip
     assert one.returncode == 0, one.stderr
@@ -179,6 +198,16 @@ def test_two_processes_give_the_run_of_one(tmp_path, model_folders, data_files):
     for x, y in zip(events(tmp_path / "one.jsonl", "step"), events(tmp_path / "two.jsonl", "step"), strict=True):
         assert x["bad_loss"] == pytest.approx(y["bad_loss"], rel=1e-3)
         assert x["normal_loss"] == pytest.approx(y["normal_loss"], rel=1e-2, abs=1e-6)
+
+
+def test_a_launch_that_starts_fewer_processes_than_asked_is_refused(tmp_path, data_files):
+    """accelerate starts one process for this line and says nothing; its run would quietly be another one."""
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
+              "--mixed_precision=no", "--dynamo_backend=no", "--quiet")  # fmt: skip
+    run = run_cli("unlearn_harm.py", *data_words(data_files), "--model_save_dir=out", cwd=tmp_path, launcher=launch)
+    assert run.returncode != 0
+    assert "was asked for several processes and started one" in run.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_train_under_checkpointing_and_are_merged(tmp_path, model_folders, data_files):
