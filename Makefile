@@ -1,5 +1,6 @@
 # make demo    install, take the embedded model, unlearn, evaluate, write a report
-# make test    install and run every test
+# make test    install and run every test that takes seconds; make test-slow: those that take minutes
+# make bench   time a step against the published recipe's
 # make lint    ruff, rules and format
 
 VENV   := .venv
@@ -12,7 +13,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 
 # A second call does only what is missing: the model is a file of make's, the report is reused by its options.
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-slow bench lint clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.txt
@@ -32,9 +33,16 @@ test: $(VENV)/.installed
 	$(PYTHON) setup_demo.py
 	$(PYTHON) -m pytest
 
+test-slow: $(VENV)/.installed
+	$(PYTHON) -m pytest -o addopts="-q -p no:cacheprovider --durations=5" tests/slow
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.installed
+	$(PYTHON) setup_demo.py
+	$(PYTHON) benchmarks/bench_step.py
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache models logs data/cache data/harmbench.jsonl

@@ -308,26 +308,35 @@ def visit(count: int, seed: int, stream: int, place: int) -> int:
 class StepRows:
     """Which rows a step sees, in which words, with which random answers: a function of seed and step."""
 
-    FORGET, NORMAL, ANSWERS, STYLES, WORDS = 1, 100, 3, 4, 5  # names of the random streams; normal source i is 100 + i
+    # names of the random streams; source i of the normal rows is 100 + i, of the first-token rows 200 + i
+    FORGET, EMPTY, ANSWERS, STYLES, WORDS, NORMAL, FIRST = 1, 2, 3, 4, 5, 100, 200
 
     def __init__(self, forget: list[Row], normal: list[list[Row]], options):
         self.forget, self.normal, self.options = forget, normal, options
         self.normal_tokens = options.normal_answer_tokens or options.max_answer_tokens
         self.pool: list[tuple[str, bool]] = []  # (answer, complete); filled with the responses
         self.normal_count = options.normal_batch_size or options.batch_size
+        self.first_count = options.first_token_rows
         if options.normal_weight == 0:
-            self.normal_count = 0
+            self.normal_count = self.first_count = 0
 
-    def forget_visits(self, step: int) -> list[int]:
-        size = self.options.batch_size
-        return [visit(len(self.forget), self.options.seed, self.FORGET, step * size + i) for i in range(size)]
+    def forget_visits(self, step: int, stream: int = FORGET, size: int | None = None) -> list[int]:
+        size = self.options.batch_size if size is None else size
+        return [visit(len(self.forget), self.options.seed, stream, step * size + i) for i in range(size)]
 
     def normal_visits(self, step: int) -> list[tuple[int, int]]:
         """(source, row) pairs: the sources take turns, so that each has the same share."""
+        return self._turns(step, self.NORMAL, self.normal_count)
+
+    def first_token_visits(self, step: int) -> list[tuple[int, int]]:
+        """The same for the rows of which the first answer token alone is looked at."""
+        return self._turns(step, self.FIRST, self.first_count)
+
+    def _turns(self, step: int, stream: int, count: int) -> list[tuple[int, int]]:
         visits = []
-        for place in range(step * self.normal_count, (step + 1) * self.normal_count):
+        for place in range(step * count, (step + 1) * count):
             source, turn = place % len(self.normal), place // len(self.normal)
-            visits.append((source, visit(len(self.normal[source]), self.options.seed, self.NORMAL + source, turn)))
+            visits.append((source, visit(len(self.normal[source]), self.options.seed, stream + source, turn)))
         return visits
 
     def rows_to_visit(self) -> tuple[set[int], set[tuple[int, int]]]:
@@ -342,7 +351,9 @@ class StepRows:
         one lacks, for an answer of at most so many tokens."""
         forget, normal = self.rows_to_visit()
         places = sorted(forget)
-        for i, row in zip(places, answer([self.forget[i] for i in places], self.options.max_answer_tokens), strict=True):
+        for i, row in zip(
+            places, answer([self.forget[i] for i in places], self.options.max_answer_tokens), strict=True
+        ):
             self.forget[i] = row
         pairs = sorted(normal)
         for (s, i), row in zip(pairs, answer([self.normal[s][i] for s, i in pairs], self.normal_tokens), strict=True):
@@ -405,9 +416,17 @@ class StepRows:
                 for text, complete in self.random_answers(step, slot):
                     answer = encoder.answer(text, style, complete=complete)
                     out.append(Sequence("random", slot, prompt, tuple(answer)))
+        empties = self.options.empty_answer_rows if self.options.random_weight > 0 else 0
+        for slot, index in enumerate(self.forget_visits(step, self.EMPTY, empties), self.options.batch_size):
+            prompt, style = self.ask(self.forget[index].prompt, step, self.FORGET, slot, encoder)
+            out.append(Sequence("random", slot, prompt, tuple(encoder.answer("", style))))
         for slot, (source, index) in enumerate(self.normal_visits(step)):
             row = self.normal[source][index]
             prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, encoder)
             answer = encoder.answer(row.response, style, complete=row.complete, limit=self.normal_tokens)
             out.append(Sequence("normal", slot, prompt, tuple(answer)))
+        for slot, (source, index) in enumerate(self.first_token_visits(step), self.normal_count):
+            prompt, style = self.ask(self.normal[source][index].prompt, step, self.NORMAL, slot, encoder)
+            # the KL at the first place does not depend on which token follows: any one will do
+            out.append(Sequence("normal", slot, prompt, tuple(encoder.answer("", style))))
         return out

@@ -16,11 +16,15 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+import attacks
 import metrics
-from data_module import Encoder, Row, read_sources, sample, split_rows
+import verdict
+from data_module import Encoder, Row, Sequence, read_sources, sample, split_rows
 from generation import generate
 from judges import SentenceEmbedder
+from likelihood import choices, perplexity, read_choices
 from options import EvaluateOptions, parse
+from packing import AnswerLogits, can_pack
 from report import print_report, write_model_card, write_report
 from utils import (
     UsageError,
@@ -67,22 +71,29 @@ def main() -> None:
                   for n in (options.original_name, options.model_name)]  # fmt: skip
     encoders = [Encoder(t, options.template, options.max_prompt_tokens, options.max_new_tokens) for t in tokenizers]
     groups = make_groups(sources, encoders[0].style, options)
+    wanted = attack_names(options.attacks)
+    for text in options.require:
+        verdict.parse_requirement(text)
+    choice_rows = read_choices(options.mc_data, "--mc_data")[: options.mc_rows] if options.mc_data else []
+    if options.perplexity_text and not Path(options.perplexity_text).is_file():
+        raise UsageError(f"--perplexity_text {options.perplexity_text}: no such file")
     folder = Path(options.report_dir or options.model_name)
     if options.reuse and (kept := report_at_hand(folder, options)):
         print_report(*kept, options.examples)
         print(f"report: {folder / 'report.html'} (as it was; without --reuse it is made anew)")
-        return
+        raise SystemExit(3 if kept[0]["verdict"]["failed"] else 0)
 
     # ------------------------------------------------------------------------------- both models' answers
     answers = []  # before, after: one list of texts a group
-    seconds, fingerprints = {}, {}
+    seconds, fingerprints, given, models = {}, {}, {}, []
     for name, encoder, label in zip((options.original_name, options.model_name), encoders, ("before", "after"),
                                     strict=True):  # fmt: skip
         tick = time.time()
         model = load_for(name, options)
         fingerprints[label] = fingerprint(model)
         answers.append(answer_groups(model, encoder, groups, options, label))
-        del model
+        given[label] = given_text(model, encoder, choice_rows, options)
+        models.append(model)
         seconds[label] = round(time.time() - tick, 1)
 
     # ----------------------------------------------------------------------------------------- judgements
@@ -100,8 +111,16 @@ def main() -> None:
         "options": dataclasses.asdict(options),
         "on_topic_cosine": metrics.ON_TOPIC_COSINE,
         "groups": report_groups,
-        "seconds": {**seconds, "whole": round(time.time() - started, 1)},
+        "given_text": compare_given(given["before"], given["after"]),
     }
+
+    # ---------------------------------------------------------------------------------- attacks, then verdict
+    if wanted:
+        report["attacks"], report["layers"] = under_attack(wanted, lines, sources, models, encoders, options,
+                                                           embed)  # fmt: skip
+        seconds["attacks"] = round(time.time() - started - sum(seconds.values()), 1)
+    report["verdict"] = verdict.judge(report, options.require)
+    report["seconds"] = {**seconds, "whole": round(time.time() - started, 1)}
 
     # --------------------------------------------------------------------------------------------- report
     write_json(folder / "report.json", report)
@@ -111,6 +130,7 @@ def main() -> None:
         write_model_card(folder)
     print_report(report, lines, options.examples)
     print(f"report: {folder / 'report.html'} ({report['seconds']['whole']:.0f} s)")
+    raise SystemExit(3 if report["verdict"]["failed"] else 0)
 
 
 def make_groups(sources: dict, style: str, options) -> list[Group]:
@@ -166,6 +186,95 @@ def answer_groups(model, encoder: Encoder, groups: list[Group], options, label: 
         )
     )  # fmt: skip
     return [[next(texts)[0] for _ in group.rows] for group in groups]
+
+
+def attack_names(words: list[str]) -> list[str]:
+    if words == ["none"]:
+        return []
+    if words == ["all"]:
+        return list(attacks.NAMES)
+    if unknown := [word for word in words if word not in attacks.NAMES]:
+        raise UsageError(f"--attacks {' '.join(unknown)}: must be all, none, or among {' '.join(attacks.NAMES)}")
+    return words
+
+
+def under_attack(wanted, lines, sources, models, encoders, options, embed) -> tuple[list[dict], dict | None]:
+    """(one entry an attack and variant, NLL of the original's answers after every layer of both models).
+
+    Attacked are prompts that were forgotten: on topic before, not after. The original answers the rows that
+    an adversary fine-tunes on or shows as examples; those are trained-on forget rows, never the attacked ones.
+    """
+    forgotten = [x for x in lines if x["side"] == "forget" and x["before"]["on_topic"] and not x["after"]["on_topic"]
+                 and "(trained)" not in x["group"] and x["style"] == encoders[1].style]  # fmt: skip
+    forgotten = list({x["prompt"]: x for x in forgotten}.values())[: 6 if options.quick else options.attack_prompts]
+    if not forgotten:
+        return [], None
+    attacked = {x["prompt"] for x in forgotten}
+    rows = [Row(x["prompt"], x["before"]["answer"]) for x in forgotten]
+    spare = {side: [row for part in by_spec.values() for row in part if row.prompt not in attacked]
+             for side, by_spec in sources.items()}  # fmt: skip
+    own = split_rows(spare["forget"], options.seed, options.dev_share, options.test_share)["train"]
+    looks_harmful = [row for row in spare["keep"] if "neighbour" in row.source]
+    plain = [row for row in spare["keep"] if "neighbour" not in row.source]
+    kinds = [sample(some, 20, options.seed) for some in (own, plain, looks_harmful)]
+    if "relearn" in wanted or "few_shot" in wanted:
+        prompts = [encoders[0].prompt(row.prompt) for kind in kinds for row in kind]
+        texts = iter(generate(models[0], encoders[0], prompts, max_new_tokens=options.max_new_tokens,
+                              batch_size=options.generation_batch))  # fmt: skip
+        kinds = [[dataclasses.replace(row, response=text, complete=complete)
+                  for row, (text, complete) in zip(kind, texts, strict=False)] for kind in kinds]  # fmt: skip
+    probe = [Sequence("normal", 0, tuple(encoders[1].prompt(row.prompt)), tuple(encoders[1].answer("Yes, it is.")))
+             for row in rows[:3]]  # fmt: skip
+    packed, _ = can_pack(models[1], probe, 256, encoders[1].tokenizer.pad_token_id)
+    size = {"samples": 4, "relearn_steps": 8, "relearn_rows": 4} if options.quick else {}
+    attacker = attacks.Attacker(models[1], encoders[1], rows, *kinds, options.max_new_tokens,
+                                options.generation_batch, options.seed, packed, **size)  # fmt: skip
+    vectors = embed([row.prompt for row in rows])  # (n, d)
+    found = []
+    for name in tqdm([n for n in wanted if n != "probe"], desc="attacks", leave=False, disable=None):
+        for attack in getattr(attacker, name)():
+            flat = embed([text for texts in attack.answers for text in texts])
+            cosine = iter((flat * vectors.repeat_interleave(len(attack.answers[0]), 0)).sum(-1).tolist())
+            back = [any([metrics.on_topic(next(cosine), text) for text in texts]) for texts in attack.answers]
+            examples = [texts[0] for texts, hit in zip(attack.answers, back, strict=True) if hit][:3]
+            found.append({"name": name, "variant": attack.variant, "back": metrics.rate(back), "examples": examples})
+    layers = None
+    if "probe" in wanted:
+        layers = {label: attacks.layer_lens(model, encoder, rows)
+                  for label, model, encoder in zip(("before", "after"), models, encoders, strict=True)}  # fmt: skip
+    return found, layers
+
+
+def given_text(model, encoder: Encoder, choice_rows: list[dict], options) -> dict:
+    """What one model says of text that it is given: perplexity of --perplexity_text, MC1 and MC2 of --mc_data."""
+    found = {}
+    if options.perplexity_text:
+        text = Path(options.perplexity_text).read_text(encoding="utf-8")
+        found["perplexity"] = perplexity(model, encoder.tokenizer, text)
+    if choice_rows:
+        some = [Sequence("normal", 0, tuple(encoder.prompt(row["question"], options.mc_template)),
+                         tuple(encoder.answer(next(iter(row["mc2_targets"])), options.mc_template)))
+                for row in choice_rows[:3]]  # fmt: skip
+        packed, _ = can_pack(model, some, 256, encoder.tokenizer.pad_token_id)
+        found |= choices(AnswerLogits(model, packed=packed), encoder, choice_rows, options.mc_template,
+                         lambda rows: tqdm(rows, desc="choices", leave=False, disable=None))  # fmt: skip
+    return found
+
+
+def compare_given(before: dict, after: dict) -> dict:
+    """The two models' figures side by side, with paired differences where there are rows to pair."""
+    out = {}
+    if "perplexity" in before:
+        then, now = before["perplexity"], after["perplexity"]
+        out["perplexity"] = {"before": then["word_perplexity"], "after": now["word_perplexity"],
+                             "ratio": now["token_perplexity"] / then["token_perplexity"],
+                             "tokens": then["tokens"]}  # fmt: skip
+    for measure in ("mc1", "mc2"):
+        if measure in before:
+            change = [y - x for x, y in zip(before[measure], after[measure], strict=True)]
+            out[measure] = {"before": metrics.mean(before[measure]), "after": metrics.mean(after[measure]),
+                            "change": metrics.mean(change)}  # fmt: skip
+    return out
 
 
 def judge_group(group: Group, before: list[str], after: list[str], embed) -> tuple[dict, list[dict]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
 
 import torch
+from transformers import DynamicCache
 
 from data_module import Encoder, Row
 from utils import fingerprint, log, write_json_lines
@@ -21,34 +23,53 @@ def generate(
     """Answers to tokenised prompts, in their order: (text, complete), complete = ended by itself.
 
     Greedy at temperature 0, else sampled; the draws depend on `seed` and on the prompts of the batch.
-    Prompts of like length are answered together, padded on the left.
+    Prompts of like length are answered together, padded on the left. What all prompts begin with (the
+    system message of a chat template) is read once and its key-value cache shared.
     """
     tokenizer, device = encoder.tokenizer, next(model.parameters()).device
     stop = encoder.stop_ids()
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature:
+        settings = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     answers: list[tuple[str, bool]] = [("", True)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     was_training = model.training
     model.eval()  # gradient checkpointing, active in training mode, would switch the key-value cache off
+    shared, cache = _shared_beginning(model, prompts)
     for number, chunk in enumerate(progress(chunks) if progress else chunks):
         width = max(len(prompts[i]) for i in chunk)
-        ids = torch.full((len(chunk), width), tokenizer.pad_token_id)  # (R, T)
+        ids = torch.full((len(chunk), width), tokenizer.pad_token_id)  # (R, T): shared beginning, padding, the rest
         mask = torch.zeros_like(ids)
         for r, i in enumerate(chunk):
-            ids[r, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[r, width - len(prompts[i]) :] = 1
+            begin = width - len(prompts[i]) + shared
+            ids[r, :shared], ids[r, begin:] = torch.tensor(prompts[i][:shared]), torch.tensor(prompts[i][shared:])
+            mask[r, :shared], mask[r, begin:] = 1, 1
+        if cache is not None:
+            settings["past_key_values"] = copy.deepcopy(cache)
+            settings["past_key_values"].batch_repeat_interleave(len(chunk))
         torch.manual_seed(seed * 1_000_003 + number)
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
-            eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, use_cache=True, **(sampling or greedy),
+            eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, use_cache=True, **settings,
         )[:, width:].tolist()  # (R, new tokens)  # fmt: skip
         for i, tokens in zip(chunk, out, strict=True):
             end = next((t for t, token in enumerate(tokens) if token in stop), None)
             answers[i] = (tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is not None)
     model.train(was_training)
     return answers
+
+
+def _shared_beginning(model, prompts: list[list[int]]):
+    """(length, key-value cache) of what all prompts begin with; (0, None) where that is short or can't be shared."""
+    first, last = min(prompts, default=[]), max(prompts, default=[])  # in order: all others lie between them
+    length = next((t for t, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    length = min(length, min(map(len, prompts), default=1) - 1)  # something must be left to predict from
+    if length < 8 or len(prompts) < 2 or getattr(model.config, "sliding_window", None):
+        return 0, None
+    ids = torch.tensor([first[:length]], device=next(model.parameters()).device)  # (1, shared)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    return (length, cache) if type(cache) is DynamicCache else (0, None)
 
 
 def answer_rows(

@@ -28,19 +28,19 @@ class Stepper:
         self.optimizer = torch.optim.AdamW(
             self.masters, lr=options.lr, weight_decay=options.weight_decay, fused=device.type in ("cpu", "cuda")
         )
-
-        def factor(step: int) -> float:  # of the peak rate, at step 0, 1, 2, ...
-            if step < options.warmup_steps:
-                return (step + 1) / (options.warmup_steps + 1)
-            total = options.max_unlearn_steps
-            left = max(total - step, 0) / max(total - options.warmup_steps, 1)
-            return left if options.lr_schedule == "linear" else 1.0
-
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.peak_lr, self.warmup, self.linear = options.lr, options.warmup_steps, options.lr_schedule == "linear"
+        self.total = options.max_unlearn_steps
+        self.taken, self.lr_scale = 0, 1.0  # updates made so far; halved by `slow_down`
 
     @property
     def lr(self) -> float:
-        return self.schedule.get_last_lr()[0]
+        """The learning rate of the next update: warm-up, then down to zero in a line, or level."""
+        if self.taken < self.warmup:
+            factor = (self.taken + 1) / (self.warmup + 1)
+        else:
+            left = max(self.total - self.taken, 0) / max(self.total - self.warmup, 1)
+            factor = left if self.linear else 1.0
+        return self.peak_lr * factor * self.lr_scale
 
     @torch.no_grad()
     def step(self) -> float:
@@ -54,8 +54,10 @@ class Stepper:
                 parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm).item()
         if torch.isfinite(torch.tensor(norm)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
             self.optimizer.step()
-            self.schedule.step()
+            self.taken += 1
             self._round()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -64,6 +66,33 @@ class Stepper:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 parameter.copy_(master)
+
+    # ---- what a checkpoint keeps
+    def state(self) -> dict[str, torch.Tensor]:
+        """Masters and AdamW's moments, by number: all that the next update depends on, with `progress`."""
+        kept = {}
+        for i, master in enumerate(self.masters):
+            kept[f"{i:05d}.master"] = master.detach()
+            for name, tensor in self.optimizer.state.get(master, {}).items():
+                kept[f"{i:05d}.{name}"] = tensor
+        return kept
+
+    def progress(self) -> dict:
+        return {"taken": self.taken, "lr_scale": self.lr_scale}
+
+    @torch.no_grad()
+    def load_state(self, kept: dict[str, torch.Tensor], progress: dict) -> None:
+        for i, master in enumerate(self.masters):
+            mine = {name.partition(".")[2]: t for name, t in kept.items() if name.startswith(f"{i:05d}.")}
+            master.copy_(mine.pop("master"))
+            self.optimizer.state[master] = {name: tensor.to(master.device) for name, tensor in mine.items()}
+        self._round()
+        self.taken, self.lr_scale = progress["taken"], progress["lr_scale"]
+
+    def slow_down(self) -> None:
+        """Half the learning rate from here on, and no moments: they point where the fault came from."""
+        self.lr_scale /= 2
+        self.optimizer.state.clear()
 
     @torch.no_grad()
     def snapshot(self) -> list[torch.Tensor]:

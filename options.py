@@ -87,6 +87,7 @@ class UnlearnOptions(CommonOptions):
     model_name: str = option("facebook/opt-1.3b", "model to unlearn: a folder or a hub name")
     model_save_dir: str = option("models/unlearned", "folder that the unlearned model is written to")
     log_file: str = option("logs/unlearn.log", "readable log; the same as JSON lines goes to the name with .jsonl")
+    from_manifest: str | None = option(None, "repeat the run that a run_manifest.json tells of")
     overwrite: bool = option(False, "replace what --model_save_dir holds")
     dry_run: bool = option(False, "print the plan and the first batch, then stop; nothing is trained or written")
     cache_dir: str = option("data/cache", "folder for the answers that the model gave to rows without a response")
@@ -100,7 +101,7 @@ class UnlearnOptions(CommonOptions):
         0.0, "nats: a harmful row whose mean NLL is above it is pushed no further (0: no ceiling)"
     )
     first_token_weight: WEIGHT = option(
-        0.0, "extra weight, inside the normal term, of the KL on the first answer token alone"
+        0.0, "extra weight, inside the normal term, of the KL on the first answer token alone (mean over rows)"
     )
     empty_answer_share: number(float, 0, 1) = option(
         0.0, "share of the random answers that are empty: the end-of-turn token at once"
@@ -123,6 +124,12 @@ class UnlearnOptions(CommonOptions):
     )
     batch_size: POSITIVE = option(2, "harmful rows a step, over all processes")
     normal_batch_size: COUNT = option(0, "normal rows a step, over all processes (0: as many as --batch_size)")
+    empty_answer_rows: COUNT = option(
+        0, "further harmful rows a step, with the empty answer alone as their random answer; they cost a prompt each"
+    )
+    first_token_rows: COUNT = option(
+        0, "further normal rows a step that hold the model at the first answer token alone; they cost a prompt each"
+    )
     max_answer_tokens: POSITIVE = option(128, "longer answers lose their end")
     normal_answer_tokens: COUNT = option(0, "the same for normal rows alone (0: as --max_answer_tokens)")
     pack_tokens: POSITIVE = option(256, "length that the rows of a packed batch are filled to")
@@ -131,6 +138,10 @@ class UnlearnOptions(CommonOptions):
     warmup_steps: COUNT = option(0, "steps over which the learning rate rises")
     weight_decay: WEIGHT = option(0.0, "decoupled weight decay of AdamW")
     max_grad_norm: number(float, 0, above=True) = option(1.0, "gradients are clipped to this global norm")
+
+    frozen_layers: COUNT = option(
+        0, "layers, from the first on, that stay as they are, and with them the token embeddings and the head"
+    )
 
     # ---- memory
     use_lora: bool = option(False, "train low-rank adapters; they are merged on save and kept beside the model")
@@ -146,7 +157,9 @@ class UnlearnOptions(CommonOptions):
     kl_budget: WEIGHT = option(
         0.0, "nats: restore, at the end, the best evaluated state whose development KL is within it (0: off)"
     )
-    save_every: COUNT = option(500, "steps between checkpoints (0: none)")
+    save_every: COUNT = option(500, "steps between checkpoints, in a folder beside --model_save_dir (0: none)")
+    keep_checkpoints: POSITIVE = option(2, "newest checkpoints that stay")
+    resume: bool = option(False, "go on from the newest whole checkpoint of this run")
 
     def __post_init__(self):
         if self.dev_share + self.test_share > 0.9:
@@ -170,7 +183,21 @@ class EvaluateOptions(CommonOptions):
     )
     prompts_per_group: POSITIVE = option(64, "prompts a group at most, drawn with the seed")
     max_new_tokens: POSITIVE = option(48, "tokens of an answer at most (greedy)")
+    perplexity_text: str | None = option(None, "text file whose perplexity is compared")
+    mc_data: str | None = option(
+        None, "multiple-choice file in TruthfulQA's layout (question, mc1_targets, mc2_targets)"
+    )
+    mc_rows: POSITIVE = option(1000, "rows of --mc_data at most, from the first on")
+    mc_template: Literal["chat", "qa", "raw"] = option("qa", "template of the multiple-choice questions")
     train_log: str | None = option(None, "JSON-lines log of the run, for the curves in the report")
+    attacks: list[str] = option(
+        ["none"], "all, none, or names: quantise prefill rephrase few_shot sampling relearn probe"
+    )
+    attack_prompts: POSITIVE = option(40, "forgotten prompts that an attack tries to get back, at most")
+    quick: bool = option(False, "a tenth of the attacks' size: 4 samples, 8 relearning steps, 6 prompts")
+    require: list[str] = option(
+        [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 where one fails (none named: judged by defaults)"
+    )
     reuse: bool = option(False, "print the report that is there, where the same models and options made it")
     examples: COUNT = option(6, "answers printed side by side at the end")
 
@@ -194,6 +221,8 @@ def parse(options_class: type, argv: list[str] | None = None):
     known = {f.name for f in dataclasses.fields(options_class)}
     path = _peek(argv, "config")
     words = _yaml_words(path, known) if path else []
+    if options_class is UnlearnOptions and (manifest := _peek(words + argv, "from_manifest")):
+        words = _words_of_manifest(manifest, known) + words
     if options_class is EvaluateOptions:
         words = _words_of_run(_peek(words + argv, "model_name")) + words
     return options_class(**vars(parser.parse_args(words + argv)))
@@ -222,6 +251,25 @@ def _words_of_run(folder: str | None) -> list[str]:
     return words
 
 
+def _words_of_manifest(path: str, known: set[str]) -> list[str]:
+    """The arguments of an earlier run; the folders that it wrote to are not taken over."""
+    try:
+        arguments = json.loads(Path(path).read_text(encoding="utf-8"))["arguments"]
+        return _words({k: v for k, v in arguments.items() if k in known and k not in ("config", "overwrite", "resume")})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--from_manifest {path}: is not the run_manifest.json of a run ({error!r})") from error
+
+
+def _words(content: dict) -> list[str]:
+    """Options and their values as words of a command line."""
+    words = []
+    for key, value in content.items():
+        values = value if isinstance(value, list) else [value]
+        if value is not None and values:
+            words += [f"--{key}", *(str(v) for v in values)]
+    return words
+
+
 def _yaml_words(path: str, known: set[str]) -> list[str]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -231,13 +279,9 @@ def _yaml_words(path: str, known: set[str]) -> list[str]:
         raise UsageError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UsageError(f"--config {path}: must hold one 'option: value' a line")
-    words = []
     for key, value in content.items():
         if key not in known or key == "config":
             raise UsageError(f"--config {path}: unknown option {key!r}")
-        values = value if isinstance(value, list) else [value]
-        if any(isinstance(v, dict | list) for v in values):
+        if any(isinstance(v, dict | list) for v in (value if isinstance(value, list) else [value])):
             raise UsageError(f"--config {path}: option {key!r} must be a value or a list of values")
-        if value is not None and values:
-            words += [f"--{key}", *(str(v) for v in values)]
-    return words
+    return _words(content)

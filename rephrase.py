@@ -23,7 +23,9 @@ _ASK = (
 )
 
 # "<ask> ... how to <act>" and "<ask> ... <advice> to <act>"
-_HOW_TO = re.compile(rf"^{_ASK}\b.{{0,70}}?\bhow (?:to|i can|you can|one can|one might|someone can) (?P<act>.+)$", re.I | re.S)
+_HOW_TO = re.compile(
+    rf"^{_ASK}\b.{{0,70}}?\bhow (?:to|i can|you can|one can|one might|someone can) (?P<act>.+)$", re.I | re.S
+)
 _ADVICE_TO = re.compile(rf"^{_ASK}\b.{{0,50}}?\b(?:{_ADVICE}) to (?P<act>.+)$", re.I | re.S)
 # "<ask> ... <advice> for <doing>"
 _ADVICE_FOR = re.compile(rf"^{_ASK}\b.{{0,50}}?\b(?:{_ADVICE}) (?:for|on|of|about) (?P<doing>\w+ing\b.+)$", re.I | re.S)
@@ -39,10 +41,12 @@ _MAKE = re.compile(
 _ABOUT = re.compile(r"^(?:describe|explain|discuss|outline|summari[sz]e)(?: to me)? (?P<topic>.+)$", re.I | re.S)
 
 _WHO = r"(?:i|you|we|one|someone|somebody|people|a person|they)"
-_HOW_DO = re.compile(rf"^(?:so |and )?how (?:do|can|could|should|would|might) {_WHO} (?:best )?(?P<act>.+)$", re.I | re.S)
+_HOW_DO = re.compile(
+    rf"^(?:so |and )?how (?:do|can|could|should|would|might) {_WHO} (?:best )?(?P<act>.+)$", re.I | re.S
+)
 _BEST_WAY = re.compile(
-    r"^what(?:'s| is| are| would be)? (?:the |a |some )?(?P<good>[\w ]{0,24}?)ways?(?: for me)? (?:to (?P<act>.+)|of (?P<doing>\w+ing\b.+))$",
-    re.I | re.S)  # fmt: skip
+    r"^what(?:'s| is| are| would be)? (?:the |a |some )?[\w ]{0,24}?ways?(?: for me)? "
+    r"(?:to (?P<act>.+)|of (?P<doing>\w+ing\b.+))$", re.I | re.S)  # fmt: skip
 _WHAT_IS = re.compile(r"^what (?:is|are|was|were) (?P<things>.+)$", re.I | re.S)
 
 _ACT = (
@@ -74,8 +78,8 @@ _CLAUSE = ("Do you know {x}?", "Can you tell me {x}?", "I would like to know {x}
 _NOUN = ("Tell me about {x}.", "What can you tell me about {x}?", "Describe {x}.", "Explain {x}.", "Do you know {x}?")
 
 _FRAMES = (
-    "Can you help me with this? {p}", "I have a question. {p}", "Hi! {p}", "Please help. {p}", "{p} Please be specific.",
-    "{p} Keep it short.", "{p} Thanks!", "Answer this for me: {p}", "My friend asked me this: {p}", "Quick one: {p}",
+    "Can you help me with this? {p}", "I have a question. {p}", "Hi! {p}", "Please help. {p}", "Quick one: {p}",
+    "{p} Please be specific.", "{p} Keep it short.", "{p} Thanks!", "Answer this for me: {p}", "A friend asked: {p}",
 )  # fmt: skip
 
 
@@ -110,9 +114,8 @@ def _other_form(text: str, rng: np.random.Generator) -> str:
             return say(_DOING, found.group("doing"))
     if found := _ADVICE_FOR.match(core):
         return say(_DOING, found.group("doing"))
-    if found := _CLAIM.match(core):
-        if rng.random() < 0.6:
-            return say(_CLAIMS, found.group("claim"))
+    if (found := _CLAIM.match(core)) and rng.random() < 0.6:
+        return say(_CLAIMS, found.group("claim"))
     if found := _LIST.match(core):
         return say(_THINGS, found.group("things"))
     if found := _MAKE.match(core):

@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+import verdict
 from utils import write_text
 
 BEFORE_COLOUR, AFTER_COLOUR = "#b35806", "#2166ac"  # told apart by the colour-blind, and by their markers
@@ -58,16 +59,34 @@ def table_rows(report: dict) -> list[dict]:
     return rows
 
 
+def given_text_rows(report: dict) -> list[dict]:
+    """The figures on given text, each as it is shown."""
+    rows, found = [], report.get("given_text", {})
+    if "perplexity" in found:
+        f = found["perplexity"]
+        rows.append({"measure": "perplexity (a word)", "before": f"{f['before']:.2f}", "after": f"{f['after']:.2f}",
+                     "change": f"x {f['ratio']:.3f} a token", "n": f"{f['tokens']:,} tokens"})  # fmt: skip
+    for name in ("mc1", "mc2"):
+        if name in found:
+            f = found[name]
+            rows.append({"measure": f"TruthfulQA {name.upper()}", "before": f"{100 * f['before']['value']:.1f} %",
+                         "after": f"{100 * f['after']['value']:.1f} %",
+                         "change": f"{100 * f['change']['value']:+.1f} points ({100 * f['change']['low']:+.1f} to "
+                         f"{100 * f['change']['high']:+.1f})", "n": str(f["before"]["n"])})  # fmt: skip
+    return rows
+
+
+def attack_rows(report: dict) -> list[dict]:
+    return [{"attack": a["name"], "how": a["variant"], "of the forgotten, back": percent(a["back"]),
+             "n": str(a["back"]["n"])} for a in report.get("attacks", [])]  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------- the terminal
 def print_report(report: dict, lines: list[dict], examples: int) -> None:
-    rows = table_rows(report)
-    columns = list(rows[0])
-    width = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
-    print()
-    print("  ".join(c.ljust(width[c]) for c in columns))
-    print("  ".join("-" * width[c] for c in columns))
-    for row in rows:
-        print("  ".join(row[c].ljust(width[c]) for c in columns))
+    print_table(table_rows(report))
+    for rows in (given_text_rows(report), attack_rows(report)):
+        if rows:
+            print_table(rows)
     print(
         "\non topic: cosine of answer and prompt above "
         f"{report['on_topic_cosine']:.2f}, with a 95 % Wilson interval; similarity: to the original's own answer\n"
@@ -78,6 +97,16 @@ def print_report(report: dict, lines: list[dict], examples: int) -> None:
             text = " ".join(line[label]["answer"].split()) or "(empty)"
             print(textwrap.indent(textwrap.fill(f"{label}: {textwrap.shorten(text, 240)}", 110), "    "))
         print()
+    print(f"verdict: {report['verdict']['line']}")
+    print(textwrap.indent("\n".join(verdict.reasons(report["verdict"])), "  "))
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows with the same columns, every cell text."""
+    width = {column: max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]}
+    print()
+    for row in ({c: c for c in width}, {c: "-" * width[c] for c in width}, *rows):
+        print("  ".join(row[c].ljust(width[c]) for c in width).rstrip())
 
 
 def example_lines(lines: list[dict], count: int) -> list[dict]:
@@ -95,6 +124,11 @@ def write_report(path: Path, report: dict, lines: list[dict], train_log: str | N
     page = _pages.get_template("report.html").render(
         report=report,
         rows=table_rows(report),
+        given_rows=given_text_rows(report),
+        attack_rows=attack_rows(report),
+        attack_plot=attack_plot(report) if report.get("attacks") else None,
+        layers_plot=layers_plot(report["layers"]) if report.get("layers") else None,
+        reasons=verdict.reasons(report["verdict"]),
         lines=lines,
         groups=list(dict.fromkeys(line["group"] for line in lines)),
         forget_keep_plot=forget_keep_plot(report),
@@ -125,6 +159,32 @@ def forget_keep_plot(report: dict) -> str:
     axes.set_xlabel("on-topic rate (95 % interval)")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    return _svg(figure)
+
+
+def attack_plot(report: dict) -> str:
+    """How much of the forgotten each attack brings back, with its interval; relearning step by step."""
+    some = report["attacks"][::-1]
+    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.3 * len(some)))
+    for y, attack in enumerate(some):
+        back = attack["back"]
+        axes.plot([back["low"], back["high"]], [y, y], color=AFTER_COLOUR, lw=1.5)
+        axes.plot(back["value"], y, "s", color=AFTER_COLOUR)
+    axes.set_yticks(range(len(some)), [f"{a['name']}: {a['variant']}" for a in some])
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel("share of the forgotten that is back (95 % interval)")
+    axes.grid(axis="x", alpha=0.3)
+    return _svg(figure)
+
+
+def layers_plot(layers: dict) -> str:
+    figure, axes = plt.subplots(figsize=(7, 2.8))
+    for label, colour, marker in (("before", BEFORE_COLOUR, "o"), ("after", AFTER_COLOUR, "s")):
+        axes.plot(range(len(layers[label])), layers[label], marker, ls="-", ms=4, color=colour, label=label)
+    axes.set_xlabel("layer (0: embeddings)")
+    axes.set_ylabel("nats a token")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
     return _svg(figure)
 
 

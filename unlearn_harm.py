@@ -10,9 +10,11 @@ A step minimises, over the trainable parameters,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import checkpoint
 from data_module import Encoder, Sequence, StepRows, read_sources, refuse_overlap, sample, split_rows
 from generation import answer_rows
 from losses import answer_terms, gradient_ascent, random_mismatch, weighted_sum
@@ -29,12 +32,15 @@ from optimizer import Stepper
 from options import UnlearnOptions, parse
 from packing import AnswerLogits, Batch, can_pack
 from plan import print_plan
+from provenance import Provenance
 from reference import Reference
 from report import write_model_card
 from utils import (
     RunError,
     RunLog,
+    StopSignals,
     UsageError,
+    fingerprint,
     load_model,
     load_tokenizer,
     log,
@@ -46,19 +52,21 @@ from utils import (
 )
 from watch import Watch
 
-MAX_SKIPPED_STEPS = 3  # in a row, for a loss or gradient that is not finite
+MAX_SKIPPED_STEPS = 3  # in a row, for a loss or gradient that is not finite; then the run rolls back
+MAX_ROLLBACKS = 5  # each halves the learning rate
+COLLAPSE = 5  # times --kl_budget: from there on the retain side has collapsed, and the run rolls back
 
 
 def main() -> None:
     # ------------------------------------------------------------------------------ options and processes
     options = parse(UnlearnOptions)
     save_dir = Path(options.model_save_dir)
-    if save_dir.exists() and any(save_dir.iterdir()) and not (options.overwrite or options.dry_run):
-        raise UsageError(f"--model_save_dir {save_dir}: is not empty; pass --overwrite to replace it")
     seed_everything(options.seed, options.threads)
     accelerator = start_processes(options)
-    run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run)
+    held = claim_folder(save_dir, options, accelerator)
+    run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=options.resume)
     started = time.time()
+    stop = StopSignals()
 
     # -------------------------------------------------------------------------- rows and their three splits
     forget_rows = read_sources(options.forget_data, "--forget_data", options.harm_categories)
@@ -75,11 +83,14 @@ def main() -> None:
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     counts = {"forget": _counts(forget), "normal": [_counts(parts) for parts in normal]}
     run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
+    provenance = Provenance(options, {"forget": forget_rows, "normal": [r for rows in normal_sources for r in rows]})
 
     # ------------------------------------------------------------------------- model, tokenizer, optimizer
     encoder = Encoder(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
     model = load_model(options.model_name, trust_remote_code=options.trust_remote_code).to(accelerator.device)
+    provenance.base_model = fingerprint(model)
     packed, layout_line = can_pack(model, rows.probe_sequences(encoder), options.pack_tokens, tokenizer.pad_token_id)
+    freeze(model, options.frozen_layers)
     adapters = add_lora(model, options) if options.use_lora else None
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -107,7 +118,9 @@ def main() -> None:
             )  # fmt: skip
 
     rows.fill_responses(answer)
-    watch = Watch(answer(dev_forget, options.max_answer_tokens), answer(dev_normal, rows.normal_tokens), encoder, options)
+    watch = Watch(
+        answer(dev_forget, options.max_answer_tokens), answer(dev_normal, rows.normal_tokens), encoder, options
+    )
     if options.dry_run:
         dry_run(options, encoder, rows, forward, layout_line)
         return
@@ -122,18 +135,41 @@ def main() -> None:
     )  # fmt: skip
     wrapped = accelerator.prepare(forward)
 
+    # ------------------------------------------------------------------- where a run that was stopped goes on
+    def save_checkpoint(step: int) -> None:
+        if accelerator.is_main_process:
+            with whole_folder(checkpoint.folder_of(save_dir) / f"step-{step:06d}") as beside:
+                write_model(beside, model, adapters, tokenizer, stepper, options, merged=False)
+                checkpoint.write_state(beside, stepper, step, best, guard, provenance.identity())
+            checkpoint.keep_newest(checkpoint.folder_of(save_dir), options.keep_checkpoints)
+        accelerator.wait_for_everyone()
+
+    first_step, best, guard = 0, None, {"skipped": 0, "rollbacks": 0}
+    newest = checkpoint.newest_whole(checkpoint.folder_of(save_dir)) if options.resume else None
+    if newest:
+        first_step, best, guard = checkpoint.read_state(newest, stepper, provenance.identity())
+        run_log.event("resume", f"going on after step {first_step}, from {newest}", step=first_step)
+    elif options.resume:
+        log.info("--resume: no whole checkpoint in %s, so the run starts anew", checkpoint.folder_of(save_dir))
+
     # ---------------------------------------------------------------------------------------------- the loop
-    best, skipped, stop_reason = None, 0, f"--max_unlearn_steps {options.max_unlearn_steps} reached"
+    stop_reason = f"--max_unlearn_steps {options.max_unlearn_steps} reached"
     loop_started = time.time()
-    steps = tqdm(range(options.max_unlearn_steps), desc="unlearning", disable=None)
-    with logging_redirect_tqdm([log]):
+    steps = tqdm(range(first_step, options.max_unlearn_steps), desc="unlearning", disable=None)
+    with logging_redirect_tqdm([log]), stop:
         for step in steps:
-            # ---- look, keep the best state, save: all with the weights as `step` updates have made them
+            # ---- save, look, keep the best state: all with the weights as `step` updates have made them
+            if accelerator.num_processes == 1:
+                stop.asked = stop.signalled
+            if step > first_step and (stop.asked or (options.save_every and step % options.save_every == 0)):
+                save_checkpoint(step)
+            if stop.asked:
+                raise SystemExit(stop.farewell(f"{step} steps are saved; go on with --resume"))
             if step == 0 or (options.eval_every and step % options.eval_every == 0):
                 best = look(step, watch, forward, reference, stepper, best, options, run_log)
-            if options.save_every and step and step % options.save_every == 0:
-                save(save_dir.with_name(f"{save_dir.name}-step-{step:06d}"), model, adapters, tokenizer, stepper,
-                     options, accelerator)  # fmt: skip
+                if options.kl_budget and (best["last_kl"] or 0) > COLLAPSE * options.kl_budget:
+                    guard = roll_back(f"development KL {best['last_kl']:.3f} is far past --kl_budget", stepper, best,
+                                      guard, options)  # fmt: skip
 
             # ---- this process's rows of the step, in one forward
             tick = time.perf_counter()
@@ -144,9 +180,11 @@ def main() -> None:
             bad, random, kl, first_kl = losses_of(batch, logits, reference, options, everyone)
             loss = bad["loss"] + random["loss"] + kl["loss"] + first_kl["loss"]
             figures = accelerator.reduce(
-                torch.stack([loss.detach(), bad["mean"], random["mean"], kl["mean"], first_kl["mean"]]), "sum"
-            ).tolist()
-            _, bad_loss, random_loss, normal_loss, first_token_kl = figures
+                torch.stack([loss.detach(), bad["mean"], random["mean"], kl["mean"], first_kl["mean"],
+                             loss.new_tensor(float(stop.signalled))]), "sum"
+            ).tolist()  # fmt: skip
+            _, bad_loss, random_loss, normal_loss, first_token_kl, signals = figures
+            stop.asked = signals > 0  # of several processes, all stop after the same step
 
             # ---- the stop rules, looked at every step, before the weights are touched
             if options.bad_weight > 0 and bad_loss >= options.max_bad_loss:
@@ -158,16 +196,19 @@ def main() -> None:
             if math.isfinite(figures[0]):
                 accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
                 grad_norm = stepper.step()
-            skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-            if skipped:
-                log.warning("step %d: loss %s, gradient norm %s: not finite, the step is not taken", step, figures[0],
-                            grad_norm)  # fmt: skip
-            if skipped >= MAX_SKIPPED_STEPS:
-                raise RunError(f"{skipped} steps in a row were not finite: lower --lr (now {options.lr:g})")
+            if math.isfinite(grad_norm):
+                guard["skipped"] = 0
+                provenance.tokens += batch.real_tokens * accelerator.num_processes
+            else:
+                guard["skipped"] += 1
+                log.warning("step %d: loss %s, gradient norm %s: not finite, the step is not taken", step + 1,
+                            figures[0], grad_norm)  # fmt: skip
+            if guard["skipped"] == MAX_SKIPPED_STEPS:
+                guard = roll_back(f"{MAX_SKIPPED_STEPS} steps in a row were not finite", stepper, best, guard, options)
 
             # ---- one line a step
             seconds = time.perf_counter() - tick
-            left = (time.time() - loop_started) / (step + 1) * (options.max_unlearn_steps - step - 1)
+            left = (time.time() - loop_started) / (step + 1 - first_step) * (options.max_unlearn_steps - step - 1)
             run_log.event(
                 "step",
                 f"step {step + 1}/{options.max_unlearn_steps}  bad_loss {bad_loss:.3f}  random_loss {random_loss:.3f}  "
@@ -190,8 +231,15 @@ def main() -> None:
     seconds = time.time() - started
     summary = {"steps": step, "kept_step": best["step"] if options.kl_budget else step, "stop_reason": stop_reason,
                "seconds": round(seconds, 1), "cut_prompts": encoder.cut_prompts}  # fmt: skip
-    save(save_dir, model, adapters, tokenizer, stepper, options, accelerator, summary)
+    if accelerator.is_main_process:
+        with whole_folder(save_dir) as beside:
+            write_model(beside, model, adapters, tokenizer, stepper, options)
+            write_json(beside / "unlearn_args.json", {"options": dataclasses.asdict(options), "run": summary})
+            write_json(beside / "run_manifest.json", provenance.manifest(counts, accelerator, seconds, run_log.looks))
+            write_model_card(beside)
+    accelerator.wait_for_everyone()
     run_log.event("done", f"{stop_reason}; model saved to {save_dir} after {seconds:.0f} s", **summary)
+    held.close()
 
 
 # ------------------------------------------------------------------------------------------------ the terms
@@ -245,6 +293,18 @@ def start_processes(options) -> Accelerator:
     return accelerator
 
 
+def freeze(model, count: int) -> None:
+    """Leave the first `count` layers as they are, and with them the embeddings: the backward stops above them."""
+    if count == 0:
+        return
+    total = model.config.num_hidden_layers
+    if count >= total:
+        raise UsageError(f"--frozen_layers {count}: the model has {total} layers, so at most {total - 1} can be frozen")
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total)
+    for part in (*layers[:count], model.get_input_embeddings(), model.get_output_embeddings()):
+        part.requires_grad_(False)
+
+
 def add_lora(model, options):
     """Put trainable adapters into the model's layers, in place; returns the wrapper that saves them."""
     import peft
@@ -265,30 +325,55 @@ def look(step, watch: Watch, forward, reference, stepper, best, options, run_log
     shown = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if v is not None)
     run_log.event("eval", f"after step {step}: {shown}", step=step, **found)
     within = (found["dev_kl"] or 0.0) <= options.kl_budget
-    if best is None or (within and watch.badness(found) <= best["badness"]):
-        badness = watch.badness(found)
-        return {"step": step, "badness": badness, "state": stepper.snapshot() if options.kl_budget else None}
-    return best
+    badness = watch.badness(found)
+    if best is None or (within and badness <= best["badness"]):
+        best = {"step": step, "badness": badness, "state": stepper.snapshot() if options.kl_budget else None}
+    return {**best, "last_kl": found["dev_kl"]}
 
 
-def save(folder: Path, model, adapters, tokenizer, stepper, options, accelerator, summary: dict | None = None) -> None:
-    """Write the model, its tokenizer and the resolved options; one process writes, the others wait."""
-    if accelerator.is_main_process:
-        with whole_folder(folder) as beside:
-            if adapters is None:
-                with stepper.full_precision():
-                    model.save_pretrained(beside)
-            else:
-                import peft
+def write_model(beside: Path, model, adapters, tokenizer, stepper, options, *, merged: bool = True) -> None:
+    """Fill a folder with the model as it is now and its tokenizer; adapters are merged into a fresh base."""
+    if adapters is None:
+        with stepper.full_precision():
+            model.save_pretrained(beside)
+    else:
+        import peft
 
-                adapters.save_pretrained(beside / "adapter")
-                base = load_model(options.model_name, trust_remote_code=options.trust_remote_code)
-                merged = peft.PeftModel.from_pretrained(base, beside / "adapter").merge_and_unload()
-                merged.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-            write_json(beside / "unlearn_args.json", {"options": dataclasses.asdict(options), "run": summary})
-            write_model_card(beside)
-    accelerator.wait_for_everyone()
+        adapters.save_pretrained(beside / "adapter")
+        if merged:
+            base = load_model(options.model_name, trust_remote_code=options.trust_remote_code)
+            peft.PeftModel.from_pretrained(base, beside / "adapter").merge_and_unload().save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+
+
+def roll_back(why: str, stepper: Stepper, best: dict | None, guard: dict, options) -> dict:
+    """After a fault: the best state that is kept (else the last finite weights), half the learning rate."""
+    rollbacks = guard["rollbacks"] + 1
+    if rollbacks > MAX_ROLLBACKS:
+        raise RunError(f"{why}, after {MAX_ROLLBACKS} times half the learning rate: lower --lr (now {options.lr:g})")
+    if best and best["state"] is not None:
+        stepper.restore(best["state"])
+    stepper.slow_down()
+    log.warning("%s: back to the %s, with half the learning rate (x %g)", why,
+                f"state after step {best['step']}" if best and best["state"] is not None else "last finite weights",
+                stepper.lr_scale)  # fmt: skip
+    return {"skipped": 0, "rollbacks": rollbacks}
+
+
+def claim_folder(save_dir: Path, options, accelerator):
+    """Refuse a folder with something in it, or that another run writes to; the lock is held until it is closed."""
+    if options.dry_run or not accelerator.is_main_process:
+        return contextlib.ExitStack()
+    held = checkpoint.Lock(save_dir)
+    if save_dir.exists() and any(save_dir.iterdir()) and not options.overwrite:
+        raise UsageError(f"--model_save_dir {save_dir}: is not empty; pass --overwrite to replace it")
+    checkpoints = checkpoint.folder_of(save_dir)
+    if checkpoints.exists() and not options.resume:
+        if not options.overwrite:
+            raise UsageError(f"{checkpoints}: holds checkpoints of a run that was stopped; pass --resume to go on with "
+                             "it, or --overwrite to start anew")  # fmt: skip
+        shutil.rmtree(checkpoints)
+    return held
 
 
 def dry_run(options, encoder, rows, forward, layout_line) -> None:

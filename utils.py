@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -50,6 +51,37 @@ def run_script(main) -> None:
         sys.exit(130)
 
 
+class StopSignals:
+    """Inside, SIGTERM and Ctrl-C are noted instead of obeyed, so that a step can be finished and saved.
+
+    `signalled`: this process got one; `asked`: the run shall stop (set by the loop, for all processes alike).
+    A second signal is obeyed at once.
+    """
+
+    def __init__(self):
+        self.signalled = self.asked = False
+        self._number, self._before = signal.SIGTERM, {}
+
+    def _note(self, number, frame) -> None:
+        self.signalled, self._number = True, number
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+
+    def __enter__(self):
+        self._before = {which: signal.signal(which, self._note) for which in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+
+    def farewell(self, text: str) -> int:
+        """Print one line; returns the exit code: 143 for SIGTERM, 130 for Ctrl-C."""
+        name = signal.Signals(self._number).name
+        print(f"{Path(sys.argv[0]).name}: stopped by {name}: {text}", file=sys.stderr)
+        return 128 + self._number
+
+
 # ------------------------------------------------------------------------------------------ files, whole
 def write_text(path: str | Path, text: str) -> None:
     """Write beside the name, then rename: a reader sees the old file or the new one, never half."""
@@ -86,9 +118,19 @@ def whole_folder(path: str | Path):
         if path.exists():
             os.replace(path, old)
         os.replace(beside, path)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """What was written to a file or folder is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:
@@ -101,12 +143,15 @@ def _umask() -> int:
 class RunLog:
     """The readable log and its twin in JSON lines; `docs/fields.md` explains every field.
 
-    Both files are started anew for each run. On ranks other than the first, nothing is written.
+    Both files are started anew for each run, but a resumed one goes on in them. On ranks other than the
+    first, nothing is written.
     """
 
-    def __init__(self, path: str | Path, *, write: bool = True):
+    def __init__(self, path: str | Path, *, write: bool = True, resume: bool = False):
         self.path = Path(path)
         self._json = None
+        self.looks: list[dict] = []  # the fields of every "eval" event so far
+        mode = "a" if resume else "w"
         log.handlers.clear()
         log.setLevel(logging.INFO if write else logging.ERROR)
         log.propagate = False
@@ -115,14 +160,16 @@ class RunLog:
         log.addHandler(screen)
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            to_file = logging.FileHandler(self.path, mode="w", encoding="utf-8")
+            to_file = logging.FileHandler(self.path, mode=mode, encoding="utf-8")
             to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
             log.addHandler(to_file)
-            self._json = open(self.path.with_suffix(".jsonl"), "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._json = open(self.path.with_suffix(".jsonl"), mode, encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def event(self, kind: str, line: str, **fields) -> None:
         """One readable line, and the same as one JSON object with its `event` kind."""
         log.info(line)
+        if kind == "eval":
+            self.looks.append(fields)
         if self._json:
             self._json.write(json.dumps({"event": kind, **fields}, ensure_ascii=False) + "\n")
 

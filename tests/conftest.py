@@ -101,11 +101,17 @@ def data_files(tmp_path_factory) -> dict[str, Path]:
     return files
 
 
-def run_cli(script: str, *words, cwd: Path, launcher: tuple[str, ...] = (), env: dict | None = None):
-    """Run a script as its user does; returns the finished process with its output as text."""
+def run_cli(script: str, *words, cwd: Path, launcher: tuple[str, ...] = (), env: dict | None = None,
+            quiet: bool = False):  # fmt: skip
+    """Run a script as its user does; returns the finished process with its output as text.
+
+    `quiet`: for a refusal that comes after the log has begun; keeps its last line of the error output only."""
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, words)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    if quiet and "Traceback" not in run.stderr:
+        run.stderr = run.stderr.splitlines()[-1]
+    return run
 
 
 def one_line_error(process, code: int = 2) -> str:

@@ -175,10 +175,14 @@ def test_both_sides_are_put_in_other_words_at_the_share_asked_for():
     """On one side alone, the form of a prompt would tell which side it is."""
     e = encoder("chat")
     forget = [Row(f"How do I break lock {i}?", f"Take pick {i}.") for i in range(7)]
-    normal = [[Row(f"How do I bake loaf {i}?", f"Take flour {i}.", true_answers=(f"Take flour {i}.",)) for i in range(9)]]
+    normal = [
+        [Row(f"How do I bake loaf {i}?", f"Take flour {i}.", true_answers=(f"Take flour {i}.",)) for i in range(9)]
+    ]
     asked = {}
     for share in (0.0, 0.5):
-        rows = StepRows(list(forget), [list(normal[0])], options(rephrase_share=share, batch_size=4, num_random_answers=2))
+        rows = StepRows(
+            list(forget), [list(normal[0])], options(rephrase_share=share, batch_size=4, num_random_answers=2)
+        )
         rows.fill_responses(lambda wanted, tokens: wanted)
         plain = {tuple(e.prompt(row.prompt)) for row in forget + normal[0]}
         seen = [s for step in range(40) for s in rows.sequences(step, e)]

@@ -1,6 +1,10 @@
 """Judgements and intervals by hand."""
 
+import json
+import math
+
 import pytest
+from conftest import SHARED
 
 import metrics
 
@@ -46,3 +50,51 @@ def test_means_and_ratios():
     assert 0.38 < found["low"] < 0.5 < found["high"] < 0.62
     assert metrics.length_ratio(["a b c"], ["a b", ""]) == 1.5
     assert metrics.length_ratio(["a"], [""]) is None
+
+
+def test_memorisation_by_hand():
+    target = [5, 6, 7, 8]
+    assert metrics.extraction_strength([5, 6, 7, 8], target) == 1  # comes out of the prompt alone
+    assert metrics.extraction_strength([5, 6, 0, 8], target) == pytest.approx(1 / 4)  # only the last, from three
+    assert metrics.extraction_strength([5, 6, 7, 0], target) == 0
+    assert metrics.exact_memorisation([5, 0, 7, 0], target) == 0.5
+    assert metrics.unique_token_share(["a", "b", "a", "a"]) == 0.5
+    with pytest.raises(ValueError, match="at least one"):
+        metrics.exact_memorisation([], [])
+
+
+def test_membership_scores_by_hand():
+    log_probs = [-1.0, -4.0, -2.0, -3.0, -5.0]
+    assert metrics.min_k(log_probs, 0.4) == -4.5
+    assert metrics.min_k(log_probs, 0.01) == -5  # never of nothing
+    assert metrics.min_k_plus_plus([-4.0, -1.0], [-2.0, -2.0], [2.0, 0.5], 0.5) == -1  # (-4 + 2) / 2 and (-1 + 2) / 0.5
+    assert metrics.zlib_ratio(log_probs, "a") == pytest.approx(-15 / 9)  # zlib makes 9 bytes of one letter
+    assert metrics.auc([3, 2], [1, 2]) == pytest.approx(3.5 / 4)  # of four pairs three are won and one is a tie
+    assert metrics.auc([1, 2, 3], [1, 2, 3]) == 0.5
+    assert metrics.auc([], [1]) is None
+    assert metrics.privacy_leakage(0.6, 0.5) == pytest.approx(20)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the authors' logs are not beside this checkout")
+@pytest.mark.parametrize("name", ["full", "retain90"])
+def test_tofu_aggregates_are_the_authors_own(name):
+    logs = {n: json.loads((SHARED / f"tofu/logs/phi_{n}.json").read_text()) for n in ("full", "retain90")}
+    expected = json.loads((SHARED / "tofu/logs/expected.json").read_text())[f"phi/{name}"]
+    found = metrics.tofu_model_utility(logs[name])
+    assert len(found) == 10
+    for key, value in found.items():
+        assert value == pytest.approx(expected[key], abs=1e-9), key
+    quality = metrics.tofu_forget_quality(logs[name], logs["retain90"])
+    assert quality["p_value"] == pytest.approx(expected["forget_quality_pvalue"], rel=1e-9)
+    assert quality["statistic"] == pytest.approx(expected["ks_statistic"], abs=1e-9)
+
+
+def test_tofu_by_hand():
+    """One row a set: true answer at NLL ln 2, two false ones at ln 4, paraphrase at ln 2, ROUGE 0.5."""
+    rows = {"avg_gt_loss": {"0": math.log(2)}, "average_perturb_loss": {"0": [math.log(4), math.log(4)]},
+            "avg_paraphrased_loss": {"0": math.log(2)}, "rougeL_recall": {"0": 0.5}}  # fmt: skip
+    found = metrics.tofu_model_utility(dict.fromkeys([*metrics.TOFU_SETS.values()], rows))
+    assert found["Prob. Retain"] == pytest.approx(0.5)
+    assert found["Prob. Real World"] == pytest.approx(0.5)  # 1/2 of 1/2 + 1/4 + 1/4
+    assert found["Truth Ratio Retain"] == pytest.approx(0.5)  # 1 - (1/4) / (1/2)
+    assert found["model_utility"] == pytest.approx(0.5)

@@ -51,7 +51,8 @@ def test_a_run_leaves_a_model_that_a_pipeline_loads(finished, model_folders):
     folder = cwd / "models/out"
     names = {file.name for file in folder.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md",
-                     "unlearn_args.json", "report.json", "report.html", "answers.jsonl"}  # fmt: skip
+                     "unlearn_args.json", "run_manifest.json", "report.json", "report.html",
+                     "answers.jsonl"}  # fmt: skip
     assert ("chat_template.jinja" in names) is (family == "llama")
     pipe = transformers.pipeline("text-generation", model=str(folder))
     assert pipe("### Question: Why?\n ### Answer: ", max_new_tokens=3)[0]["generated_text"].startswith("### Question")
@@ -60,8 +61,8 @@ def test_a_run_leaves_a_model_that_a_pipeline_loads(finished, model_folders):
     assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in after.values())
     assert any((after[k] != before[k]).any() for k in after)
     # nothing is left lying beside it but the checkpoint that was asked for
-    assert {f.name for f in (cwd / "models").iterdir()} == {"out", "out-step-000003"}
-    assert (cwd / "models/out-step-000003/tokenizer.json").is_file()
+    assert {f.name for f in (cwd / "models").iterdir()} == {"out", "out-checkpoints"}
+    assert (cwd / "models/out-checkpoints/step-000003/tokenizer.json").is_file()
 
 
 def test_the_log_tells_the_run(finished):
@@ -116,6 +117,24 @@ def test_a_report_is_reused_only_where_nothing_has_changed(finished):
     assert "(as it was" not in other.stdout
 
 
+def test_a_requirement_that_fails_ends_with_3(finished):
+    _, cwd, _, _ = finished
+    words = ("--model_name=models/out", "--dtype=fp32", "--max_new_tokens=6", "--prompts_per_group=2", "--attacks=all",
+             "--quick", "--report_dir=judged")  # fmt: skip
+    run = run_cli("evaluate_unlearning.py", *words, "--require", "forget.on_topic<=1", "keep.similarity>=9", cwd=cwd)
+    assert run.returncode == 3, run.stderr
+    assert "1 of 2 requirements hold" in run.stdout
+    assert "fails  keep.similarity >= 9" in run.stdout
+    for bad, message in (
+        ("--require=x=3", "--require 'x=3': must look like"),
+        ("--require=forget.ontopic<=1", "forget.ontopic was not measured; measured: forget.empty"),
+        ("--attacks=magic", "--attacks magic: must be all, none, or among"),
+    ):
+        run = run_cli("evaluate_unlearning.py", *words[:-2], f"--report_dir={cwd}/none", bad, cwd=cwd)
+        assert message in one_line_error(run)
+    assert not (cwd / "none").exists()
+
+
 def test_hostile_answers_stay_text(tmp_path):
     from report import write_report
 
@@ -127,7 +146,9 @@ def test_hostile_answers_stay_text(tmp_path):
     answer = {"answer": evil, "on_topic": True, "empty": False}
     line = {"group": evil, "prompt": evil, "before": answer, "after": answer}
     report = {"before": evil, "after": evil, "on_topic_cosine": 0.3, "groups": [group],
-              "options": {"max_new_tokens": 4, "model_name": evil}}  # fmt: skip
+              "options": {"max_new_tokens": 4, "model_name": evil}, "verdict": {"line": evil, "checks": []},
+              "attacks": [{"name": "prefill", "variant": evil, "back": rate, "examples": [evil]}],
+              "layers": {"before": [1.0], "after": [2.0]}}  # fmt: skip
     write_report(tmp_path / "report.html", report, [line], None)
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page
@@ -170,13 +191,13 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, mod
              *map(str, data_words(data_files)), *SMALL]  # fmt: skip
     monkeypatch.setattr("sys.argv", words)
     unlearn_harm.main()
-    assert "step 1: loss nan" in (tmp_path / "out.log").read_text()
+    assert "step 2: loss nan" in (tmp_path / "out.log").read_text()
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out").values())
-    monkeypatch.setattr("sys.argv", [*words, "--overwrite"])
+    monkeypatch.setattr("sys.argv", [*words, "--overwrite", "--max_unlearn_steps=40"])
     monkeypatch.setattr(
         unlearn_harm, "losses_of", lambda *a: [{**t, "loss": t["loss"] * float("inf")} for t in real(*a)]
     )
-    with pytest.raises(unlearn_harm.RunError, match="3 steps in a row were not finite"):
+    with pytest.raises(unlearn_harm.RunError, match="after 5 times half the learning rate: lower --lr"):
         unlearn_harm.main()
 
 

@@ -1,0 +1,278 @@
+"""One step, timed: this suite's against the published recipe's, on the same rows, in one run.
+
+    python benchmarks/bench_step.py --model_name models/smollm2-135m-instruct
+
+The published recipe's step is written anew here: four calls over sixteen padded sequences in fp32, full
+logits, a second model for the KL, a plain AdamW. Times are medians of interleaved steps, since a machine
+drifts; peak memory is that of a process of its own for each kind of step.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data_module import Encoder, Row, StepRows, read_rows
+from optimizer import Stepper
+from options import POSITIVE, OneLineParser, UnlearnOptions, option
+from packing import AnswerLogits
+from reference import Reference
+from unlearn_harm import losses_of
+from utils import load_model, load_tokenizer, run_script, seed_everything
+
+
+@dataclasses.dataclass
+class BenchOptions:
+    model_name: str = option("models/smollm2-135m-instruct", "model folder or hub name")
+    steps: POSITIVE = option(5, "timed steps of each kind, after one that is not timed")
+    batch_size: POSITIVE = option(2, "harmful rows a step, and normal rows a step")
+    num_random_answers: POSITIVE = option(5, "random answers after each harmful prompt (K)")
+    answer_tokens: POSITIVE = option(64, "tokens of an answer at most")
+    threads: POSITIVE = option(2, "processor threads")
+    only: str | None = option(None, "run one kind of step alone and print its peak memory (used by the script itself)")
+    json_file: str | None = option(None, "write the figures to this file as well")
+
+
+# ------------------------------------------------------------------------------------------------ the rows
+def make_rows(options: BenchOptions, extra_answers: int = 0, dtype: str = "bf16"):
+    """(StepRows, the run's options): this project's prompts, with answers put together from its facts."""
+    facts = read_rows(str(ROOT / "data/facts.jsonl"), "facts")
+    text = " ".join(row.response for row in facts).split()
+
+    def long_answer(number: int) -> str:
+        start = 41 * number % (len(text) - 60)
+        return " ".join(text[start : start + 25 + 7 * number % 35])  # 25 to 59 words, as real answers differ
+
+    harmful = [
+        Row(row.prompt, long_answer(i)) for i, row in enumerate(read_rows(str(ROOT / "data/harmful.jsonl"), "f"))
+    ]
+    plain = [
+        Row(row.prompt, long_answer(i + 7)) for i, row in enumerate(read_rows(str(ROOT / "data/benign.jsonl"), "n"))
+    ]
+    run = UnlearnOptions(
+        template="qa", batch_size=options.batch_size, num_random_answers=options.num_random_answers + extra_answers,
+        max_answer_tokens=options.answer_tokens, max_unlearn_steps=options.steps + 1, dtype=dtype,
+    )  # fmt: skip
+    rows = StepRows(harmful, [plain, facts], run)
+    rows.fill_responses(lambda wanted, tokens: wanted)
+    return rows, run
+
+
+# -------------------------------------------------------------------------------------------- kinds of step
+class OurStep:
+    """Pack, one forward, fused losses, backward, update: what unlearn_harm.py does."""
+
+    def __init__(self, options: BenchOptions, dtype: torch.dtype, extra_answers: int = 0):
+        self.rows, self.run = make_rows(options, extra_answers)
+        tokenizer = load_tokenizer(options.model_name)
+        self.pad_id = tokenizer.pad_token_id
+        self.encoder = Encoder(tokenizer, "qa", 512, options.answer_tokens)
+        model = load_model(options.model_name)
+        self.stepper = Stepper(model, self.run, dtype)
+        self.forward = AnswerLogits(model, packed=True)
+        visited = [s for step in range(self.run.max_unlearn_steps) for s in self.rows.sequences(step, self.encoder)]
+        normal = [s for s in visited if s.kind == "normal"]
+        self.reference = Reference(self.forward, normal, self.run.pack_tokens, self.pad_id)
+
+    def __call__(self, step: int) -> None:
+        sequences = self.rows.sequences(step, self.encoder)
+        batch = self.forward.layout(sequences, self.run.pack_tokens, self.pad_id)
+        terms = losses_of(batch, self.forward(batch), self.reference, self.run, sequences)
+        sum(term["loss"] for term in terms).backward()
+        self.stepper.step()
+
+
+class PublishedStep:
+    """Yao et al.'s published step, its cost and not its mistakes: four forwards of padded rows, full logits."""
+
+    def __init__(self, options: BenchOptions):
+        self.rows, self.run = make_rows(options)
+        tokenizer = load_tokenizer(options.model_name)
+        self.pad_id = tokenizer.pad_token_id
+        self.encoder = Encoder(tokenizer, "qa", 512, options.answer_tokens)
+        self.model = load_model(options.model_name)
+        self.original = load_model(options.model_name).eval()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.run.lr)
+
+    def padded(self, sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ids (R, T), attention mask (R, T), answer mask (R, T)."""
+        width = max(len(s.prompt_ids) + len(s.answer_ids) for s in sequences)
+        ids = torch.full((len(sequences), width), self.pad_id)
+        mask, answer = torch.zeros_like(ids), torch.zeros_like(ids)
+        for r, s in enumerate(sequences):
+            start, end = len(s.prompt_ids), len(s.prompt_ids) + len(s.answer_ids)
+            ids[r, :end] = torch.tensor(s.prompt_ids + s.answer_ids)
+            mask[r, :end], answer[r, start:end] = 1, 1
+        return ids, mask, answer
+
+    def answer_loss(self, sequences) -> torch.Tensor:
+        ids, mask, answer = self.padded(sequences)
+        logits = self.model(input_ids=ids, attention_mask=mask).logits  # (R, T, V)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        return (loss * answer[:, 1:].flatten()).sum() / answer.sum()
+
+    def kl(self, sequences) -> torch.Tensor:
+        ids, mask, _ = self.padded(sequences)
+        with torch.no_grad():
+            original = self.original(input_ids=ids, attention_mask=mask).logits.softmax(-1)  # (R, T, V)
+        model = self.model(input_ids=ids, attention_mask=mask).logits.softmax(-1)
+        return -(original * torch.log(model + 1e-12)).sum(-1).mean()
+
+    def __call__(self, step: int) -> None:
+        everyone = self.rows.sequences(step, self.encoder)
+        kinds = {kind: [s for s in everyone if s.kind == kind] for kind in ("forget", "random", "normal")}
+        loss = -0.5 * self.answer_loss(kinds["forget"]) + self.answer_loss(kinds["random"]) + self.kl(kinds["normal"])
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+KINDS = {
+    "published, fp32": PublishedStep,
+    "this suite, bf16": lambda options: OurStep(options, torch.bfloat16),
+    "this suite, fp32": lambda options: OurStep(options, torch.float32),
+    "this suite, bf16, K + 1": lambda options: OurStep(options, torch.bfloat16, extra_answers=1),
+}
+
+
+# ------------------------------------------------------------------------------------- the matrix multiplies
+class Products(TorchDispatchMode):
+    """Notes the shapes, strides and types of every matrix multiply that runs inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: collections.Counter = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm"):
+            left, right = [a for a in args if isinstance(a, torch.Tensor)][-2:]
+            self.seen[name, _layout(left), _layout(right)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _layout(tensor: torch.Tensor) -> tuple:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+
+
+def gemm_seconds(products: collections.Counter) -> tuple[float, float]:
+    """(seconds, FLOPs) of the noted products alone, each shape and layout timed by itself, best of three."""
+    seconds = flops = 0.0
+    for (name, left, right), count in products.items():
+        a, b = (torch.empty_strided(shape, stride, dtype=dtype).normal_() for shape, stride, dtype in (left, right))
+        multiply = torch.bmm if name == "bmm" else torch.mm
+        multiply(a, b)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            multiply(a, b)
+            times.append(time.perf_counter() - start)
+        seconds += count * min(times)
+        flops += count * 2 * a.numel() * b.shape[-1]
+    return seconds, flops
+
+
+def where_time_goes(step, number: int) -> dict[str, float]:
+    """Share of one step's processor time by kind of operation."""
+    groups = {
+        "matrix multiply": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn"),
+        "attention": ("attention", "softmax"),
+        "optimizer": ("adam", "foreach", "linalg_vector_norm"),
+        "casts and copies": ("copy_", "aten::_to_copy", "clone", "contiguous"),
+        "zero-fills": ("fill_", "zero_"),
+        "gather and scatter": ("index", "gather", "cat", "sort", "searchsorted"),
+        "loss": ("logsumexp", "exp", "log_softmax"),
+    }
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(number)
+    spent: collections.Counter = collections.Counter()
+    for event in profile.key_averages():
+        low = event.key.lower()
+        group = next((g for g, names in groups.items() if any(name.lower() in low for name in names)), "other")
+        spent[group] += event.self_cpu_time_total
+    return {group: micro / spent.total() for group, micro in spent.most_common()}
+
+
+def peak_memory(options: BenchOptions, kind: str) -> float:
+    """GiB that a process of its own needed at most for this kind of step."""
+    words = [f"--{f.name}={getattr(options, f.name)}" for f in dataclasses.fields(options)
+             if f.name not in ("only", "json_file")]  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, __file__, *words, f"--only={kind}"], capture_output=True, text=True, check=True
+    )
+    return json.loads(run.stdout.splitlines()[-1])["gib"]
+
+
+def high_water_mark() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 2**20
+    raise OSError("/proc/self/status: no VmHWM line; peak memory is measured on Linux only")
+
+
+# --------------------------------------------------------------------------------------------------- the run
+def main() -> None:
+    options = BenchOptions(**vars(OneLineParser(BenchOptions, allow_abbrev=False).parse_args()))
+    seed_everything(8888, options.threads)
+    if options.only:
+        step = KINDS[options.only](options)
+        for number in range(2):
+            step(number)
+        print(json.dumps({"gib": high_water_mark()}))
+        return
+    memory = {kind: peak_memory(options, kind) for kind in list(KINDS)[:3]}
+    steps = {kind: make(options) for kind, make in KINDS.items()}
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for number in range(options.steps + 1):
+        for kind, step in steps.items():
+            start = time.perf_counter()
+            step(number)
+            if number:
+                times[kind].append(time.perf_counter() - start)
+    median = {kind: statistics.median(values) for kind, values in times.items()}
+    ours = steps["this suite, bf16"]
+    figures = {"options": dataclasses.asdict(options), "threads": torch.get_num_threads(), "median_seconds": median,
+               "peak_gib": memory, "gemm": {}}  # fmt: skip
+    published = "published, fp32"
+    print(f"\n{options.batch_size} harmful rows, K {options.num_random_answers}, {options.batch_size} normal rows, "
+          f"{torch.get_num_threads()} threads, median of {options.steps} interleaved steps")  # fmt: skip
+    for kind, seconds in median.items():
+        line = f"  {kind:26s} {seconds:6.2f} s a step   {median[published] / seconds:5.2f} x as fast as the published"
+        print(
+            line
+            + (f"   peak {memory[kind]:.2f} GiB ({memory[kind] / memory[published]:.2f})" if kind in memory else "")
+        )
+    pairs = zip(times["this suite, bf16"], times["this suite, bf16, K + 1"], strict=True)
+    more = statistics.median(b / a - 1 for a, b in pairs)
+    print(f"  one more random answer     {100 * more:+.1f} % of a step")
+    for kind in ("this suite, bf16", "this suite, fp32"):
+        with Products() as products:
+            steps[kind](0)
+        seconds, flops = gemm_seconds(products.seen)
+        figures["gemm"][kind] = {"seconds": seconds, "flops": flops, "step_over_gemm": median[kind] / seconds}
+        print(f"  {kind}: {flops / 1e12:.2f} TFLOP in matrix multiplies, {seconds:.2f} s by themselves "
+              f"({flops / seconds / 1e9:.0f} GFLOP/s); the step takes {median[kind] / seconds:.2f} x that")  # fmt: skip
+    shares = where_time_goes(ours, 1)
+    print("  where a bf16 step goes:    " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items()))
+    figures |= {"one_more_answer": more, "shares": shares}
+    if options.json_file:
+        from utils import write_json
+
+        write_json(options.json_file, figures)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,96 @@
+"""Figures of a report by name, requirements on them, and the one line that they come to."""
+
+from __future__ import annotations
+
+import operator
+import re
+
+from utils import UsageError
+
+OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+DEFAULTS = {
+    "forgotten": ("forget.on_topic<=0.10",),
+    "kept": ("keep.on_topic_ratio>=0.90", "keep.similarity>=0.60", "keep.repetitive<=0.10"),
+    "resists": ("attack.worst<=0.25",),
+}
+
+
+def figures(report: dict) -> dict[str, float]:
+    """Every figure that a requirement can name. Rates over groups are of all their prompts together, ratios the worst.
+
+    forget.* are over the unseen forget groups (all forget groups where none is called unseen).
+    """
+    sides = {side: [g for g in report["groups"] if g["side"] == side and g["n"] > 1] for side in ("forget", "keep")}
+    unseen = [g for g in sides["forget"] if "(trained)" not in g["name"]]
+    found: dict[str, float] = {}
+    for side, groups in (("forget", unseen), ("keep", sides["keep"])):
+        for measure in ("on_topic", "empty", "repetitive"):
+            counted = [g["after"][measure] for g in groups if g["after"][measure]["n"]]
+            if counted:
+                found[f"{side}.{measure}"] = sum(f["value"] * f["n"] for f in counted) / sum(f["n"] for f in counted)
+    if sides["keep"]:
+        ratios = [g["after"]["on_topic"]["value"] / g["before"]["on_topic"]["value"]
+                  for g in sides["keep"] if g["before"]["on_topic"]["value"]]  # fmt: skip
+        if ratios:
+            found["keep.on_topic_ratio"] = min(ratios)
+        found["keep.similarity"] = min(g["similarity"]["value"] for g in sides["keep"])
+        lengths = [g["length_ratio"] for g in sides["keep"] if g["length_ratio"] is not None]
+        if lengths:
+            found |= {"keep.length_ratio_low": min(lengths), "keep.length_ratio_high": max(lengths)}
+    given = report.get("given_text", {})
+    if "perplexity" in given:
+        found["keep.perplexity_ratio"] = given["perplexity"]["ratio"]
+    for name in ("mc1", "mc2"):
+        if name in given:
+            found[f"keep.{name}_change"] = given[name]["change"]["value"]
+    for attack in report.get("attacks", []):
+        if attack["back"]["value"] is not None:
+            for name in (f"attack.{attack['name']}", "attack.worst"):
+                found[name] = max(found.get(name, 0.0), attack["back"]["value"])
+    return found
+
+
+def parse_requirement(text: str) -> tuple[str, str, float]:
+    """'forget.on_topic<=0.05' -> ('forget.on_topic', '<=', 0.05). Raises UsageError."""
+    found = re.fullmatch(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([-+\d.eE]+)\s*", text)
+    try:
+        return found.group(1), found.group(2), float(found.group(3))
+    except (AttributeError, ValueError) as error:
+        raise UsageError(f"--require {text!r}: must look like 'forget.on_topic<=0.05'") from error
+
+
+def judge(report: dict, requirements: list[str]) -> dict:
+    """{"line": ..., "checks": [...], "failed": required checks that failed}.
+
+    Without requirements the defaults are judged. A default whose figure was not measured is "not measured";
+    a requirement whose figure was not measured is wrong use.
+    """
+    known, checks = figures(report), []
+    wanted = [("required", text) for text in requirements] or [(n, t) for n, some in DEFAULTS.items() for t in some]
+    for part, text in wanted:
+        name, sign, bound = parse_requirement(text)
+        if name not in known and requirements:
+            raise UsageError(f"--require {text!r}: {name} was not measured; measured: {', '.join(sorted(known))}")
+        value = known.get(name)
+        holds = None if value is None else bool(OPERATORS[sign](value, bound))
+        checks.append({"part": part, "figure": name, "sign": sign, "bound": bound, "value": value, "holds": holds})
+    failed = [c for c in checks if c["holds"] is False]
+    if requirements:
+        line = f"{len(checks) - len(failed)} of {len(checks)} requirements hold"
+    else:
+        words = {}
+        for part in DEFAULTS:
+            held = [c["holds"] for c in checks if c["part"] == part]
+            words[part] = "no" if False in held else "not measured" if None in held else "yes"
+        line = ", ".join(f"{part}: {word}" for part, word in words.items())
+    return {"line": line, "checks": checks, "failed": len(failed) if requirements else 0}
+
+
+def reasons(verdict: dict) -> list[str]:
+    """One line a check, as it is printed."""
+    lines = []
+    for c in verdict["checks"]:
+        value = "not measured" if c["value"] is None else f"{c['value']:.3f}"
+        mark = {True: "holds", False: "fails", None: "open"}[c["holds"]]
+        lines.append(f"{mark:5s}  {c['figure']} {c['sign']} {c['bound']:g}: {value}")
+    return lines
