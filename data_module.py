@@ -16,7 +16,8 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow
+import pyarrow.parquet as pq
 
 from rephrase import rephrase
 from utils import UsageError, log, write_text
@@ -78,7 +79,7 @@ def _read_file(path: Path, option: str) -> list[tuple[int, dict]]:
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            records = pd.read_parquet(path).to_dict("records")
+            records = pq.read_table(path).to_pylist()
         elif kind == ".csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 records = list(csv.DictReader(file, strict=True))
@@ -94,11 +95,12 @@ def _read_file(path: Path, option: str) -> list[tuple[int, dict]]:
                     if line.strip():
                         try:
                             records.append(json.loads(line))
-                        except json.JSONDecodeError as error:
-                            raise UsageError(f"{option} {path}, line {number}: not valid JSON ({error.msg})") from error
+                        except (ValueError, RecursionError) as error:
+                            reason = getattr(error, "msg", str(error))
+                            raise UsageError(f"{option} {path}, line {number}: not valid JSON ({reason})") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{option} {path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except (json.JSONDecodeError, csv.Error, ValueError, OSError) as error:
+    except (csv.Error, ValueError, OSError, RecursionError, pyarrow.ArrowException) as error:
         raise UsageError(f"{option} {path}: cannot be read as {kind[1:]} ({' '.join(str(error).split())})") from error
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
@@ -163,6 +165,12 @@ def _rows_of(record: dict, source: str, where: str) -> list[Row]:
 def _text(value, where: str, field: str) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{where}: field '{field}' must be text, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where}: field '{field}' holds half a character (a lone surrogate, {error.start})"
+        ) from error
     return value.strip()
 
 
@@ -236,12 +244,21 @@ class Encoder:
         self.style = template if template != "auto" else ("chat" if tokenizer.chat_template else "qa")
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
-        self.cut_prompts = 0
+        self.cut: set[str] = set()  # prompts that were too long
         plain = self._ids("a")
         with_special = tokenizer("a")["input_ids"]
         # what the tokenizer puts before a text (OPT: </s>); nothing where it adds nothing
         self._start = with_special[: len(with_special) - len(plain)] if with_special[-len(plain) :] == plain else []
         self._end = {style: self._end_of_turn(style) for style in ("chat", *OTHER_STYLES)}
+
+    def fit(self, config, answer_tokens: int) -> None:
+        """Cut prompts so that they and an answer lie within the model's context; UsageError where none is left."""
+        context = getattr(config, "max_position_embeddings", None)
+        if context and context < answer_tokens + 16:
+            raise UsageError(f"answers of {answer_tokens} tokens leave no room in the model's context of {context}: "
+                             "lower --max_answer_tokens (or --max_new_tokens)")  # fmt: skip
+        if context:
+            self.max_prompt_tokens = min(self.max_prompt_tokens, context - answer_tokens)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -267,7 +284,7 @@ class Encoder:
         else:
             ids = self._start + self._ids(text)
         if len(ids) > self.max_prompt_tokens:
-            self.cut_prompts += 1
+            self.cut.add(text)
             ids = ids[-self.max_prompt_tokens :]
         return ids
 

@@ -91,6 +91,7 @@ def main() -> None:
         tick = time.time()
         model = load_for(name, options)
         fingerprints[label] = fingerprint(model)
+        encoder.fit(model.config, options.max_new_tokens)
         answers.append(answer_groups(model, encoder, groups, options, label))
         given[label] = given_text(model, encoder, choice_rows, options)
         models.append(model)
@@ -156,7 +157,7 @@ def make_groups(sources: dict, style: str, options) -> list[Group]:
 def load_for(name: str, options):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = pick_dtype(options.dtype, device)
-    return load_model(name, dtype=dtype, trust_remote_code=options.trust_remote_code).to(device)
+    return load_model(name, dtype=dtype, **options.trust()).to(device)
 
 
 def report_at_hand(folder: Path, options) -> tuple[dict, list[dict]] | None:

@@ -79,6 +79,11 @@ class CommonOptions:
     seed: COUNT = option(8888, "seed of every draw: splits, order, random answers, sampling")
     threads: COUNT = option(0, "processor threads (0: as torch finds them)")
     trust_remote_code: bool = option(False, "run code that comes with the model")
+    allow_pickle: bool = option(False, "load weights that a local folder holds as a pickle (.bin, .pt)")
+
+    def trust(self) -> dict[str, bool]:
+        """What may be loaded that could carry code, as `load_model` takes it."""
+        return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
 
 
 # --------------------------------------------------------------------------------------- unlearn_harm.py

@@ -87,8 +87,9 @@ def main() -> None:
 
     # ------------------------------------------------------------------------- model, tokenizer, optimizer
     encoder = Encoder(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
-    model = load_model(options.model_name, trust_remote_code=options.trust_remote_code).to(accelerator.device)
+    model = load_model(options.model_name, **options.trust()).to(accelerator.device)
     provenance.base_model = fingerprint(model)
+    encoder.fit(model.config, max(options.max_answer_tokens, rows.normal_tokens, options.eval_tokens))
     packed, layout_line = can_pack(model, rows.probe_sequences(encoder), options.pack_tokens, tokenizer.pad_token_id)
     freeze(model, options.frozen_layers)
     adapters = add_lora(model, options) if options.use_lora else None
@@ -230,7 +231,10 @@ def main() -> None:
         log.info("the state after step %d is kept: best within --kl_budget %g", best["step"], options.kl_budget)
     seconds = time.time() - started
     summary = {"steps": step, "kept_step": best["step"] if options.kl_budget else step, "stop_reason": stop_reason,
-               "seconds": round(seconds, 1), "cut_prompts": encoder.cut_prompts}  # fmt: skip
+               "seconds": round(seconds, 1), "cut_prompts": len(encoder.cut)}  # fmt: skip
+    if encoder.cut:
+        log.warning("%d prompts were longer than %d tokens and lost their beginning", len(encoder.cut),
+                    encoder.max_prompt_tokens)  # fmt: skip
     if accelerator.is_main_process:
         with whole_folder(save_dir) as beside:
             write_model(beside, model, adapters, tokenizer, stepper, options)
@@ -341,7 +345,7 @@ def write_model(beside: Path, model, adapters, tokenizer, stepper, options, *, m
 
         adapters.save_pretrained(beside / "adapter")
         if merged:
-            base = load_model(options.model_name, trust_remote_code=options.trust_remote_code)
+            base = load_model(options.model_name, **options.trust())
             peft.PeftModel.from_pretrained(base, beside / "adapter").merge_and_unload().save_pretrained(beside)
     tokenizer.save_pretrained(beside)
 

@@ -205,12 +205,22 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False):
     return tokenizer
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False):
+def load_model(
+    name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, allow_pickle: bool = False
+):
     """A causal language model in `dtype`, in training mode but without any dropout.
 
     Dropout is off because the KL is measured against an original that has none: with it, an
-    unchanged model would already be punished. Raises UsageError where the model cannot be had.
+    unchanged model would already be punished. Raises UsageError where the model cannot be had. A local
+    folder that holds its weights as a pickle is refused unless `allow_pickle`; hub models are read as
+    transformers reads them (safetensors where there are any, else with the weights-only unpickler).
     """
+    folder = Path(name)
+    if folder.is_dir() and not allow_pickle and not any(folder.glob("*.safetensors*")):
+        pickles = sorted(f.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(suffix))
+        if pickles:
+            raise UsageError(f"{name}: holds its weights as a pickle ({pickles[0]}), which can carry code; convert it "
+                             "to safetensors, or pass --allow_pickle")  # fmt: skip
     model = _from_pretrained(
         AutoModelForCausalLM, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code
     )

@@ -1,7 +1,10 @@
 """The real command line on tiny random models: what it writes, when it stops, and what it refuses."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -315,3 +318,39 @@ def test_real_rows_run_end_to_end(tmp_path, model_folders):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert len(events(tmp_path / "out.jsonl", "step")) == 5
+
+
+# -------------------------------------------------------------------------------------------- what is sent
+NO_NETWORK = """
+import socket, sys
+def refuse(*address, **_):
+    print("TRIED TO REACH", address, file=sys.stderr)
+    raise OSError("the network is blocked")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+sys.path.insert(0, {root!r})
+sys.argv = ["unlearn_harm.py", *sys.argv[1:]]
+import unlearn_harm
+unlearn_harm.run_script(unlearn_harm.main)
+"""
+
+
+def test_nothing_is_sent_anywhere(tmp_path, model_folders, data_files):
+    """The main job with every connection refused and no word to the libraries that they are offline."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))}
+    run = subprocess.run(
+        [sys.executable, "-c", NO_NETWORK.format(root=str(ROOT)), f"--model_name={model_folders['llama']}",
+         *map(str, data_words(data_files)), *SMALL, "--model_save_dir=out", "--log_file=out.log"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "TRIED TO REACH" not in run.stderr
+
+
+def test_files_are_no_wider_than_the_umask(finished):
+    _, cwd, _, _ = finished
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in (cwd / "models/out").rglob("*"):
+        assert file.stat().st_mode & 0o777 & mask == 0, file
+    assert not list((cwd / "models").rglob("*.bin")), "a pickle"
+    assert not list((cwd / "models").rglob("*.pt"))
