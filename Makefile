@@ -9,7 +9,6 @@ export PIP_CACHE_DIR ?= $(CURDIR)/.cache/pip
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE ?= 1
-export THP_MEM_ALLOC_ENABLE ?= 1
 
 # A second call does only what is missing: the model is a file of make's, the report is reused by its options.
 
@@ -25,7 +24,7 @@ $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.
 demo: models/demo/unlearn_args.json
 	$(PYTHON) evaluate_unlearning.py --model_name models/demo --train_log logs/demo.jsonl --reuse
 
-models/demo/unlearn_args.json: configs/demo.yaml data/benign.jsonl data/neighbours.jsonl data/facts.jsonl | $(VENV)/.installed
+models/demo/unlearn_args.json: configs/demo.yaml data/harmful.jsonl data/benign.jsonl data/neighbours.jsonl data/facts.jsonl | $(VENV)/.installed
 	$(PYTHON) setup_demo.py
 	$(PYTHON) unlearn_harm.py --config configs/demo.yaml --overwrite
 

@@ -33,7 +33,7 @@ def generate(
         settings = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     answers: list[tuple[str, bool]] = [("", True)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    chunks = _chunks(order, prompts, batch_size)
     was_training = model.training
     model.eval()  # gradient checkpointing, active in training mode, would switch the key-value cache off
     shared, cache = _shared_beginning(model, prompts)
@@ -58,6 +58,17 @@ def generate(
             answers[i] = (tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is not None)
     model.train(was_training)
     return answers
+
+
+def _chunks(order: list[int], prompts: list[list[int]], batch_size: int) -> list[list[int]]:
+    """Prompts to be answered together: `batch_size` short ones, fewer long ones (memory goes with count x length)."""
+    chunks: list[list[int]] = []
+    for i in order:  # shortest first, so the last of a chunk is its longest
+        if chunks and len(chunks[-1]) < batch_size and (len(chunks[-1]) + 1) * len(prompts[i]) <= 64 * batch_size:
+            chunks[-1].append(i)
+        else:
+            chunks.append([i])
+    return chunks
 
 
 def _shared_beginning(model, prompts: list[list[int]]):

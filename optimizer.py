@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 
@@ -24,10 +25,11 @@ class Stepper:
         if dtype == torch.float32:
             self.masters = self.parameters
         self.max_grad_norm = options.max_grad_norm
-        device = self.masters[0].device
-        self.optimizer = torch.optim.AdamW(
-            self.masters, lr=options.lr, weight_decay=options.weight_decay, fused=device.type in ("cpu", "cuda")
-        )
+        fused = self.masters[0].device.type in ("cpu", "cuda")
+        # one a parameter: then gradients need no fp32 copy of their own all at once, and a parameter's cast,
+        # update and rounding follow each other while it is in the cache
+        self.optimizers = [torch.optim.AdamW([m], lr=options.lr, weight_decay=options.weight_decay, fused=fused)
+                           for m in self.masters]  # fmt: skip
         self.peak_lr, self.warmup, self.linear = options.lr, options.warmup_steps, options.lr_schedule == "linear"
         self.total = options.max_unlearn_steps
         self.taken, self.lr_scale = 0, 1.0  # updates made so far; halved by `slow_down`
@@ -48,18 +50,22 @@ class Stepper:
 
         Where the norm is not finite the weights, the moments and the schedule stay as they are.
         """
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+        scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
+        lr = self.lr
+        for parameter, master, optimizer in zip(self.parameters, self.masters, self.optimizers, strict=True):
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None or not math.isfinite(norm):
+                continue
+            master.grad = gradient.float().mul_(scale)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            master.grad = None
             if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-                parameter.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm).item()
-        if torch.isfinite(torch.tensor(norm)):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr
-            self.optimizer.step()
-            self.taken += 1
-            self._round()
-        self.optimizer.zero_grad(set_to_none=True)
+                parameter.copy_(master)
+        self.taken += math.isfinite(norm)
         return norm
 
     def _round(self) -> None:
@@ -71,9 +77,9 @@ class Stepper:
     def state(self) -> dict[str, torch.Tensor]:
         """Masters and AdamW's moments, by number: all that the next update depends on, with `progress`."""
         kept = {}
-        for i, master in enumerate(self.masters):
+        for i, (master, optimizer) in enumerate(zip(self.masters, self.optimizers, strict=True)):
             kept[f"{i:05d}.master"] = master.detach()
-            for name, tensor in self.optimizer.state.get(master, {}).items():
+            for name, tensor in optimizer.state.get(master, {}).items():
                 kept[f"{i:05d}.{name}"] = tensor
         return kept
 
@@ -82,17 +88,18 @@ class Stepper:
 
     @torch.no_grad()
     def load_state(self, kept: dict[str, torch.Tensor], progress: dict) -> None:
-        for i, master in enumerate(self.masters):
+        for i, (master, optimizer) in enumerate(zip(self.masters, self.optimizers, strict=True)):
             mine = {name.partition(".")[2]: t for name, t in kept.items() if name.startswith(f"{i:05d}.")}
             master.copy_(mine.pop("master"))
-            self.optimizer.state[master] = {name: tensor.to(master.device) for name, tensor in mine.items()}
+            optimizer.state[master] = {name: tensor.to(master.device) for name, tensor in mine.items()}
         self._round()
         self.taken, self.lr_scale = progress["taken"], progress["lr_scale"]
 
     def slow_down(self) -> None:
         """Half the learning rate from here on, and no moments: they point where the fault came from."""
         self.lr_scale /= 2
-        self.optimizer.state.clear()
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
     @torch.no_grad()
     def snapshot(self) -> list[torch.Tensor]:

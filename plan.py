@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from packing import AnswerLogits, Batch
+from utils import free_memory, peak_memory
 
 
 def print_plan(options, encoder, rows, forward: AnswerLogits, batch: Batch, layout_line: str, one_step) -> None:
@@ -14,11 +13,18 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, batch: Batch, layo
     visited_forget, visited_normal = rows.rows_to_visit()
     weights = list(forward.parameters())
     trained = sum(p.numel() for p in weights if p.requires_grad)
-    held = sum(p.numel() * p.element_size() for p in weights)
     one_step()  # the first call allocates and compiles; the second is timed
     start = time.perf_counter()
     one_step()
     seconds = time.perf_counter() - start
+    device = weights[0].device
+    # the probe has held weights, activations, logits and gradients; what only the first update and the cache add:
+    largest = max(p.numel() for p in weights if p.requires_grad)
+    cached = sum(len(s.answer_ids) for s in batch.sequences if s.kind == "normal") * options.max_unlearn_steps
+    width = forward.model.config.hidden_size * weights[0].element_size()
+    kept = 12 if options.kl_budget else 8  # bytes: AdamW's moments, and the best state where one is kept
+    peak = peak_memory(device) + (kept * trained + 4 * largest + cached * width) / 2**30
+    room = peak_memory(device) + free_memory(device)
     lines = [
         f"model          {options.model_name}: {sum(p.numel() for p in weights):,} parameters, {trained:,} trained",
         f"layout         {layout_line}",
@@ -26,8 +32,8 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, batch: Batch, layo
         f"{len(visited_normal):,} normal of {sum(map(len, rows.normal)):,}; {len(rows.pool):,} random answers to draw",
         f"a step         {len(batch.sequences)} sequences, {batch.real_tokens:,} tokens in {batch.input_ids.shape[0]} "
         f"rows of {batch.input_ids.shape[1]}, {len(batch.targets):,} answer tokens, {len(batch.index):,} logit rows",
-        f"memory         weights {held / 2**20:,.0f} MiB, gradients, moments and fp32 copies "
-        f"{trained * (8 + 4 + (4 if weights[0].dtype != torch.float32 else 0)) / 2**20:,.0f} MiB",
+        f"memory         {peak:.2f} GiB at most ({kept * trained / 2**30:.2f} of it the optimizer's state); "
+        + _advice(peak, room, options),
         f"time           {seconds:.1f} s a step (one probe step), {options.max_unlearn_steps} steps: "
         f"{seconds * options.max_unlearn_steps / 60:.0f} min",
         "",
@@ -39,3 +45,13 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, batch: Batch, layo
         answer = decode(list(sequence.answer_ids)).replace("\n", "\\n")
         lines.append(f"  {sequence.kind:7s} row {sequence.group}: {prompt}[{answer}]")
     print("\n".join(lines))
+
+
+def _advice(peak: float, room: float, options) -> str:
+    """Whether it fits, and what to switch on where it does not."""
+    if not peak > 0.9 * room:
+        return f"fits in {room:.1f} GiB" if room > 0 else "the system does not tell how much there is"
+    switches = [text for text, on in (("--use_lora", options.use_lora),
+                                      ("--gradient_checkpointing", options.gradient_checkpointing))
+                if not on]  # fmt: skip
+    return f"does not fit in {room:.1f} GiB: use {' and '.join(switches) or 'a larger machine'}"

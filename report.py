@@ -131,6 +131,7 @@ def write_report(path: Path, report: dict, lines: list[dict], train_log: str | N
         reasons=verdict.reasons(report["verdict"]),
         lines=lines,
         groups=list(dict.fromkeys(line["group"] for line in lines)),
+        sides={line["group"]: line["side"] for line in lines},
         forget_keep_plot=forget_keep_plot(report),
         curves_plot=curves_plot(steps, looks) if steps else None,
         options=json.dumps(report["options"], indent=2, ensure_ascii=False),

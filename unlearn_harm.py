@@ -44,6 +44,7 @@ from utils import (
     load_model,
     load_tokenizer,
     log,
+    peak_memory,
     pick_dtype,
     run_script,
     seed_everything,
@@ -231,7 +232,8 @@ def main() -> None:
         log.info("the state after step %d is kept: best within --kl_budget %g", best["step"], options.kl_budget)
     seconds = time.time() - started
     summary = {"steps": step, "kept_step": best["step"] if options.kl_budget else step, "stop_reason": stop_reason,
-               "seconds": round(seconds, 1), "cut_prompts": len(encoder.cut)}  # fmt: skip
+               "seconds": round(seconds, 1), "cut_prompts": len(encoder.cut),
+               "peak_gib": round(peak_memory(accelerator.device), 2)}  # fmt: skip
     if encoder.cut:
         log.warning("%d prompts were longer than %d tokens and lost their beginning", len(encoder.cut),
                     encoder.max_prompt_tokens)  # fmt: skip
@@ -242,7 +244,8 @@ def main() -> None:
             write_json(beside / "run_manifest.json", provenance.manifest(counts, accelerator, seconds, run_log.looks))
             write_model_card(beside)
     accelerator.wait_for_everyone()
-    run_log.event("done", f"{stop_reason}; model saved to {save_dir} after {seconds:.0f} s", **summary)
+    run_log.event("done", f"{stop_reason}; model saved to {save_dir} after {seconds:.0f} s, "
+                  f"peak memory {summary['peak_gib']:.2f} GiB", **summary)  # fmt: skip
     held.close()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -172,6 +173,29 @@ class RunLog:
             self.looks.append(fields)
         if self._json:
             self._json.write(json.dumps({"event": kind, **fields}, ensure_ascii=False) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ memory
+def peak_memory(device: torch.device) -> float:
+    """GiB at most held so far: of the GPU, else of this process (Linux; NaN where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+    except (OSError, StopIteration):
+        return math.nan
+
+
+def free_memory(device: torch.device) -> float:
+    """GiB that a process could still take: of the GPU, else of the machine; NaN where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**30
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+    except (OSError, StopIteration):
+        return math.nan
 
 
 # ------------------------------------------------------------------------------------------------- seeds

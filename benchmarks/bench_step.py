@@ -31,7 +31,7 @@ from options import POSITIVE, OneLineParser, UnlearnOptions, option
 from packing import AnswerLogits
 from reference import Reference
 from unlearn_harm import losses_of
-from utils import load_model, load_tokenizer, run_script, seed_everything
+from utils import load_model, load_tokenizer, peak_memory, run_script, seed_everything, write_json
 
 
 @dataclasses.dataclass
@@ -206,7 +206,7 @@ def where_time_goes(step, number: int) -> dict[str, float]:
     return {group: micro / spent.total() for group, micro in spent.most_common()}
 
 
-def peak_memory(options: BenchOptions, kind: str) -> float:
+def memory_alone(options: BenchOptions, kind: str) -> float:
     """GiB that a process of its own needed at most for this kind of step."""
     words = [f"--{f.name}={getattr(options, f.name)}" for f in dataclasses.fields(options)
              if f.name not in ("only", "json_file")]  # fmt: skip
@@ -214,13 +214,6 @@ def peak_memory(options: BenchOptions, kind: str) -> float:
         [sys.executable, __file__, *words, f"--only={kind}"], capture_output=True, text=True, check=True
     )
     return json.loads(run.stdout.splitlines()[-1])["gib"]
-
-
-def high_water_mark() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 2**20
-    raise OSError("/proc/self/status: no VmHWM line; peak memory is measured on Linux only")
 
 
 # --------------------------------------------------------------------------------------------------- the run
@@ -231,9 +224,9 @@ def main() -> None:
         step = KINDS[options.only](options)
         for number in range(2):
             step(number)
-        print(json.dumps({"gib": high_water_mark()}))
+        print(json.dumps({"gib": peak_memory(torch.device("cpu"))}))
         return
-    memory = {kind: peak_memory(options, kind) for kind in list(KINDS)[:3]}
+    memory = {kind: memory_alone(options, kind) for kind in list(KINDS)[:3]}
     steps = {kind: make(options) for kind, make in KINDS.items()}
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(options.steps + 1):
@@ -269,8 +262,6 @@ def main() -> None:
     print("  where a bf16 step goes:    " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items()))
     figures |= {"one_more_answer": more, "shares": shares}
     if options.json_file:
-        from utils import write_json
-
         write_json(options.json_file, figures)
 
 

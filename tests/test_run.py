@@ -147,7 +147,7 @@ def test_hostile_answers_stay_text(tmp_path):
     group = {"name": evil, "side": "forget", "style": "qa", "n": 2, "before": side, "after": side, "length_ratio": 1.0,
              "similarity": {"value": 0.5, "n": 2, "low": 0, "high": 1}}  # fmt: skip
     answer = {"answer": evil, "on_topic": True, "empty": False}
-    line = {"group": evil, "prompt": evil, "before": answer, "after": answer}
+    line = {"group": evil, "side": "forget", "prompt": evil, "before": answer, "after": answer}
     report = {"before": evil, "after": evil, "on_topic_cosine": 0.3, "groups": [group],
               "options": {"max_new_tokens": 4, "model_name": evil}, "verdict": {"line": evil, "checks": []},
               "attacks": [{"name": "prefill", "variant": evil, "back": rate, "examples": [evil]}],
