@@ -227,6 +227,7 @@ def sample(rows: list[Row], count: int, seed: int) -> list[Row]:
 
 # -------------------------------------------------------------------------------------------- tokenising
 OTHER_STYLES = ("qa", "qa_space", "raw")
+TRAINED_STYLES = ("qa", "qa_space", "qa_space", "raw")  # people paste the published prompt with its space
 
 
 class Encoder:
@@ -409,7 +410,7 @@ class StepRows:
         rng = np.random.default_rng([self.options.seed, self.STYLES, stream, step, slot])
         style = encoder.style
         if rng.random() < self.options.other_template_share:
-            others = [other for other in OTHER_STYLES if other != style]
+            others = [other for other in TRAINED_STYLES if other != style]
             style = others[rng.integers(len(others))]
         return tuple(encoder.prompt(prompt, style)), style
 

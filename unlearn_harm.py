@@ -78,8 +78,9 @@ def main() -> None:
     normal = [split_rows(source, *shares) for source in normal_sources]
     rows = StepRows(forget["train"], [parts["train"] for parts in normal], options)
     dev_forget = sample(forget["dev"], options.eval_prompts, options.seed)
+    kinds = {spec: parts["dev"] for spec, parts in zip(options.normal_data, normal, strict=True)}  # each file once
     dev_normal = [
-        row for parts in normal for row in sample(parts["dev"], -(-options.eval_prompts // len(normal)), options.seed)
+        row for some in kinds.values() for row in sample(some, -(-options.eval_prompts // len(kinds)), options.seed)
     ]
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     counts = {"forget": _counts(forget), "normal": [_counts(parts) for parts in normal]}
