@@ -187,31 +187,29 @@ def layer_lens(model, encoder: Encoder, rows: list[Row]) -> list[float]:
     A forgotten answer that is as likely in the middle layers as before is still inside.
     """
     sequences = [(encoder.prompt(row.prompt), encoder.answer(row.response, complete=row.complete)) for row in rows]
-    norm, head, device = _final_norm(model), model.get_output_embeddings(), next(model.parameters()).device
+    read_out, device = _read_out(model), next(model.parameters()).device
     totals, count = None, 0
     for prompt, answer in sequences:
         ids = torch.tensor([[*prompt, *answer]], device=device)
-        states = model.base_model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
         targets, rows_of = ids[0, len(prompt) :], torch.arange(len(answer), device=device)
         sums = []
-        for layer, state in enumerate(states):
-            state = state[0, len(prompt) - 1 : -1]  # (T_answer, D)
-            last = layer == len(states) - 1  # already normed
-            logits = head(state if last or norm is None else norm(state))
-            sums.append(token_nll(logits, rows_of, targets).sum().item())
+        for state in (*out.hidden_states[:-1], None):  # the last one comes normed: the model's own logits stand for it
+            logits = out.logits if state is None else read_out(state)  # (1, T, V)
+            sums.append(token_nll(logits[0, len(prompt) - 1 : -1], rows_of, targets).sum().item())
         totals = np.array(sums) if totals is None else totals + np.array(sums)
         count += len(answer)
     return (totals / max(count, 1)).tolist() if totals is not None else []
 
 
-def _final_norm(model):
+def _read_out(model):
+    """States after a layer -> logits: the model's final norm, its projection where it has one (OPT), its head."""
+    parts = []
     for module in model.base_model.modules():
-        for name in ("norm", "final_layer_norm", "ln_f"):
-            if (found := getattr(module, name, None)) is not None and hasattr(
-                module, "layers" if name != "ln_f" else "h"
-            ):
-                return found
-    return None
+        if hasattr(module, "layers") or hasattr(module, "h"):
+            names = ("norm", "final_layer_norm", "ln_f", "project_out")
+            parts = [part for name in names if (part := getattr(module, name, None)) is not None]
+    return torch.nn.Sequential(*parts, model.get_output_embeddings())
 
 
 def _lists(texts: list[str]) -> list[list[str]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,8 +45,8 @@ def run_script(main) -> None:
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (RunError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+    except (RunError, OSError, SafetensorError) as error:  # the last: its writer's word for a full disk
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C", file=sys.stderr)

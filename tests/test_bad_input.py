@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import encoder
 
-from data_module import FILE_KINDS, PROMPT_FIELDS, Row, read_rows
+from data_module import FILE_KINDS, PROMPT_FIELDS, Row, read_rows, split_rows
 from options import EvaluateOptions, UnlearnOptions, parse
 from utils import UsageError, load_model
 
@@ -132,7 +132,9 @@ def test_what_only_shows_with_the_model(tmp_path, model_folders, data_files, wor
 
 
 def test_one_row_is_enough(tmp_path, model_folders, data_files):
-    """A data set of one row: it is trained on, nothing is held out, and the log says so."""
+    """A data set of one row: it is trained on, whatever split its words would give it."""
+    for i in range(20):
+        assert [len(p) for p in split_rows([Row(f"p {i}")], 1, 0.1, 0.2).values()] == [1, 0, 0]
     (tmp_path / "one.jsonl").write_text('{"prompt": "How do I pick this lock?"}\n')
     run = run_cli(
         "unlearn_harm.py", f"--model_name={model_folders['llama']}", "--forget_data=one.jsonl", "--normal_data",
@@ -140,7 +142,7 @@ def test_one_row_is_enough(tmp_path, model_folders, data_files):
         "--max_answer_tokens=8", "--dtype=fp32", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert "only 1 rows: all are trained on, none is held out" in run.stderr
+    assert "forget {'train': 1, 'dev': 0, 'test': 0}" in run.stderr
 
 
 def test_a_pickle_is_loaded_only_where_it_is_asked_for(tmp_path, model_folders):

@@ -82,7 +82,7 @@ def test_sigterm_finishes_the_step_and_saves(whole, tmp_path):
     run = run_killed(tmp_path, words, "optimizer", "Stepper.step", 3, "SIGTERM")
     assert run.returncode == 143, run.stderr
     assert "stopped by SIGTERM: 3 steps are saved; go on with --resume" in run.stderr
-    assert [f.name for f in (tmp_path / "out-checkpoints").glob("step-*")] == ["step-000002", "step-000003"]
+    assert sorted(f.name for f in (tmp_path / "out-checkpoints").glob("step-*")) == ["step-000002", "step-000003"]
     run = run_killed(tmp_path, [*words, "--resume"], "optimizer", "Stepper.step", 2, "SIGINT")
     assert run.returncode == 130, run.stderr
     assert run_cli("unlearn_harm.py", *words, "--resume", cwd=tmp_path).returncode == 0
@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, tmp_path):
                          capture_output=True, text=True, timeout=300, env=environment)  # fmt: skip
     assert run.returncode == 1, run.stderr
     assert "Traceback" not in run.stderr
-    assert "File too large" in run.stderr or "writing" in run.stderr
+    assert "File too large" in run.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out-checkpoints").glob(".*.part"))
     assert "step-000006" in {f.name for f in (tmp_path / "out-checkpoints").iterdir()}
