@@ -33,7 +33,7 @@ test: $(VENV)/.installed
 	$(PYTHON) -m pytest
 
 test-slow: $(VENV)/.installed
-	$(PYTHON) -m pytest -o addopts="-q -p no:cacheprovider --durations=5" tests/slow
+	$(PYTHON) -m pytest tests/slow
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

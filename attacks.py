@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from data_module import Encoder, Row, Sequence
+from data_module import Encoder, Row, sequence_of
 from generation import generate
 from losses import sequence_mean, token_nll
 from packing import AnswerLogits
@@ -95,18 +95,14 @@ class Attacker:
         if not rows:
             return
         model = copy.deepcopy(self.model).float().train()
-        forward, optimizer = (
-            AnswerLogits(model, packed=self.packed),
-            torch.optim.AdamW(model.parameters(), self.relearn_lr),
-        )
+        forward = AnswerLogits(model, packed=self.packed)
+        optimizer = torch.optim.AdamW(model.parameters(), self.relearn_lr)
         marks = {max(1, self.relearn_steps // 4), max(1, self.relearn_steps // 2), self.relearn_steps}
         rng = np.random.default_rng([self.seed, 31])
         order = [i for _ in range(4 * self.relearn_steps // len(rows) + 1) for i in rng.permutation(len(rows))]
         for step in range(self.relearn_steps):
             some = [rows[i] for i in order[4 * step : 4 * step + 4]]
-            sequences = [Sequence("forget", i, tuple(self.encoder.prompt(row.prompt)),
-                                  tuple(self.encoder.answer(row.response, complete=row.complete)))
-                         for i, row in enumerate(some)]  # fmt: skip
+            sequences = [sequence_of("forget", i, row, self.encoder) for i, row in enumerate(some)]
             batch = forward.layout(sequences, 256, self.encoder.tokenizer.pad_token_id)
             batch = batch.to(next(model.parameters()).device)
             nll = token_nll(forward(batch), batch.logit_row, batch.targets)
@@ -186,10 +182,11 @@ def layer_lens(model, encoder: Encoder, rows: list[Row]) -> list[float]:
 
     A forgotten answer that is as likely in the middle layers as before is still inside.
     """
-    sequences = [(encoder.prompt(row.prompt), encoder.answer(row.response, complete=row.complete)) for row in rows]
     read_out, device = _read_out(model), next(model.parameters()).device
     totals, count = None, 0
-    for prompt, answer in sequences:
+    for row in rows:
+        sequence = sequence_of("forget", 0, row, encoder)
+        prompt, answer = sequence.prompt_ids, sequence.answer_ids
         ids = torch.tensor([[*prompt, *answer]], device=device)
         out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
         targets, rows_of = ids[0, len(prompt) :], torch.arange(len(answer), device=device)

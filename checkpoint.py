@@ -58,7 +58,7 @@ def write_state(beside: Path, stepper, step: int, best: dict | None, guard: dict
     best = dict(best or {})
     for i, tensor in enumerate(best.pop("state", None) or []):
         tensors[f"best.{i:05d}"] = tensor
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, beside / TENSORS)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / TENSORS)
     write_json(beside / STATE, {"step": step, "best": best, "guard": guard, "schedule": stepper.progress(),
                                 "identity": identity})  # fmt: skip
     files = sorted(file for file in beside.rglob("*") if file.is_file())

@@ -313,6 +313,18 @@ class Sequence:
     answer_ids: tuple[int, ...]
 
 
+def sequence_of(kind: str, group: int, row: Row, encoder: Encoder) -> Sequence:
+    """A row with its response in the encoder's own style."""
+    answer = encoder.answer(row.response, complete=row.complete)
+    return Sequence(kind, group, tuple(encoder.prompt(row.prompt)), tuple(answer))
+
+
+def probe_sequences(prompts: list[str], encoder: Encoder) -> list[Sequence]:
+    """A few real prompts with short answers, branches among them: enough to tell one layout from another."""
+    texts = ("Yes, and this is why.", "It depends on the weather in spring.")
+    return [sequence_of("normal", 0, Row(prompt, text), encoder) for prompt in prompts for text in texts]
+
+
 @functools.lru_cache(maxsize=64)
 def _pass_order(count: int, seed: int, stream: int, number: int) -> np.ndarray:
     return np.random.default_rng([seed, stream, number]).permutation(count)
@@ -392,15 +404,6 @@ class StepRows:
                 f"--num_random_answers {self.options.num_random_answers}: the normal data holds only {len(self.pool)} "
                 f"different answers; lower it or add normal rows"
             )
-
-    def probe_sequences(self, encoder: Encoder) -> list[Sequence]:
-        """A few real prompts with short answers, branches among them: enough to tell one layout from another."""
-        some = [row.prompt for row in self.forget[:2]] + [source[0].prompt for source in self.normal]
-        return [
-            Sequence("normal", 0, tuple(encoder.prompt(prompt)), tuple(encoder.answer(text)))
-            for prompt in some
-            for text in ("Yes, and this is why.", "It depends on the weather in spring.")
-        ]
 
     def ask(self, prompt: str, step: int, stream: int, slot: int, encoder: Encoder) -> tuple[tuple[int, ...], str]:
         """(prompt tokens, style) of one visit: a share of the visits in other words, a share in another template."""

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 import attacks
 import metrics
 import verdict
-from data_module import Encoder, Row, Sequence, read_sources, sample, split_rows
+from data_module import Encoder, Row, probe_sequences, read_sources, sample, split_rows
 from generation import generate
 from judges import SentenceEmbedder
 from likelihood import choices, perplexity, read_choices
@@ -94,7 +94,9 @@ def main() -> None:
         encoder.fit(model.config, options.max_new_tokens)
         answers.append(answer_groups(model, encoder, groups, options, label))
         given[label] = given_text(model, encoder, choice_rows, options)
-        models.append(model)
+        if wanted:  # only an attack needs both models at once
+            models.append(model)
+        del model
         seconds[label] = round(time.time() - tick, 1)
 
     # ----------------------------------------------------------------------------------------- judgements
@@ -224,8 +226,7 @@ def under_attack(wanted, lines, sources, models, encoders, options, embed) -> tu
                               batch_size=options.generation_batch))  # fmt: skip
         kinds = [[dataclasses.replace(row, response=text, complete=complete)
                   for row, (text, complete) in zip(kind, texts, strict=False)] for kind in kinds]  # fmt: skip
-    probe = [Sequence("normal", 0, tuple(encoders[1].prompt(row.prompt)), tuple(encoders[1].answer("Yes, it is.")))
-             for row in rows[:3]]  # fmt: skip
+    probe = probe_sequences([row.prompt for row in rows[:3]], encoders[1])
     packed, _ = can_pack(models[1], probe, 256, encoders[1].tokenizer.pad_token_id)
     size = {"samples": 4, "relearn_steps": 8, "relearn_rows": 4} if options.quick else {}
     attacker = attacks.Attacker(models[1], encoders[1], rows, *kinds, options.max_new_tokens,
@@ -253,10 +254,8 @@ def given_text(model, encoder: Encoder, choice_rows: list[dict], options) -> dic
         text = Path(options.perplexity_text).read_text(encoding="utf-8")
         found["perplexity"] = perplexity(model, encoder.tokenizer, text)
     if choice_rows:
-        some = [Sequence("normal", 0, tuple(encoder.prompt(row["question"], options.mc_template)),
-                         tuple(encoder.answer(next(iter(row["mc2_targets"])), options.mc_template)))
-                for row in choice_rows[:3]]  # fmt: skip
-        packed, _ = can_pack(model, some, 256, encoder.tokenizer.pad_token_id)
+        probe = probe_sequences([row["question"] for row in choice_rows[:3]], encoder)
+        packed, _ = can_pack(model, probe, 256, encoder.tokenizer.pad_token_id)
         found |= choices(AnswerLogits(model, packed=packed), encoder, choice_rows, options.mc_template,
                          lambda rows: tqdm(rows, desc="choices", leave=False, disable=None))  # fmt: skip
     return found

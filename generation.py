@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from data_module import Encoder, Row
-from utils import fingerprint, log, write_json_lines
+from utils import log, write_json_lines
 
 
 @torch.no_grad()
@@ -84,19 +84,20 @@ def _shared_beginning(model, prompts: list[list[int]]):
 
 
 def answer_rows(
-    rows: list[Row], model, encoder: Encoder, *, tokens: int, temperature: float, seed: int, batch_size: int,
-    cache_dir: str | None, progress=None,
+    rows: list[Row], model, encoder: Encoder, *, fingerprint: str, tokens: int, temperature: float, seed: int,
+    batch_size: int, cache_dir: str | None, progress=None,
 ) -> list[Row]:  # fmt: skip
     """The rows, those without a response answered by the model itself in at most `tokens` tokens: sampled once, then
     read from the cache.
 
-    The cache file is named by a hash of all that the answers depend on: weights, prompts and settings.
+    The cache file is named by a hash of all that the answers depend on: weights (their `fingerprint`), prompts and
+    settings.
     """
     missing = sorted({row.prompt for row in rows if row.response is None})
     if not missing:
         return rows
     prompts = [encoder.prompt(prompt) for prompt in missing]
-    settings = [fingerprint(model), str(model.dtype), tokens, temperature, seed, batch_size]
+    settings = [fingerprint, str(model.dtype), tokens, temperature, seed, batch_size]
     key = hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest()[:20]
     path = Path(cache_dir) / f"answers-{key}.jsonl" if cache_dir else None
     if path and path.is_file():

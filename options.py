@@ -247,13 +247,10 @@ def _words_of_run(folder: str | None) -> list[str]:
         return []
     try:
         made_with = json.loads(path.read_text(encoding="utf-8"))["options"]
-        words = ["--original_name", str(made_with["model_name"])]
-        for name in ("forget_data", "normal_data", "harm_categories", "template", "dev_share", "test_share", "seed"):
-            values = made_with[name] if isinstance(made_with[name], list) else [made_with[name]]
-            words += [f"--{name}", *map(str, values)] if values else []
+        names = ("forget_data", "normal_data", "harm_categories", "template", "dev_share", "test_share", "seed")
+        return _words({"original_name": made_with["model_name"], **{name: made_with[name] for name in names}})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: is not what a run writes ({error!r}); restore it or remove it") from error
-    return words
 
 
 def _words_of_manifest(path: str, known: set[str]) -> list[str]:

@@ -172,9 +172,8 @@ class AnswerLogits(torch.nn.Module):
         body = self.model.base_model
         mask = torch.zeros(batch.attention_mask.shape, dtype=self.model.dtype, device=batch.input_ids.device)
         mask.masked_fill_(~batch.attention_mask, torch.finfo(mask.dtype).min)  # (R, 1, T, T), added to the scores
-        states = body(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)[
-            0
-        ]  # (R, T, D)
+        out = body(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+        states = out[0]  # (R, T, D)
         return states.flatten(0, 1)[batch.index]  # (N, D)
 
     def forward(self, batch: Batch) -> torch.Tensor:

@@ -152,13 +152,8 @@ def forget_keep_plot(report: dict) -> str:
     figure, axes = plt.subplots(figsize=(7, 0.9 + 0.5 * len(groups)))
     for label, colour, marker, shift in (("before", BEFORE_COLOUR, "o", 0.12), ("after", AFTER_COLOUR, "s", -0.12)):
         for y, group in enumerate(groups):
-            f = group[label]["on_topic"]
-            axes.plot([f["low"], f["high"]], [y + shift] * 2, color=colour, lw=1.5)
-            axes.plot(f["value"], y + shift, marker, color=colour, label=label if y == 0 else None)
-    axes.set_yticks(range(len(groups)), [f"{g['side']}: {g['name']}" for g in groups])
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_xlabel("on-topic rate (95 % interval)")
-    axes.grid(axis="x", alpha=0.3)
+            _interval(axes, group[label]["on_topic"], y + shift, marker, colour, label if y == 0 else None)
+    _rate_axis(axes, [f"{g['side']}: {g['name']}" for g in groups], "on-topic rate (95 % interval)")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     return _svg(figure)
 
@@ -168,14 +163,23 @@ def attack_plot(report: dict) -> str:
     some = report["attacks"][::-1]
     figure, axes = plt.subplots(figsize=(7, 0.9 + 0.3 * len(some)))
     for y, attack in enumerate(some):
-        back = attack["back"]
-        axes.plot([back["low"], back["high"]], [y, y], color=AFTER_COLOUR, lw=1.5)
-        axes.plot(back["value"], y, "s", color=AFTER_COLOUR)
-    axes.set_yticks(range(len(some)), [f"{a['name']}: {a['variant']}" for a in some])
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_xlabel("share of the forgotten that is back (95 % interval)")
-    axes.grid(axis="x", alpha=0.3)
+        _interval(axes, attack["back"], y, "s", AFTER_COLOUR)
+    names = [f"{a['name']}: {a['variant']}" for a in some]
+    _rate_axis(axes, names, "share of the forgotten that is back (95 % interval)")
     return _svg(figure)
+
+
+def _interval(axes, rate: dict, y: float, marker: str, colour: str, label: str | None = None) -> None:
+    """A rate and its 95 % interval at height `y`."""
+    axes.plot([rate["low"], rate["high"]], [y, y], color=colour, lw=1.5)
+    axes.plot(rate["value"], y, marker, color=colour, label=label)
+
+
+def _rate_axis(axes, names: list[str], label: str) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
 
 
 def layers_plot(layers: dict) -> str:

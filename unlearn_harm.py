@@ -25,7 +25,16 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import checkpoint
-from data_module import Encoder, Sequence, StepRows, read_sources, refuse_overlap, sample, split_rows
+from data_module import (
+    Encoder,
+    Sequence,
+    StepRows,
+    probe_sequences,
+    read_sources,
+    refuse_overlap,
+    sample,
+    split_rows,
+)
 from generation import answer_rows
 from losses import answer_terms, gradient_ascent, random_mismatch, weighted_sum
 from optimizer import Stepper
@@ -92,7 +101,8 @@ def main() -> None:
     model = load_model(options.model_name, **options.trust()).to(accelerator.device)
     provenance.base_model = fingerprint(model)
     encoder.fit(model.config, max(options.max_answer_tokens, rows.normal_tokens, options.eval_tokens))
-    packed, layout_line = can_pack(model, rows.probe_sequences(encoder), options.pack_tokens, tokenizer.pad_token_id)
+    some = [row.prompt for row in rows.forget[:2]] + [source[0].prompt for source in rows.normal]
+    packed, layout_line = can_pack(model, probe_sequences(some, encoder), options.pack_tokens, tokenizer.pad_token_id)
     freeze(model, options.frozen_layers)
     adapters = add_lora(model, options) if options.use_lora else None
     if options.gradient_checkpointing:
@@ -115,9 +125,9 @@ def main() -> None:
             return [r if r.response else dataclasses.replace(r, response="own answer " * 16) for r in wanted]
         with accelerator.main_process_first():  # the others then find the answers in the cache
             return answer_rows(
-                wanted, model, encoder, tokens=tokens, temperature=options.answer_temperature, seed=options.seed,
-                batch_size=options.generation_batch, cache_dir=options.cache_dir,
-                progress=lambda chunks: bar(chunks, "own answers"),
+                wanted, model, encoder, fingerprint=provenance.base_model, tokens=tokens,
+                temperature=options.answer_temperature, seed=options.seed, batch_size=options.generation_batch,
+                cache_dir=options.cache_dir, progress=lambda chunks: bar(chunks, "own answers"),
             )  # fmt: skip
 
     rows.fill_responses(answer)
@@ -359,12 +369,12 @@ def roll_back(why: str, stepper: Stepper, best: dict | None, guard: dict, option
     rollbacks = guard["rollbacks"] + 1
     if rollbacks > MAX_ROLLBACKS:
         raise RunError(f"{why}, after {MAX_ROLLBACKS} times half the learning rate: lower --lr (now {options.lr:g})")
+    place = "last finite weights"
     if best and best["state"] is not None:
         stepper.restore(best["state"])
+        place = f"state after step {best['step']}"
     stepper.slow_down()
-    log.warning("%s: back to the %s, with half the learning rate (x %g)", why,
-                f"state after step {best['step']}" if best and best["state"] is not None else "last finite weights",
-                stepper.lr_scale)  # fmt: skip
+    log.warning("%s: back to the %s, with half the learning rate (x %g)", why, place, stepper.lr_scale)
     return {"skipped": 0, "rollbacks": rollbacks}
 
 

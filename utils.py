@@ -181,20 +181,21 @@ def peak_memory(device: torch.device) -> float:
     """GiB at most held so far: of the GPU, else of this process (Linux; NaN where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
-    except (OSError, StopIteration):
-        return math.nan
+    return _proc_gib("/proc/self/status", "VmHWM")
 
 
 def free_memory(device: torch.device) -> float:
     """GiB that a process could still take: of the GPU, else of the machine; NaN where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**30
+    return _proc_gib("/proc/meminfo", "MemAvailable")
+
+
+def _proc_gib(file: str, field: str) -> float:
+    """A field that /proc gives in kB, in GiB."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
     except (OSError, StopIteration):
         return math.nan
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from data_module import Encoder, Row, Sequence
+from data_module import Encoder, Row, sequence_of
 from generation import generate
 from judges import SentenceEmbedder
 from losses import token_kl, token_nll
@@ -25,15 +25,11 @@ class Watch:
     options: object
 
     def __post_init__(self):
-        self.sequences = [self._sequence("forget", row) for row in self.forget]
-        self.sequences += [self._sequence("normal", row) for row in self.normal]
+        self.sequences = [sequence_of("forget", 0, row, self.encoder) for row in self.forget]
+        self.sequences += [sequence_of("normal", 0, row, self.encoder) for row in self.normal]
         prompts = [row.prompt for row in self.forget + self.normal]
         self.embed = SentenceEmbedder() if SentenceEmbedder.available() and prompts else None
         self.prompt_vectors = self.embed(prompts) if self.embed else None
-
-    def _sequence(self, kind: str, row: Row) -> Sequence:
-        answer = self.encoder.answer(row.response, complete=row.complete)
-        return Sequence(kind, 0, tuple(self.encoder.prompt(row.prompt)), tuple(answer))
 
     @torch.no_grad()
     def look(self, forward: AnswerLogits, reference: Reference) -> dict:

@@ -47,7 +47,7 @@ class BenchOptions:
 
 
 # ------------------------------------------------------------------------------------------------ the rows
-def make_rows(options: BenchOptions, extra_answers: int = 0, dtype: str = "bf16"):
+def make_rows(options: BenchOptions, extra_answers: int = 0):
     """(StepRows, the run's options): this project's prompts, with answers put together from its facts."""
     facts = read_rows(str(ROOT / "data/facts.jsonl"), "facts")
     text = " ".join(row.response for row in facts).split()
@@ -64,7 +64,7 @@ def make_rows(options: BenchOptions, extra_answers: int = 0, dtype: str = "bf16"
     ]
     run = UnlearnOptions(
         template="qa", batch_size=options.batch_size, num_random_answers=options.num_random_answers + extra_answers,
-        max_answer_tokens=options.answer_tokens, max_unlearn_steps=options.steps + 1, dtype=dtype,
+        max_answer_tokens=options.answer_tokens, max_unlearn_steps=options.steps + 1,
     )  # fmt: skip
     rows = StepRows(harmful, [plain, facts], run)
     rows.fill_responses(lambda wanted, tokens: wanted)

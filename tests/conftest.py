@@ -101,14 +101,37 @@ def data_files(tmp_path_factory) -> dict[str, Path]:
     return files
 
 
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run_python(*words, cwd: Path, env: dict = ENVIRONMENT):
+    """The interpreter with these words; returns the finished process with its output as text."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
+
+
+def poison_losses(monkeypatch, calls_to_poison) -> None:
+    """From here on, the loss of these calls (1, 2, ...) of unlearn_harm.losses_of is NaN."""
+    import unlearn_harm
+
+    real, calls = unlearn_harm.losses_of, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        terms = real(*arguments)
+        if len(calls) in calls_to_poison:
+            terms[0]["loss"] = terms[0]["loss"] * float("nan")
+        return terms
+
+    monkeypatch.setattr(unlearn_harm, "losses_of", poisoned)
+
+
 def run_cli(script: str, *words, cwd: Path, launcher: tuple[str, ...] = (), env: dict | None = None,
             quiet: bool = False):  # fmt: skip
     """Run a script as its user does; returns the finished process with its output as text.
 
     `quiet`: for a refusal that comes after the log has begun; keeps its last line of the error output only."""
-    command = [sys.executable, *launcher, str(ROOT / script), *map(str, words)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})}
-    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    run = run_python(*launcher, ROOT / script, *words, cwd=cwd, env=ENVIRONMENT | (env or {}))
     if quiet and "Traceback" not in run.stderr:
         run.stderr = run.stderr.splitlines()[-1]
     return run

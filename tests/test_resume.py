@@ -1,7 +1,6 @@
 """A run that is stopped and taken up again: what must be the same, what is refused, what a fault may not harm."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, one_line_error, run_cli
+from conftest import ROOT, one_line_error, poison_losses, run_cli, run_python
 from safetensors.torch import load_file
 from test_run import SMALL, data_words, events, weights
 
@@ -37,7 +36,7 @@ def same_weights(one, other):
 
 # a run that kills itself at a named place: before the n-th call of a function that every run passes
 KILLED = """
-import os, runpy, signal, sys
+import os, signal, sys
 sys.path.insert(0, {root!r})
 import {module}
 real, calls = {module}.{name}, []
@@ -55,9 +54,7 @@ unlearn_harm.run_script(unlearn_harm.main)
 
 def run_killed(cwd, words, module, name, call, which="SIGKILL"):
     code = KILLED.format(root=str(ROOT), module=module, name=name, call=call, signal=which)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=cwd, capture_output=True, text=True,
-                          timeout=300, env=environment)  # fmt: skip
+    return run_python("-c", code, *words, cwd=cwd)
 
 
 def test_a_killed_run_ends_in_the_same_weights(whole, tmp_path):
@@ -160,18 +157,24 @@ def test_a_manifest_repeats_the_run(whole, tmp_path, data_files):
     assert "the forget rows are not those of that run" in one_line_error(run)
 
 
+FULL_DISK = """
+import resource, signal, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.path.insert(0, {root!r})
+sys.argv = ["unlearn_harm.py", *sys.argv[1:]]
+import unlearn_harm
+unlearn_harm.run_script(unlearn_harm.main)
+"""
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, tmp_path):
     """A limit on file size stands for the full disk: the run ends with one line and exit code 1."""
     cwd, words = whole
     size = max(f.stat().st_size for f in (cwd / "out").iterdir())
     shutil.copytree(cwd / "out-checkpoints", tmp_path / "out-checkpoints")
     shutil.rmtree(tmp_path / "out-checkpoints/step-000008")
-    limit = (f"import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
-             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n")  # fmt: skip
-    code = KILLED.format(root=str(ROOT), module="checkpoint", name="sha256", call=10**9, signal="SIGKILL")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", limit + code, *map(str, words), "--resume"], cwd=tmp_path,
-                         capture_output=True, text=True, timeout=300, env=environment)  # fmt: skip
+    run = run_python("-c", FULL_DISK.format(root=str(ROOT), size=size // 2), *words, "--resume", cwd=tmp_path)
     assert run.returncode == 1, run.stderr
     assert "Traceback" not in run.stderr
     assert "File too large" in run.stderr.splitlines()[-1]
@@ -184,16 +187,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, tmp_path):
 
 def test_three_faults_in_a_row_roll_back_with_half_the_rate(tmp_path, monkeypatch, model_folders, data_files):
     monkeypatch.chdir(tmp_path)
-    real, calls = unlearn_harm.losses_of, []
-
-    def poisoned(*arguments):
-        calls.append(1)
-        terms = real(*arguments)
-        if 3 <= len(calls) <= 5:
-            terms[0]["loss"] = terms[0]["loss"] * float("nan")
-        return terms
-
-    monkeypatch.setattr(unlearn_harm, "losses_of", poisoned)
+    poison_losses(monkeypatch, {3, 4, 5})
     words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", *RUN,
              *map(str, data_words(data_files)), "--lr_schedule=constant"]  # fmt: skip
     monkeypatch.setattr("sys.argv", words)

@@ -3,13 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHARED, one_line_error, run_cli
+from conftest import ROOT, SHARED, one_line_error, poison_losses, run_cli, run_python
 from safetensors.torch import load_file
 
 import unlearn_harm
@@ -180,16 +178,8 @@ def test_the_ceiling_stops_the_run_at_the_step_that_reaches_it(tmp_path, model_f
 def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, model_folders, data_files):
     """A NaN is put into the loss of the second step: that step is not taken, the run goes on."""
     monkeypatch.chdir(tmp_path)
-    real, calls = unlearn_harm.losses_of, []
-
-    def poisoned(*arguments):
-        calls.append(1)
-        terms = real(*arguments)
-        if len(calls) == 2:
-            terms[0]["loss"] = terms[0]["loss"] * float("nan")
-        return terms
-
-    monkeypatch.setattr(unlearn_harm, "losses_of", poisoned)
+    poison_losses(monkeypatch, {2})
+    real = unlearn_harm.losses_of
     words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
              *map(str, data_words(data_files)), *SMALL]  # fmt: skip
     monkeypatch.setattr("sys.argv", words)
@@ -204,12 +194,15 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, mod
         unlearn_harm.main()
 
 
+LAUNCH_TWO = ("-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+              "--dynamo_backend=no")  # fmt: skip
+
+
 def test_two_processes_give_the_run_of_one(tmp_path, model_folders, data_files):
     """Each process gets its own rows, means are over all of them, and no draw depends on the rank."""
     words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *SMALL, "--batch_size=4"]
     one = run_cli("unlearn_harm.py", *words, "--model_save_dir=one", "--log_file=one.log", cwd=tmp_path)
-    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-              "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29617")  # fmt: skip
+    launch = (*LAUNCH_TWO, "--multi_gpu", "--main_process_port=29617")
     two = run_cli("unlearn_harm.py", *words, "--model_save_dir=two", "--log_file=two.log", cwd=tmp_path,
                   launcher=launch, env={"ACCELERATE_USE_CPU": "true"})  # fmt: skip
     assert one.returncode == 0, one.stderr
@@ -226,9 +219,8 @@ def test_two_processes_give_the_run_of_one(tmp_path, model_folders, data_files):
 
 def test_a_launch_that_starts_fewer_processes_than_asked_is_refused(tmp_path, data_files):
     """accelerate starts one process for this line and says nothing; its run would quietly be another one."""
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
-              "--mixed_precision=no", "--dynamo_backend=no", "--quiet")  # fmt: skip
-    run = run_cli("unlearn_harm.py", *data_words(data_files), "--model_save_dir=out", cwd=tmp_path, launcher=launch)
+    run = run_cli("unlearn_harm.py", *data_words(data_files), "--model_save_dir=out", cwd=tmp_path,
+                  launcher=(*LAUNCH_TWO, "--cpu", "--quiet"))  # fmt: skip
     assert run.returncode != 0
     assert "was asked for several processes and started one" in run.stderr
     assert not (tmp_path / "out").exists()
@@ -337,10 +329,9 @@ unlearn_harm.run_script(unlearn_harm.main)
 def test_nothing_is_sent_anywhere(tmp_path, model_folders, data_files):
     """The main job with every connection refused and no word to the libraries that they are offline."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))}
-    run = subprocess.run(
-        [sys.executable, "-c", NO_NETWORK.format(root=str(ROOT)), f"--model_name={model_folders['llama']}",
-         *map(str, data_words(data_files)), *SMALL, "--model_save_dir=out", "--log_file=out.log"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment,
+    run = run_python(
+        "-c", NO_NETWORK.format(root=str(ROOT)), f"--model_name={model_folders['llama']}", *data_words(data_files),
+        *SMALL, "--model_save_dir=out", "--log_file=out.log", cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "TRIED TO REACH" not in run.stderr

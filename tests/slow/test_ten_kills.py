@@ -1,13 +1,12 @@
 """The real command, killed with SIGKILL at ten moments drawn by the clock, one inside a save, and resumed each time."""
 
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
 
-from conftest import ROOT, run_cli
+from conftest import ENVIRONMENT, ROOT, run_cli
 from test_resume import run_killed, same_weights
 from test_run import SMALL, data_words
 
@@ -22,7 +21,6 @@ def test_ten_kills_change_no_bit(tmp_path, model_folders, data_files):
     assert run_cli("unlearn_harm.py", *words, cwd=whole).returncode == 0
     draw = random.Random(20)  # the moments are by the clock, so the seed only spreads them
     killed = 0
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for kill in range(10):
         if kill == 4:
             run = run_killed(cut, [*words, "--resume"], "checkpoint", "sync", 9)  # in the middle of a save
@@ -30,7 +28,7 @@ def test_ten_kills_change_no_bit(tmp_path, model_folders, data_files):
             assert list((cut / "out-checkpoints").glob(".*.part"))
             continue
         command = [sys.executable, str(ROOT / "unlearn_harm.py"), *map(str, words), "--resume"]
-        process = subprocess.Popen(command, cwd=cut, stderr=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(command, cwd=cut, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
         before = _steps(cut)
         while _steps(cut) == before and process.poll() is None:
             time.sleep(0.02)
