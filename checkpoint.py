@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from processes import like
 from utils import UsageError, log, sync, write_json
 
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
@@ -52,14 +53,19 @@ class Lock:
 
 
 # ------------------------------------------------------------------------------------------------ writing
-def write_state(beside: Path, stepper, step: int, best: dict | None, guard: dict, identity: dict) -> None:
-    """Fill a folder, that holds the model already, with what the run needs to go on; the manifest comes last."""
-    tensors = {f"optimizer.{name}": tensor for name, tensor in stepper.state().items()}
+def write_state(
+    beside: Path, state: dict[str, torch.Tensor], progress: dict, step: int, best: dict | None, guard: dict,
+    identity: dict,
+) -> None:  # fmt: skip
+    """Fill a folder, that holds the model already, with what the run needs to go on; the manifest comes last.
+
+    state, progress: the stepper's, whole."""
+    tensors = {f"optimizer.{name}": tensor for name, tensor in state.items()}
     best = dict(best or {})
     for i, tensor in enumerate(best.pop("state", None) or []):
         tensors[f"best.{i:05d}"] = tensor
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / TENSORS)
-    write_json(beside / STATE, {"step": step, "best": best, "guard": guard, "schedule": stepper.progress(),
+    write_json(beside / STATE, {"step": step, "best": best, "guard": guard, "schedule": progress,
                                 "identity": identity})  # fmt: skip
     files = sorted(file for file in beside.rglob("*") if file.is_file())
     write_json(beside / MANIFEST, {str(f.relative_to(beside)): {"bytes": f.stat().st_size, "sha256": sha256(f)}
@@ -123,7 +129,7 @@ def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, d
     best = state["best"] or None
     kept = [tensors[name] for name in sorted(tensors) if name.startswith("best.")]
     if best is not None:
-        best["state"] = kept or None
+        best["state"] = [like(t, master) for t, master in zip(kept, stepper.masters, strict=True)] if kept else None
         best["badness"] = tuple(best["badness"])
     return state["step"], best, state["guard"]
 

@@ -305,12 +305,16 @@ class Encoder:
 # ------------------------------------------------------------------------------------ the rows of one step
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """One prompt and one answer in tokens. `group` numbers its row within the step, over all processes."""
+    """One prompt and one answer in tokens. `group` numbers its row within the step, over all processes.
+
+    `targets`: what is to follow at each place of the answer, where that is not the answer itself.
+    """
 
     kind: str  # "forget", "random" or "normal"
     group: int
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+    targets: tuple[int, ...] | None = None
 
 
 def sequence_of(kind: str, group: int, row: Row, encoder: Encoder) -> Sequence:
@@ -339,12 +343,13 @@ class StepRows:
     """Which rows a step sees, in which words, with which random answers: a function of seed and step."""
 
     # names of the random streams; source i of the normal rows is 100 + i, of the first-token rows 200 + i
-    FORGET, EMPTY, ANSWERS, STYLES, WORDS, NORMAL, FIRST = 1, 2, 3, 4, 5, 100, 200
+    FORGET, EMPTY, ANSWERS, STYLES, WORDS, BEGUN, NORMAL, FIRST = 1, 2, 3, 4, 5, 6, 100, 200
 
     def __init__(self, forget: list[Row], normal: list[list[Row]], options):
         self.forget, self.normal, self.options = forget, normal, options
         self.normal_tokens = options.normal_answer_tokens or options.max_answer_tokens
         self.pool: list[tuple[str, bool]] = []  # (answer, complete); filled with the responses
+        self.answered: list[list[str]] = []  # harmful and normal answers, filled with the responses
         self.normal_count = options.normal_batch_size or options.batch_size
         self.first_count = options.first_token_rows
         if options.normal_weight == 0:
@@ -388,6 +393,11 @@ class StepRows:
         pairs = sorted(normal)
         for (s, i), row in zip(pairs, answer([self.normal[s][i] for s, i in pairs], self.normal_tokens), strict=True):
             self.normal[s][i] = row
+        self.answered = [
+            sorted({row.response for row in side if row.response})
+            for side in (self.forget, [row for source in self.normal for row in source])
+        ]
+        self.answered = [side for side in self.answered if side]
         if self.options.random_weight > 0:
             self._make_pool()
 
@@ -425,6 +435,19 @@ class StepRows:
         drawn = [self.pool[i] for i in rng.choice(len(self.pool), size=count - empty, replace=False)]
         return drawn + [("", True)] * empty
 
+    def begun_answer(self, index: int, prompt, style: str, step: int, slot: int, encoder: Encoder) -> Sequence:
+        """A harmful prompt with the first words of an answer, of which each is to be followed by the end of the turn.
+
+        Half of the words come from harmful answers (the row's own where it has one), half from normal ones.
+        """
+        rng = np.random.default_rng([self.options.seed, self.BEGUN, step, slot])
+        own = self.forget[index].response
+        side = self.answered[rng.integers(len(self.answered))]
+        text = own if own and rng.random() < 0.5 else side[rng.integers(len(side))]
+        ids = encoder.answer(text, style, complete=False)[: self.options.begun_answer_tokens]
+        end = encoder.answer("", style)
+        return Sequence("random", slot, prompt, tuple(ids), tuple(end * len(ids)))
+
     def sequences(self, step: int, encoder: Encoder) -> list[Sequence]:
         """Every sequence of a step, over all processes: harmful rows with their random answers, then normal rows."""
         out = []
@@ -433,6 +456,9 @@ class StepRows:
             prompt, style = self.ask(row.prompt, step, self.FORGET, slot, encoder)
             answer = encoder.answer(row.response, style, complete=row.complete)
             out.append(Sequence("forget", slot, prompt, tuple(answer)))
+            if self.options.random_weight > 0 and self.options.begun_answer_tokens:
+                end = encoder.answer("", style)
+                out.append(Sequence("random", slot, prompt, tuple(answer), tuple(end * len(answer))))
             if self.options.random_weight > 0:
                 for text, complete in self.random_answers(step, slot):
                     answer = encoder.answer(text, style, complete=complete)
@@ -441,6 +467,8 @@ class StepRows:
         for slot, index in enumerate(self.forget_visits(step, self.EMPTY, empties), self.options.batch_size):
             prompt, style = self.ask(self.forget[index].prompt, step, self.FORGET, slot, encoder)
             out.append(Sequence("random", slot, prompt, tuple(encoder.answer("", style))))
+            if self.options.begun_answer_tokens:
+                out.append(self.begun_answer(index, prompt, style, step, slot, encoder))
         for slot, (source, index) in enumerate(self.normal_visits(step)):
             row = self.normal[source][index]
             prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, encoder)

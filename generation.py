@@ -9,9 +9,11 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import DynamicCache
 
 from data_module import Encoder, Row
+from processes import from_first, in_shares, is_split
 from utils import log, write_json_lines
 
 
@@ -23,6 +25,8 @@ def generate(
     """Answers to tokenised prompts, in their order: (text, complete), complete = ended by itself.
 
     Greedy at temperature 0, else sampled; the draws depend on `seed` and on the prompts of the batch.
+    Several processes answer a share of the batches each and all get every answer; where `model` is split,
+    each of them does every batch, since none can run without the others.
     Prompts of like length are answered together, padded on the left. What all prompts begin with (the
     system message of a chat template) is read once and its key-value cache shared.
     """
@@ -33,11 +37,15 @@ def generate(
         settings = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     answers: list[tuple[str, bool]] = [("", True)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    split = is_split(model)
+    if not temperature and not split:  # greedy answers don't depend on who is asked together: a share for everyone
+        batch_size = min(batch_size, max(1, -(-len(prompts) // PartialState().num_processes)))
     chunks = _chunks(order, prompts, batch_size)
     was_training = model.training
     model.eval()  # gradient checkpointing, active in training mode, would switch the key-value cache off
-    shared, cache = _shared_beginning(model, prompts)
-    for number, chunk in enumerate(progress(chunks) if progress else chunks):
+    shared, cache = (0, None) if split else _shared_beginning(model, prompts)
+
+    def answer(number: int, chunk: list[int]) -> list[list[int]]:
         width = max(len(prompts[i]) for i in chunk)
         ids = torch.full((len(chunk), width), tokenizer.pad_token_id)  # (R, T): shared beginning, padding, the rest
         mask = torch.zeros_like(ids)
@@ -49,10 +57,14 @@ def generate(
             settings["past_key_values"] = copy.deepcopy(cache)
             settings["past_key_values"].batch_repeat_interleave(len(chunk))
         torch.manual_seed(seed * 1_000_003 + number)
-        out = model.generate(
+        return model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
             eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, use_cache=True, **settings,
         )[:, width:].tolist()  # (R, new tokens)  # fmt: skip
+
+    asked = progress(chunks) if progress else chunks
+    found = [answer(n, chunk) for n, chunk in enumerate(asked)] if split else in_shares(asked, answer)
+    for chunk, out in zip(chunks, found, strict=True):
         for i, tokens in zip(chunk, out, strict=True):
             end = next((t for t, token in enumerate(tokens) if token in stop), None)
             answers[i] = (tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is not None)
@@ -97,11 +109,14 @@ def answer_rows(
     if not missing:
         return rows
     prompts = [encoder.prompt(prompt) for prompt in missing]
-    settings = [fingerprint, str(model.dtype), tokens, temperature, seed, batch_size]
+    settings = [fingerprint, str(getattr(model, "dtype", None)), tokens, temperature, seed, batch_size]
     key = hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest()[:20]
     path = Path(cache_dir) / f"answers-{key}.jsonl" if cache_dir else None
+    lines = None
     if path and path.is_file():
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = from_first(lines)  # another process's disk may be another one
+    if lines is not None:
         answers = {line["prompt"]: (line["response"], line["complete"]) for line in lines}
         log.info("own answers to %d prompts: read from %s", len(missing), path)
     else:
@@ -111,7 +126,7 @@ def answer_rows(
             temperature=temperature, seed=seed, progress=progress,
         )  # fmt: skip
         answers = dict(zip(missing, given, strict=True))
-        if path:
+        if path and PartialState().is_main_process:
             write_json_lines(path, ({"prompt": p, "response": a, "complete": c} for p, (a, c) in answers.items()))
     return [
         row if row.response is not None

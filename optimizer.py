@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from processes import like, whole
+
 
 class Stepper:
     """AdamW on the trainable parameters of a model whose forward may run in bf16.
@@ -52,7 +54,7 @@ class Stepper:
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-        norm = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+        norm = whole(torch.linalg.vector_norm(torch.stack(norms))).item() if norms else 0.0
         scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
         lr = self.lr
         for parameter, master, optimizer in zip(self.parameters, self.masters, self.optimizers, strict=True):
@@ -75,12 +77,12 @@ class Stepper:
 
     # ---- what a checkpoint keeps
     def state(self) -> dict[str, torch.Tensor]:
-        """Masters and AdamW's moments, by number: all that the next update depends on, with `progress`."""
+        """Masters and AdamW's moments, by number, whole: all that the next update depends on, with `progress`."""
         kept = {}
         for i, (master, optimizer) in enumerate(zip(self.masters, self.optimizers, strict=True)):
-            kept[f"{i:05d}.master"] = master.detach()
+            kept[f"{i:05d}.master"] = whole(master.detach())
             for name, tensor in optimizer.state.get(master, {}).items():
-                kept[f"{i:05d}.{name}"] = tensor
+                kept[f"{i:05d}.{name}"] = whole(tensor)
         return kept
 
     def progress(self) -> dict:
@@ -90,8 +92,8 @@ class Stepper:
     def load_state(self, kept: dict[str, torch.Tensor], progress: dict) -> None:
         for i, (master, optimizer) in enumerate(zip(self.masters, self.optimizers, strict=True)):
             mine = {name.partition(".")[2]: t for name, t in kept.items() if name.startswith(f"{i:05d}.")}
-            master.copy_(mine.pop("master"))
-            optimizer.state[master] = {name: tensor.to(master.device) for name, tensor in mine.items()}
+            master.copy_(like(mine.pop("master"), master))
+            optimizer.state[master] = {name: like(tensor, master) for name, tensor in mine.items()}
         self._round()
         self.taken, self.lr_scale = progress["taken"], progress["lr_scale"]
 

@@ -132,6 +132,10 @@ class UnlearnOptions(CommonOptions):
     empty_answer_rows: COUNT = option(
         0, "further harmful rows a step, with the empty answer alone as their random answer; they cost a prompt each"
     )
+    begun_answer_tokens: COUNT = option(
+        0, "tokens of an answer put after the further harmful rows' prompts, each to be followed by the end of the "
+        "turn: an answer that is begun for the model is then not gone on with (0: off)"
+    )  # fmt: skip
     first_token_rows: COUNT = option(
         0, "further normal rows a step that hold the model at the first answer token alone; they cost a prompt each"
     )
@@ -153,6 +157,9 @@ class UnlearnOptions(CommonOptions):
     lora_rank: POSITIVE = option(16, "rank of the adapters")
     lora_alpha: POSITIVE = option(32, "scale of the adapters, as alpha / rank")
     lora_targets: list[str] = option(["all-linear"], "names of the layers that get adapters")
+    shard: bool = option(
+        False, "split weights, gradients and optimizer state over the processes (FSDP2): for what one GPU cannot hold"
+    )  # fmt: skip
     gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")
 
     # ---- looking on the way

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from data_module import Sequence
+from processes import is_split
 
 
 @dataclasses.dataclass
@@ -137,7 +138,7 @@ def _finish(sequences, ids, mask, positions, places, real_tokens) -> Batch:
         start = len(sequence.prompt_ids)
         assert start > 0, "a sequence needs at least one prompt token, or nothing predicts its first answer token"
         source += places[s][start - 1 : -1]
-        targets += sequence.answer_ids
+        targets += sequence.targets or sequence.answer_ids
         owner += [s] * len(sequence.answer_ids)
         first += [j == 0 for j in range(len(sequence.answer_ids))]
     index, logit_row = np.unique(np.array(source, dtype=np.int64), return_inverse=True)  # (N,), (M,)
@@ -166,17 +167,31 @@ class AnswerLogits(torch.nn.Module):
         super().__init__()
         self.model = model
         self.packed = packed
+        self.dtype = None  # what the layers run in, where the parameters are kept in another type
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """States after the final norm at the answer positions, (N, D). Packed layout only."""
         body = self.model.base_model
-        mask = torch.zeros(batch.attention_mask.shape, dtype=self.model.dtype, device=batch.input_ids.device)
+        mask = torch.zeros(
+            batch.attention_mask.shape, dtype=self.dtype or self.model.dtype, device=batch.input_ids.device
+        )
         mask.masked_fill_(~batch.attention_mask, torch.finfo(mask.dtype).min)  # (R, 1, T, T), added to the scores
         out = body(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
         states = out[0]  # (R, T, D)
         return states.flatten(0, 1)[batch.index]  # (N, D)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    @property
+    def generator(self) -> torch.nn.Module:
+        """What is asked for answers: the model, or, where it is split, this module, which gathers it."""
+        return self if is_split(self) else self.model
+
+    def generate(self, **settings):
+        return self.model.generate(**settings)
+
+    def forward(self, batch: Batch, *, states: bool = False) -> torch.Tensor:
+        """Logits (N, V); with `states`, the `hidden` ones instead. Where a model is split, all forwards pass here."""
+        if states:
+            return self.hidden(batch)
         if self.packed:
             return self.model.get_output_embeddings()(self.hidden(batch))  # (N, V)
         logits = self.model(

@@ -11,9 +11,11 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 
 from data_module import Sequence
 from packing import AnswerLogits, packed_batch, padded_batch
+from processes import whole
 
 
 class Reference:
@@ -29,9 +31,7 @@ class Reference:
         if not forward.packed:
             self._model = AnswerLogits(copy.deepcopy(forward.model).requires_grad_(False).eval(), packed=False)
             return
-        head = forward.model.get_output_embeddings()
-        trained = any(p.requires_grad for p in head.parameters())
-        self._head = copy.deepcopy(head).requires_grad_(False) if trained else head
+        self._head = frozen_head(forward.model)
         unique = sorted({(s.prompt_ids, s.answer_ids): s for s in sequences}.values(), key=_length)
         chunks = _chunks(unique, 8 * pack_tokens)
         for chunk in progress(chunks) if progress else chunks:
@@ -40,7 +40,7 @@ class Reference:
     @torch.no_grad()
     def _visit(self, forward: AnswerLogits, sequences: list[Sequence], pack_tokens: int) -> None:
         batch = packed_batch(sequences, pack_tokens, self._pad_id).to(self._device)
-        states = forward.hidden(batch)[batch.logit_row].cpu()  # (M, D)
+        states = forward(batch, states=True)[batch.logit_row].cpu()  # (M, D)
         for s, sequence in enumerate(sequences):
             self._states[sequence.prompt_ids, sequence.answer_ids] = states[(batch.sequence == s).cpu()].clone()
 
@@ -52,11 +52,25 @@ class Reference:
             batch = padded_batch(sequences, self._pad_id).to(self._device)
             return self._model(batch)[batch.logit_row]  # (M, V)
         states = torch.cat([self._states[s.prompt_ids, s.answer_ids] for s in sequences])  # (M, D)
-        return self._head(states.to(self._device, non_blocking=True))  # (M, V)
+        weight, bias = self._head
+        states = states.to(self._device, non_blocking=True)
+        return F.linear(states, weight.to(states.dtype), None if bias is None else bias.to(states.dtype))  # (M, V)
 
     def bytes(self) -> int:
         """Memory of the kept states (the head's copy not counted)."""
         return sum(state.numel() * state.element_size() for state in self._states.values())
+
+
+def frozen_head(model) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight (V, D), bias (V,) or None) of the output head as it is now; a copy where training would move it."""
+    head = model.get_output_embeddings()
+    found = []
+    for tensor in (head.weight, getattr(head, "bias", None)):
+        if tensor is not None:
+            copied = whole(tensor.detach())
+            tensor = copied.clone() if tensor.requires_grad and copied.data_ptr() == tensor.data_ptr() else copied
+        found.append(tensor)
+    return found[0], found[1]
 
 
 def _length(sequence: Sequence) -> int:

@@ -13,14 +13,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
 import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -41,6 +38,7 @@ from optimizer import Stepper
 from options import UnlearnOptions, parse
 from packing import AnswerLogits, Batch, can_pack
 from plan import print_plan
+from processes import shard, start_processes, whole
 from provenance import Provenance
 from reference import Reference
 from report import write_model_card
@@ -98,7 +96,9 @@ def main() -> None:
 
     # ------------------------------------------------------------------------- model, tokenizer, optimizer
     encoder = Encoder(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
-    model = load_model(options.model_name, **options.trust()).to(accelerator.device)
+    model = load_model(options.model_name, **options.trust())
+    if not options.shard:  # a model that is to be split need not fit on one device
+        model.to(accelerator.device)
     provenance.base_model = fingerprint(model)
     encoder.fit(model.config, max(options.max_answer_tokens, rows.normal_tokens, options.eval_tokens))
     some = [row.prompt for row in rows.forget[:2]] + [source[0].prompt for source in rows.normal]
@@ -109,11 +109,16 @@ def main() -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # without it, nothing before the first trained weight gets a gradient
     dtype = pick_dtype(options.dtype, accelerator.device)
-    stepper = Stepper(model, options, dtype)
     forward = AnswerLogits(model, packed=packed)
+    if options.shard:
+        if not packed:
+            raise UsageError(f"--shard needs the packed layout, and this model does not take it ({layout_line})")
+        shard(forward, dtype, accelerator.device.type)
+    stepper = Stepper(model, options, torch.float32 if options.shard else dtype)  # split: the parts are the masters
     run_log.event(
         "model", f"{options.model_name} in {str(dtype)[6:]} on {accelerator.device}, template {encoder.style}, "
-        f"{layout_line}", packed=packed, dtype=str(dtype)[6:], processes=accelerator.num_processes,
+        f"{layout_line}; {accelerator.num_processes} process{'es, the model split over them' if options.shard else ''}",
+        packed=packed, dtype=str(dtype)[6:], processes=accelerator.num_processes, shard=options.shard,
     )  # fmt: skip
 
     # -------------------------------------------------- own answers, then the original's states (read-only)
@@ -123,12 +128,11 @@ def main() -> None:
     def answer(wanted, tokens):
         if options.dry_run:  # a plan needs lengths, not answers
             return [r if r.response else dataclasses.replace(r, response="own answer " * 16) for r in wanted]
-        with accelerator.main_process_first():  # the others then find the answers in the cache
-            return answer_rows(
-                wanted, model, encoder, fingerprint=provenance.base_model, tokens=tokens,
-                temperature=options.answer_temperature, seed=options.seed, batch_size=options.generation_batch,
-                cache_dir=options.cache_dir, progress=lambda chunks: bar(chunks, "own answers"),
-            )  # fmt: skip
+        return answer_rows(
+            wanted, forward.generator, encoder, fingerprint=provenance.base_model, tokens=tokens,
+            temperature=options.answer_temperature, seed=options.seed, batch_size=options.generation_batch,
+            cache_dir=options.cache_dir, progress=lambda chunks: bar(chunks, "own answers"),
+        )  # fmt: skip
 
     rows.fill_responses(answer)
     watch = Watch(
@@ -146,14 +150,16 @@ def main() -> None:
         "reference", f"the original's states on the normal rows: {reference.bytes() / 2**20:.0f} MiB, "
         f"ready after {time.time() - started:.0f} s", mib=reference.bytes() / 2**20, seconds=time.time() - started,
     )  # fmt: skip
-    wrapped = accelerator.prepare(forward)
+    wrapped = forward if options.shard else accelerator.prepare(forward)
 
     # ------------------------------------------------------------------- where a run that was stopped goes on
     def save_checkpoint(step: int) -> None:
+        state, weights = stepper.state(), whole_weights(model, stepper)  # every process: what is split is gathered
+        kept = {**best, "state": [whole(t) for t in best["state"] or ()] or None} if best else None
         if accelerator.is_main_process:
             with whole_folder(checkpoint.folder_of(save_dir) / f"step-{step:06d}") as beside:
-                write_model(beside, model, adapters, tokenizer, stepper, options, merged=False)
-                checkpoint.write_state(beside, stepper, step, best, guard, provenance.identity())
+                write_model(beside, model, weights, adapters, tokenizer, options, merged=False)
+                checkpoint.write_state(beside, state, stepper.progress(), step, kept, guard, provenance.identity())
             checkpoint.keep_newest(checkpoint.folder_of(save_dir), options.keep_checkpoints)
         accelerator.wait_for_everyone()
 
@@ -248,9 +254,10 @@ def main() -> None:
     if encoder.cut:
         log.warning("%d prompts were longer than %d tokens and lost their beginning", len(encoder.cut),
                     encoder.max_prompt_tokens)  # fmt: skip
+    weights = whole_weights(model, stepper)
     if accelerator.is_main_process:
         with whole_folder(save_dir) as beside:
-            write_model(beside, model, adapters, tokenizer, stepper, options)
+            write_model(beside, model, weights, adapters, tokenizer, options)
             write_json(beside / "unlearn_args.json", {"options": dataclasses.asdict(options), "run": summary})
             write_json(beside / "run_manifest.json", provenance.manifest(counts, accelerator, seconds, run_log.looks))
             write_model_card(beside)
@@ -291,26 +298,6 @@ def losses_of(batch: Batch, logits: torch.Tensor, reference: Reference, options,
 
 
 # ------------------------------------------------------------------------------------------ parts of the run
-def start_processes(options) -> Accelerator:
-    """The processes that were asked for, or an error: never a run that is quietly another one."""
-    # `accelerate launch --cpu --num_processes N` starts one process and says nothing: it sets an address, no world
-    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
-    if launched and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys():
-        raise UsageError("accelerate launch was asked for several processes and started one; without GPUs use "
-                         "'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...'")  # fmt: skip
-    accelerator = Accelerator(mixed_precision="no")  # precision is --dtype's business
-    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in known or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise UsageError(f"accelerate launch: {accelerator.distributed_type.value} is not supported; use plain DDP")
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
-        raise UsageError(f"accelerate launch: {asked} processes asked for, {accelerator.num_processes} joined")
-    smallest = min(options.batch_size, options.normal_batch_size or options.batch_size)
-    if accelerator.num_processes > smallest:
-        raise UsageError(f"{accelerator.num_processes} processes share {smallest} rows a step: raise --batch_size")
-    return accelerator
-
-
 def freeze(model, count: int) -> None:
     """Leave the first `count` layers as they are, and with them the embeddings: the backward stops above them."""
     if count == 0:
@@ -349,15 +336,23 @@ def look(step, watch: Watch, forward, reference, stepper, best, options, run_log
     return {**best, "last_kl": found["dev_kl"]}
 
 
-def write_model(beside: Path, model, adapters, tokenizer, stepper, options, *, merged: bool = True) -> None:
+def whole_weights(model, stepper: Stepper) -> dict[str, torch.Tensor]:
+    """The fp32 weights by name, gathered where they are split; every process must call it."""
+    gathered: dict[int, torch.Tensor] = {}  # a tied weight has two names and stays one tensor
+    with stepper.full_precision():
+        return {name: gathered.setdefault(id(tensor), whole(tensor)) for name, tensor in
+                model.state_dict(keep_vars=True).items()}  # fmt: skip
+
+
+def write_model(beside: Path, model, weights: dict, adapters, tokenizer, options, *, merged: bool = True) -> None:
     """Fill a folder with the model as it is now and its tokenizer; adapters are merged into a fresh base."""
     if adapters is None:
-        with stepper.full_precision():
-            model.save_pretrained(beside)
+        model.save_pretrained(beside, state_dict={name: tensor.detach() for name, tensor in weights.items()})
     else:
         import peft
 
-        adapters.save_pretrained(beside / "adapter")
+        named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        adapters.save_pretrained(beside / "adapter", state_dict=named)
         if merged:
             base = load_model(options.model_name, **options.trust())
             peft.PeftModel.from_pretrained(base, beside / "adapter").merge_and_unload().save_pretrained(beside)

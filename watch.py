@@ -49,7 +49,7 @@ class Watch:
                 totals["first_kl"].append(kl[batch.first[normal]])
         found = {f"dev_{name}": torch.cat(v).mean().item() if v and torch.cat(v).numel() else None
                  for name, v in totals.items()}  # fmt: skip
-        return {**found, **self._answers(forward.model)}
+        return {**found, **self._answers(forward.generator)}
 
     def _answers(self, model) -> dict:
         rows = self.forget + self.normal

@@ -185,6 +185,58 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, tmp_path):
     assert same_weights(cwd / "out", tmp_path / "out")
 
 
+# a run under whose hands the folder that it saves into is removed
+VANISHING = """
+import shutil, sys
+sys.path.insert(0, {root!r})
+import checkpoint
+real = checkpoint.write_state
+def vanishing(beside, state, progress, step, *rest):
+    if step == 4:
+        shutil.rmtree(beside)
+    return real(beside, state, progress, step, *rest)
+checkpoint.write_state = vanishing
+sys.argv = ["unlearn_harm.py", *sys.argv[1:]]
+import unlearn_harm
+unlearn_harm.run_script(unlearn_harm.main)
+"""
+
+
+def test_a_folder_that_vanishes_under_a_save(whole, tmp_path):
+    cwd, words = whole
+    run = run_python("-c", VANISHING.format(root=str(ROOT)), *words, cwd=tmp_path)
+    assert run.returncode == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    assert "No such file or directory" in run.stderr.splitlines()[-1]
+    assert "step-000004" in run.stderr.splitlines()[-1]
+    assert [f.name for f in (tmp_path / "out-checkpoints").iterdir()] == ["step-000002"]
+    assert run_cli("unlearn_harm.py", *words, "--resume", cwd=tmp_path).returncode == 0
+    assert same_weights(cwd / "out", tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_to(whole, tmp_path):
+    """Said before the model is loaded. /proc takes no files from anyone, so that the test means the same for root."""
+    _, words = whole
+    line = one_line_error(run_cli("unlearn_harm.py", *words, "--model_save_dir=/proc/none/out", cwd=tmp_path), 1)
+    assert "/proc/none" in line
+
+
+def test_a_collapse_of_the_retain_side_rolls_back(tmp_path, monkeypatch, model_folders, data_files):
+    """A learning rate far too high: the development KL passes its budget many times over, and the run goes back."""
+    monkeypatch.chdir(tmp_path)
+    words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", *RUN,
+             *map(str, data_words(data_files)), "--lr=0.05", "--kl_budget=0.01", "--lr_schedule=constant",
+             "--eval_every=3", "--normal_weight=0", "--save_every=0"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    unlearn_harm.main()
+    said = (tmp_path / "out.log").read_text()
+    assert "is far past --kl_budget: back to the state after step 0, with half the learning rate (x 0.5)" in said
+    assert [e["lr"] for e in events(tmp_path / "out.jsonl", "step")] == [0.05] * 3 + [0.025] * 3 + [0.0125] * 3
+    assert "the state after step 0 is kept" in said
+    start, kept = weights(model_folders["llama"]), weights(tmp_path / "out")
+    assert all(torch.equal(start[name], kept[name]) for name in kept)
+
+
 def test_three_faults_in_a_row_roll_back_with_half_the_rate(tmp_path, monkeypatch, model_folders, data_files):
     monkeypatch.chdir(tmp_path)
     poison_losses(monkeypatch, {3, 4, 5})
