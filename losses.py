@@ -123,6 +123,59 @@ def gradient_ascent(nll: torch.Tensor, sequence: torch.Tensor, count: int, ceili
     return -total
 
 
+def npo(
+    nll: torch.Tensor, original_nll: torch.Tensor, sequence: torch.Tensor, count: int, beta: float = 0.1
+) -> torch.Tensor:
+    """Negative preference optimisation: -2/beta * ln sigmoid(beta * (NLL - NLL of the original)), (M,) -> (S,).
+
+    NLLs are *summed* over a sequence's tokens, as in the paper (some published codes average them).
+    2/beta * ln 2 where nothing has changed; falls to 0 as the answer is forgotten, so it is bounded below; for
+    beta -> 0 its gradient is that of gradient ascent. Source: Zhang et al. 2024 (arXiv 2404.05868), eq. 3.
+    """
+    ratio = sequence_sum(nll - original_nll, sequence, count)
+    return -2 / beta * F.logsigmoid(beta * ratio)
+
+
+def simnpo(
+    nll: torch.Tensor, sequence: torch.Tensor, count: int, beta: float = 2.5, gamma: float = 0.0
+) -> torch.Tensor:
+    """SimNPO: -2/beta * ln sigmoid(beta * mean token NLL - gamma), (M,) -> (S,); needs no original.
+
+    Falls to 0 as the answer becomes unlikely. Source: Fan et al. 2024 (arXiv 2410.07163), eq. 4.
+    """
+    return -2 / beta * F.logsigmoid(beta * sequence_mean(nll, sequence, count) - gamma)
+
+
+def dpo(preferred: torch.Tensor, rejected: torch.Tensor, beta: float = 0.1) -> torch.Tensor:
+    """Direct preference optimisation: -1/beta * ln sigmoid(beta * (rejected - preferred)), (S,), (S,) -> (S,).
+
+    preferred, rejected: a sequence's summed NLL minus the original's, of the answer to be given ("I don't know",
+    or another harmless one) and of the one to be forgotten. ln 2 / beta where nothing has changed. The factor
+    1/beta makes its gradient at the start independent of beta. Source: Rafailov et al. 2023 (arXiv 2305.18290),
+    eq. 7; "IDK" as in Maini et al. 2024 (arXiv 2401.06121), section 4.
+    """
+    assert preferred.shape == rejected.shape, (preferred.shape, rejected.shape)
+    return -F.logsigmoid(beta * (rejected - preferred)) / beta
+
+
+def unlikelihood(nll: torch.Tensor, sequence: torch.Tensor, count: int) -> torch.Tensor:
+    """Sum of -ln(1 - p(token)) over each harmful answer: (M,), (M,) -> (S,); 0 once no token is likely.
+
+    Source: Welleck et al. 2020 (arXiv 1908.04319), eq. 4. p = 1 counts as 1 - 1e-6, so that it stays finite.
+    """
+    probability = torch.exp(-nll).clamp(max=1 - 1e-6)
+    return sequence_sum(-torch.log1p(-probability), sequence, count)
+
+
+def rmu(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Squared distance of hidden states to where they are steered, mean over the width: (M, D), (M, D) or (D,) -> (M,).
+
+    On harmful tokens `target` is a fixed random direction times a constant; on normal tokens it is the original's
+    states, and 0 where nothing has changed. Source: Li et al. 2024 (arXiv 2403.03218), section 4.
+    """
+    return (states.float() - target.detach().float()).square().mean(-1)
+
+
 def random_mismatch(nll: torch.Tensor, sequence: torch.Tensor, count: int) -> torch.Tensor:
     """Mean token NLL of each random answer after a harmful prompt: (M,), (M,) -> (S,). Minimising it
     teaches unrelated answers. Source: Yao et al. 2023, eq. 3; the caller averages over rows and the K."""

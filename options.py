@@ -98,7 +98,11 @@ class UnlearnOptions(CommonOptions):
     cache_dir: str = option("data/cache", "folder for the answers that the model gave to rows without a response")
 
     # ---- the objective
-    bad_weight: WEIGHT = option(0.5, "weight of gradient ascent on the harmful answers")
+    forget_loss: Literal["ascent", "npo", "simnpo", "dpo", "unlikelihood"] = option(
+        "ascent", "how harmful answers are pushed away (losses.py); dpo prefers the row's random answers to them"
+    )
+    forget_beta: WEIGHT = option(0.0, "beta of npo, simnpo and dpo (0: as in their papers: 0.1, 2.5, 0.1)")
+    bad_weight: WEIGHT = option(0.5, "weight of --forget_loss on the harmful answers")
     random_weight: WEIGHT = option(1.0, "weight of the NLL of random normal answers after the harmful prompts")
     normal_weight: WEIGHT = option(1.0, "weight of the KL to the original on normal rows")
     num_random_answers: COUNT = option(5, "random answers after each harmful prompt (K)")
@@ -176,10 +180,19 @@ class UnlearnOptions(CommonOptions):
     def __post_init__(self):
         if self.dev_share + self.test_share > 0.9:
             raise UsageError("--dev_share and --test_share leave less than a tenth to train on: lower one of them")
+        if self.forget_loss == "dpo" and self.random_weight * self.num_random_answers == 0:
+            raise UsageError("--forget_loss dpo prefers random answers: it needs --random_weight and "
+                             "--num_random_answers above 0")  # fmt: skip
+        if self.forget_ceiling and self.forget_loss != "ascent":
+            raise UsageError(f"--forget_ceiling is for --forget_loss ascent; {self.forget_loss} is bounded by itself")
         if self.random_weight > 0 and self.num_random_answers == 0:
             raise UsageError("--num_random_answers 0 needs --random_weight 0: there is no answer to train on")
         if self.bad_weight + self.random_weight + self.normal_weight == 0:
             raise UsageError("all three weights are 0: set --bad_weight, --random_weight or --normal_weight")
+
+    def beta(self) -> tuple[float, ...]:
+        """--forget_beta as a loss takes it: nothing where the loss's own default holds."""
+        return (self.forget_beta,) if self.forget_beta else ()
 
 
 # ------------------------------------------------------------------------------ evaluate_unlearning.py

@@ -7,11 +7,16 @@ import torch
 
 from losses import (
     answer_terms,
+    dpo,
     gradient_ascent,
+    npo,
     random_mismatch,
+    rmu,
     sequence_mean,
+    simnpo,
     token_kl,
     token_nll,
+    unlikelihood,
     weighted_sum,
 )
 
@@ -50,6 +55,60 @@ def test_gradient_ascent_sign_and_ceiling():
     assert bounded.tolist() == [-3.0, 0.0, -12.0]
     bounded.sum().backward()
     assert nll.grad.tolist() == [-1.0, -1.0, 0.0, 0.0]  # pushed up below the ceiling, left alone above it
+
+
+def slope(function, *values):
+    """The gradient with respect to the first of `values`."""
+    first = values[0].clone().requires_grad_()
+    function(first, *values[1:]).sum().backward()
+    return first.grad.tolist()
+
+
+def test_npo_by_hand_and_its_limits():
+    owner, original = torch.tensor([0, 0, 1]), torch.tensor([1.0, 1.0, 3.0])
+    unchanged = npo(original, original, owner, 2, beta=0.5)
+    assert unchanged.tolist() == pytest.approx([4 * LN2] * 2)  # -2/0.5 * ln sigmoid(0)
+    # sequence 0 has lost ln 3 / 0.5 nats in all (a sum, not a mean): sigmoid(ln 3) = 3/4
+    nll = original + torch.tensor([LN3, LN3, 0.0])
+    assert npo(nll, original, owner, 2, beta=0.5)[0].item() == pytest.approx(4 * (LN4 - LN3))
+    # at the start, and for beta -> 0 everywhere, its gradient is gradient ascent's: -1 a token
+    assert slope(npo, original, original, owner, 2, 0.5) == pytest.approx([-1.0] * 3)
+    assert slope(npo, nll, original, owner, 2, 1e-6) == pytest.approx([-1.0] * 3, abs=1e-5)
+    assert npo(original + 1000, original, owner, 2).tolist() == pytest.approx(
+        [0.0, 0.0]
+    )  # forgotten: nothing is left to gain
+
+
+def test_simnpo_by_hand():
+    nll, owner = torch.tensor([LN3, 3 * LN3, 40.0]), torch.tensor([0, 0, 1])
+    # mean 2 ln 3, beta 1/2: sigmoid(ln 3) = 3/4; with gamma = ln 3: sigmoid(0) = 1/2
+    assert simnpo(nll, owner, 2, beta=0.5)[0].item() == pytest.approx(4 * (LN4 - LN3))
+    assert simnpo(nll, owner, 2, beta=0.5, gamma=LN3)[0].item() == pytest.approx(4 * LN2)
+    assert simnpo(nll, owner, 2)[1].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_dpo_by_hand():
+    nothing = torch.zeros(1)
+    assert dpo(nothing, nothing, beta=0.5).item() == pytest.approx(2 * LN2)
+    # the rejected answer lost ln 3 nats, the preferred one gained ln 3: sigmoid(0.5 * 2 ln 3) = 3/4
+    assert dpo(torch.tensor([-LN3]), torch.tensor([LN3]), beta=0.5).item() == pytest.approx(2 * (LN4 - LN3))
+    assert slope(dpo, nothing, nothing, 0.5) == [0.5]  # the preferred answer's NLL is pushed down
+    assert dpo(torch.tensor([0.0]), torch.tensor([1e4])).item() == 0
+
+
+def test_unlikelihood_by_hand():
+    # p = 1/2 and 1/4 in one sequence: ln 2 + ln(4/3); an unlikely token costs nothing, a certain one stays finite
+    nll, owner = torch.tensor([LN2, LN4, 50.0, 0.0]), torch.tensor([0, 0, 1, 2])
+    assert unlikelihood(nll, owner, 3)[:2].tolist() == pytest.approx([LN2 + LN4 - LN3, 0.0])
+    assert unlikelihood(nll, owner, 3)[2].item() == pytest.approx(6 * math.log(10), rel=1e-2)
+    # d/dnll of -ln(1 - e^-nll) at p = 1/2 is -1: forgetting lowers it
+    assert slope(unlikelihood, torch.tensor([LN2]), torch.tensor([0]), 1) == pytest.approx([-1.0])
+
+
+def test_rmu_by_hand():
+    states, control = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([3.0, 0.0])
+    assert rmu(states, control).tolist() == [(4 + 4) / 2, 9 / 2]
+    assert rmu(states, states).tolist() == [0, 0]
 
 
 def test_mismatch_is_a_mean_per_answer():

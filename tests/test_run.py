@@ -313,3 +313,15 @@ def test_files_are_no_wider_than_the_umask(finished):
         assert file.stat().st_mode & 0o777 & mask == 0, file
     assert not list((cwd / "models").rglob("*.bin")), "a pickle"
     assert not list((cwd / "models").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("loss", ["npo", "simnpo", "dpo", "unlikelihood"])
+def test_every_forget_loss_forgets(tmp_path, model_folders, data_files, loss):
+    """Each raises the harmful answers' NLL, by itself, in a whole run."""
+    words = [f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log", *SMALL,
+             *data_words(data_files), f"--forget_loss={loss}", "--max_unlearn_steps=8", "--bad_weight=1",
+             f"--random_weight={1e-9 if loss == 'dpo' else 0}", "--normal_weight=0"]  # fmt: skip
+    run = run_cli("unlearn_harm.py", *words, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    found = [e["dev_nll"] for e in events(tmp_path / "out.jsonl", "eval")]
+    assert found[-1] > found[0] + 0.1
