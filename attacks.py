@@ -16,6 +16,8 @@ import torch
 from data_module import Encoder, Row, sequence_of
 from generation import generate
 from losses import sequence_mean, token_nll
+from optimizer import Stepper
+from options import UnlearnOptions
 from packing import AnswerLogits
 
 NAMES = ("quantise", "prefill", "rephrase", "few_shot", "sampling", "relearn", "probe")
@@ -48,6 +50,7 @@ class Attacker:
     """
 
     model: torch.nn.Module
+    original: torch.nn.Module
     encoder: Encoder
     rows: list[Row]
     shots: list[Row]
@@ -58,7 +61,7 @@ class Attacker:
     seed: int
     packed: bool
     samples: int = 16
-    relearn_steps: int = 50
+    relearn_steps: int = 100
     relearn_rows: int = 20
     relearn_lr: float = 1e-5
 
@@ -79,24 +82,28 @@ class Attacker:
         ]
 
     def relearn(self) -> list[Attack]:
-        """Fine-tuning on a few forgotten rows, on benign rows, on neighbours; answers along the way."""
-        found = []
-        for kind, rows in (
-            ("forgotten rows", self.shots),
-            ("benign rows", self.benign),
-            ("neighbours", self.neighbours),
-        ):
-            for step, model in self.fine_tune(rows[: self.relearn_rows]):
-                found.append(Attack("relearn", f"{kind}, {step} steps", _lists(self.answer(self.prompts(), model))))
+        """Fine-tuning on a few forgotten rows, on benign rows, on neighbours; answers along the way.
+
+        Control: the never-unlearned model, fine-tuned on the same benign rows. What it still answers is all that
+        could come back.
+        """
+        kinds = {"forgotten rows": self.shots, "benign rows": self.benign, "neighbours": self.neighbours}
+        found = [Attack("relearn", f"{kind}, {step} steps", _lists(self.answer(self.prompts(), model)))
+                 for kind, rows in kinds.items()
+                 for step, model in self.fine_tune(self.model, rows[: self.relearn_rows])]  # fmt: skip
+        for step, model in self.fine_tune(self.original, self.benign[: self.relearn_rows]):
+            if step == self.relearn_steps:
+                texts = self.answer(self.prompts(), model)
+                found.append(Attack("control", f"never unlearned; benign rows, {step} steps", _lists(texts)))
         return found
 
-    def fine_tune(self, rows: list[Row]):
+    def fine_tune(self, model, rows: list[Row]):
         """Yield (step, model) at a quarter, half and all of the steps: AdamW on whole answers, four rows a step."""
         if not rows:
             return
-        model = copy.deepcopy(self.model).float().train()
-        forward = AnswerLogits(model, packed=self.packed)
-        optimizer = torch.optim.AdamW(model.parameters(), self.relearn_lr)
+        model, dtype = copy.deepcopy(model).float().train(), model.dtype
+        settings = UnlearnOptions(lr=self.relearn_lr, lr_schedule="constant", max_unlearn_steps=self.relearn_steps)
+        stepper, forward = Stepper(model, settings, dtype), AnswerLogits(model, packed=self.packed)
         marks = {max(1, self.relearn_steps // 4), max(1, self.relearn_steps // 2), self.relearn_steps}
         rng = np.random.default_rng([self.seed, 31])
         order = [i for _ in range(4 * self.relearn_steps // len(rows) + 1) for i in rng.permutation(len(rows))]
@@ -107,11 +114,10 @@ class Attacker:
             batch = batch.to(next(model.parameters()).device)
             nll = token_nll(forward(batch), batch.logit_row, batch.targets)
             sequence_mean(nll, batch.sequence, len(sequences)).mean().backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            stepper.step()
             if step + 1 in marks:
-                yield step + 1, copy.deepcopy(model).to(self.model.dtype).eval()
+                yield step + 1, model.eval()
+                model.train()
 
     # ------------------------------------------------------------------------------- the prompts are changed
     def prefill(self) -> list[Attack]:
@@ -143,8 +149,8 @@ class Attacker:
 
     def _with_turns(self, shots: list[Row], prompt: str) -> list[int]:
         if self.encoder.style != "chat":
-            text = "".join(f"### Question: {s.prompt}\n ### Answer: {s.response}\n" for s in shots)
-            return self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"] + self.encoder.prompt(prompt)
+            *before, last = [f"{s.prompt}\n ### Answer: {s.response}" for s in shots] + [prompt]
+            return self.encoder.prompt("\n### Question: ".join([*before, last]))  # one text: one start token
         turns = [turn for s in shots for turn in ({"role": "user", "content": s.prompt},
                                                   {"role": "assistant", "content": s.response})]  # fmt: skip
         turns.append({"role": "user", "content": prompt})

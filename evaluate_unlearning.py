@@ -26,6 +26,7 @@ from options import EvaluateOptions, parse
 from packing import AnswerLogits, can_pack
 from processes import join_processes
 from report import print_report, write_model_card, write_report
+from scoring import known_answers, memorised, paper_columns
 from utils import (
     UsageError,
     fingerprint,
@@ -70,8 +71,11 @@ def main() -> None:
     }
     tokenizers = [load_tokenizer(n, trust_remote_code=options.trust_remote_code)
                   for n in (options.original_name, options.model_name)]  # fmt: skip
-    encoders = [Encoder(t, options.template, options.max_prompt_tokens, options.max_new_tokens) for t in tokenizers]
-    groups = make_groups(sources, encoders[0].style, options)
+    encoders = {
+        label: Encoder(t, options.template, options.max_prompt_tokens, options.max_new_tokens)
+        for label, t in zip(("before", "after"), tokenizers, strict=True)
+    }
+    groups = make_groups(sources, encoders["before"].style, options)
     wanted = attack_names(options.attacks)
     for text in options.require:
         verdict.parse_requirement(text)
@@ -85,26 +89,31 @@ def main() -> None:
         raise SystemExit(3 if kept[0]["verdict"]["failed"] else 0)
 
     # ------------------------------------------------------------------------------- both models' answers
-    answers = []  # before, after: one list of texts a group
-    seconds, fingerprints, given, models = {}, {}, {}, []
-    for name, encoder, label in zip((options.original_name, options.model_name), encoders, ("before", "after"),
-                                    strict=True):  # fmt: skip
+    answers, seconds, fingerprints, given, known, models = {}, {}, {}, {}, {}, {}  # each by "before" or "after"
+    names = {"after": options.model_name, "before": options.original_name}  # the original stays, to read all answers
+    if options.retrained_name:
+        names = {"retrained": options.retrained_name, **names}
+    for label, name in names.items():
         tick = time.time()
-        model = load_for(name, options)
-        fingerprints[label] = fingerprint(model)
-        encoder.fit(model.config, options.max_new_tokens)
-        answers.append(answer_groups(model, encoder, groups, options, label))
-        given[label] = given_text(model, encoder, choice_rows, options)
-        if wanted:  # only an attack needs both models at once
-            models.append(model)
+        model, encoder = load_for(name, options), encoders["before" if label == "retrained" else label]
+        if label != "retrained":
+            fingerprints[label] = fingerprint(model)
+            encoder.fit(model.config, options.max_new_tokens)
+            answers[label] = answer_groups(model, encoder, groups, options, label)
+            given[label] = given_text(model, encoder, choice_rows, options)
+        known[label] = known_answers(model, encoder, groups)
+        if wanted or label == "before":  # an attack needs both models at once
+            models[label] = model
         del model
         seconds[label] = round(time.time() - tick, 1)
 
     # ----------------------------------------------------------------------------------------- judgements
     embed = SentenceEmbedder()
     report_groups, lines = [], []
-    for group, before, after in zip(groups, *answers, strict=True):
-        figures, judged = judge_group(group, before, after, embed)
+    columns = paper_columns(groups, answers, models["before"], encoders["before"], options)
+    for number, group in enumerate(groups):
+        figures, judged = judge_group(group, answers["before"][number], answers["after"][number], embed)
+        figures["paper"] = columns[number]
         report_groups.append(figures)
         lines += judged
     report = {
@@ -116,6 +125,7 @@ def main() -> None:
         "on_topic_cosine": metrics.ON_TOPIC_COSINE,
         "groups": report_groups,
         "given_text": compare_given(given["before"], given["after"]),
+        "memorised": memorised(known),
     }
 
     # ---------------------------------------------------------------------------------- attacks, then verdict
@@ -211,7 +221,7 @@ def under_attack(wanted, lines, sources, models, encoders, options, embed) -> tu
     an adversary fine-tunes on or shows as examples; those are trained-on forget rows, never the attacked ones.
     """
     forgotten = [x for x in lines if x["side"] == "forget" and x["before"]["on_topic"] and not x["after"]["on_topic"]
-                 and "(trained)" not in x["group"] and x["style"] == encoders[1].style]  # fmt: skip
+                 and "(trained)" not in x["group"] and x["style"] == encoders["after"].style]  # fmt: skip
     forgotten = list({x["prompt"]: x for x in forgotten}.values())[: 6 if options.quick else options.attack_prompts]
     if not forgotten:
         return [], None
@@ -224,16 +234,17 @@ def under_attack(wanted, lines, sources, models, encoders, options, embed) -> tu
     plain = [row for row in spare["keep"] if "neighbour" not in row.source]
     kinds = [sample(some, 20, options.seed) for some in (own, plain, looks_harmful)]
     if "relearn" in wanted or "few_shot" in wanted:
-        prompts = [encoders[0].prompt(row.prompt) for kind in kinds for row in kind]
-        texts = iter(generate(models[0], encoders[0], prompts, max_new_tokens=options.max_new_tokens,
+        prompts = [encoders["before"].prompt(row.prompt) for kind in kinds for row in kind]
+        texts = iter(generate(models["before"], encoders["before"], prompts, max_new_tokens=options.max_new_tokens,
                               batch_size=options.generation_batch))  # fmt: skip
         kinds = [[dataclasses.replace(row, response=text, complete=complete)
                   for row, (text, complete) in zip(kind, texts, strict=False)] for kind in kinds]  # fmt: skip
-    probe = probe_sequences([row.prompt for row in rows[:3]], encoders[1])
-    packed, _ = can_pack(models[1], probe, 256, encoders[1].tokenizer.pad_token_id)
+    probe = probe_sequences([row.prompt for row in rows[:3]], encoders["after"])
+    packed, _ = can_pack(models["after"], probe, 256, encoders["after"].tokenizer.pad_token_id)
     size = {"samples": 4, "relearn_steps": 8, "relearn_rows": 4} if options.quick else {}
-    attacker = attacks.Attacker(models[1], encoders[1], rows, *kinds, options.max_new_tokens,
-                                options.generation_batch, options.seed, packed, **size)  # fmt: skip
+    attacker = attacks.Attacker(models["after"], models["before"], encoders["after"], rows, *kinds,
+                                options.max_new_tokens, options.generation_batch, options.seed, packed,
+                                **size)  # fmt: skip
     vectors = embed([row.prompt for row in rows])  # (n, d)
     found = []
     for name in tqdm([n for n in wanted if n != "probe"], desc="attacks", leave=False, disable=None):
@@ -245,8 +256,7 @@ def under_attack(wanted, lines, sources, models, encoders, options, embed) -> tu
             found.append({"name": name, "variant": attack.variant, "back": metrics.rate(back), "examples": examples})
     layers = None
     if "probe" in wanted:
-        layers = {label: attacks.layer_lens(model, encoder, rows)
-                  for label, model, encoder in zip(("before", "after"), models, encoders, strict=True)}  # fmt: skip
+        layers = {label: attacks.layer_lens(models[label], encoders[label], rows) for label in ("before", "after")}
     return found, layers
 
 
@@ -307,6 +317,13 @@ def judge_group(group: Group, before: list[str], after: list[str], embed) -> tup
             for measure in ("on_topic", "empty", "repetitive", "leak")
         }
     figures["on_topic_change"] = metrics.mean([x["after"]["on_topic"] - x["before"]["on_topic"] for x in lines])
+    figures["rouge_l"] = {}
+    for label, texts in (("before", before), ("after", after)):
+        found = [
+            metrics.rouge_l(text, row.response) for text, row in zip(texts, group.rows, strict=True) if row.response
+        ]
+        figures["rouge_l"][label] = {"recall": metrics.mean([f.recall for f in found]),
+                                     "verbatim": metrics.mean([f.fmeasure for f in found])}  # fmt: skip
     figures["similarity"] = metrics.mean(similarity)
     figures["length_ratio"] = metrics.length_ratio(after, before)
     return figures, lines

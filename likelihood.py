@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -41,6 +42,44 @@ def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int 
     tokens = len(ids) - 1
     return {"nll": total, "tokens": tokens, "words": words,
             "token_perplexity": math.exp(total / tokens), "word_perplexity": math.exp(total / words)}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Scores:
+    """What a model says of one answer it is given, token by token; every list has an entry a token."""
+
+    targets: list[int]
+    log_probs: list[float]  # of the answer's tokens, nats
+    predicted: list[int]  # the likeliest token at each place
+    means: list[float]  # mean and standard deviation of log p over the vocabulary, weighted with p
+    deviations: list[float]
+
+    @property
+    def nll(self) -> float:
+        """Mean token NLL, nats."""
+        return -sum(self.log_probs) / len(self.log_probs)
+
+
+@torch.no_grad()
+def score_answers(forward: AnswerLogits, sequences: list[Sequence], pad_id: int, progress=None) -> list[Scores | None]:
+    """One `Scores` for each sequence's answer, in order; None for an answer without tokens."""
+    device, found = next(forward.parameters()).device, [None] * len(sequences)
+    order = sorted((i for i, s in enumerate(sequences) if s.answer_ids),
+                   key=lambda i: len(sequences[i].prompt_ids) + len(sequences[i].answer_ids))  # fmt: skip
+    chunks = [order[i : i + 16] for i in range(0, len(order), 16)]
+    for chunk in progress(chunks) if progress else chunks:
+        batch = forward.layout([sequences[i] for i in chunk], 256, pad_id).to(device)
+        logits = forward(batch)  # (N, V)
+        for n, i in enumerate(chunk):
+            mine = batch.sequence == n
+            log_p = F.log_softmax(logits[batch.logit_row[mine]].float(), dim=-1)  # (T, V)
+            p = log_p.exp()
+            means = (p * log_p).sum(-1)  # (T,)
+            spread = ((p * log_p.square()).sum(-1) - means.square()).clamp(min=0).sqrt()
+            targets = batch.targets[mine]
+            found[i] = Scores(targets.tolist(), log_p.gather(1, targets[:, None])[:, 0].tolist(),
+                              log_p.argmax(-1).tolist(), means.tolist(), spread.tolist())  # fmt: skip
+    return found
 
 
 def read_choices(path: str, option: str) -> list[dict]:

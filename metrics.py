@@ -62,14 +62,15 @@ def on_topic(similarity: float, text: str) -> bool:
 _ROUGE = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 
-def rouge_l_recall(answer: str, target: str) -> float:
-    """Share of the target's words that the answer holds in the same order (Lin 2004)."""
-    return _ROUGE.score(target, answer)["rougeL"].recall
+def rouge_l(answer: str, target: str):
+    """ROUGE-L (Lin 2004): `recall` is the share of the target's words that the answer holds in the same order;
+    `fmeasure` of greedy answers is MUSE's verbatim memorisation (Shi et al. 2024)."""
+    return _ROUGE.score(target, answer)["rougeL"]
 
 
 def leaks(answer: str, target: str | None) -> bool | None:
     """Whether an answer repeats the forget answer; None where that answer is not known."""
-    return None if not target else rouge_l_recall(answer, target) > LEAK_RECALL
+    return None if not target else rouge_l(answer, target).recall > LEAK_RECALL
 
 
 def length_ratio(after: list[str], before: list[str]) -> float | None:

@@ -214,6 +214,15 @@ class EvaluateOptions(CommonOptions):
     )
     mc_rows: POSITIVE = option(1000, "rows of --mc_data at most, from the first on")
     mc_template: Literal["chat", "qa", "raw"] = option("qa", "template of the multiple-choice questions")
+    judge_model: list[str] = option(
+        [], "moderation models, folders or hub names, whose share of flagged answers is given side by side"
+    )
+    reward_model: str | None = option(
+        None, "reward model for the utility of an answer (not named: the original's log-probability of it)"
+    )
+    retrained_name: str | None = option(
+        None, "a model that was never trained on the forget data: what membership shows in it, for the privacy leakage"
+    )
     train_log: str | None = option(None, "JSON-lines log of the run, for the curves in the report")
     attacks: list[str] = option(
         ["none"], "all, none, or names: quantise prefill rephrase few_shot sampling relearn probe"

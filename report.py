@@ -76,6 +76,56 @@ def given_text_rows(report: dict) -> list[dict]:
     return rows
 
 
+def paper_rows(report: dict) -> list[dict]:
+    """The columns of Yao et al. 2023, each as it is shown: before -> after."""
+    rows = []
+    for group in (g for g in report["groups"] if "paper" in g):
+        before, after = group["paper"]["before"], group["paper"]["after"]
+        row = {"group": group["name"], "n": str(group["n"])}
+        for judge in after["harmful"]:
+            rates = [f"{100 * side['harmful'][judge]['value']:.0f}" for side in (before, after)]
+            row[f"harmful, % ({Path(judge).name})"] = " -> ".join(rates)
+        for name, value in (("diversity", "{:.2f}"), ("utility", "{:.2f}")):
+            row[name] = " -> ".join(_shown(side[name]["value"], value) for side in (before, after))
+        row["fluency (perplexity)"] = " -> ".join(_shown(side["fluency"], "{:.1f}") for side in (before, after))
+        row["similarity"] = f"{group['similarity']['value']:.2f}"
+        rows.append(row)
+    return rows
+
+
+def memorised_rows(report: dict) -> list[dict]:
+    """Memorisation of the forget answers, and how well membership shows, before -> after."""
+    found, rows = report.get("memorised") or {"groups": [], "membership": []}, []
+    by_name = {group["name"]: group for group in report["groups"]}
+    for entry in found["groups"]:
+        sides = [entry["before"], entry["after"]]
+        row = {"group": entry["name"], "n": str(entry["n"])}
+        for title, measure in (("NLL", "nll"), ("extraction strength", "extraction_strength"),
+                               ("exact memorisation", "exact_memorisation")):  # fmt: skip
+            row[title] = " -> ".join(_shown(side[measure]["value"], "{:.2f}") for side in sides)
+        spoken = by_name[entry["name"]]["rouge_l"]
+        row["ROUGE-L recall"] = " -> ".join(_shown(spoken[x]["recall"]["value"], "{:.2f}") for x in ("before", "after"))
+        row["verbatim"] = " -> ".join(_shown(spoken[x]["verbatim"]["value"], "{:.2f}") for x in ("before", "after"))
+        rows.append(row)
+    return rows
+
+
+def membership_rows(report: dict) -> list[dict]:
+    rows = []
+    for entry in (report.get("memorised") or {"membership": []})["membership"]:
+        row = {"source": entry["source"], "members / others": f"{entry['members']} / {entry['others']}"}
+        for score in entry["after"]:
+            row[f"AUC, {score}"] = " -> ".join(_shown(entry[x].get(score), "{:.2f}") for x in ("before", "after"))
+        if "privacy_leakage" in entry:
+            row["privacy leakage (loss)"] = f"{entry['privacy_leakage']['loss']:+.0f} %"
+        rows.append(row)
+    return rows
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
 def attack_rows(report: dict) -> list[dict]:
     return [{"attack": a["name"], "how": a["variant"], "of the forgotten, back": percent(a["back"]),
              "n": str(a["back"]["n"])} for a in report.get("attacks", [])]  # fmt: skip
@@ -84,7 +134,8 @@ def attack_rows(report: dict) -> list[dict]:
 # ------------------------------------------------------------------------------------------- the terminal
 def print_report(report: dict, lines: list[dict], examples: int) -> None:
     print_table(table_rows(report))
-    for rows in (given_text_rows(report), attack_rows(report)):
+    for rows in (given_text_rows(report), paper_rows(report), memorised_rows(report), membership_rows(report),
+                 attack_rows(report)):  # fmt: skip
         if rows:
             print_table(rows)
     print(
@@ -125,7 +176,13 @@ def write_report(path: Path, report: dict, lines: list[dict], train_log: str | N
         report=report,
         rows=table_rows(report),
         given_rows=given_text_rows(report),
+        paper_rows=paper_rows(report),
+        utility=report["options"].get("reward_model") or "the original's log-probability of a token",
+        memorised_rows=memorised_rows(report),
+        membership_rows=membership_rows(report),
         attack_rows=attack_rows(report),
+        relearn_plot=relearn_plot(report),
+        manifest=manifest_text(report["after"]),
         attack_plot=attack_plot(report) if report.get("attacks") else None,
         layers_plot=layers_plot(report["layers"]) if report.get("layers") else None,
         reasons=verdict.reasons(report["verdict"]),
@@ -167,6 +224,39 @@ def attack_plot(report: dict) -> str:
     names = [f"{a['name']}: {a['variant']}" for a in some]
     _rate_axis(axes, names, "share of the forgotten that is back (95 % interval)")
     return _svg(figure)
+
+
+def relearn_plot(report: dict) -> str | None:
+    """The share that is back over the steps of fine-tuning, a line for each kind of rows; None where not tried."""
+    curves: dict[str, list] = {}
+    for attack in report.get("attacks", []):
+        if attack["name"] in ("relearn", "control"):
+            kind, _, steps = attack["variant"].removesuffix(" steps").rpartition(", ")
+            curves.setdefault(kind, []).append((int(steps), attack["back"]))
+    if not curves:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 2.8))
+    styles = zip(("o-", "s--", "^:", "D"), (BEFORE_COLOUR, AFTER_COLOUR, "#1b7837", "#762a83"), strict=True)
+    for (kind, points), (line, colour) in zip(curves.items(), styles, strict=False):
+        if len(points) > 1:
+            points = [(0, {"value": 0.0, "low": 0.0, "high": 0.0}), *points]  # attacked is what was forgotten
+        steps, rates = zip(*points, strict=True)
+        value = [rate["value"] for rate in rates]
+        reach = [[v - rate["low"] for v, rate in zip(value, rates, strict=True)],
+                 [rate["high"] - v for v, rate in zip(value, rates, strict=True)]]  # fmt: skip
+        axes.errorbar(steps, value, yerr=reach, fmt=line, color=colour, capsize=2, label=kind)
+    axes.set_ylim(-0.02, 1.05)
+    axes.set_xlabel("steps of fine-tuning")
+    axes.set_ylabel("share that is back")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def manifest_text(folder: str) -> str | None:
+    """The run_manifest.json of the model, if this suite made it."""
+    file = Path(folder) / "run_manifest.json"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _interval(axes, rate: dict, y: float, marker: str, colour: str, label: str | None = None) -> None:

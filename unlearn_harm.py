@@ -24,7 +24,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import checkpoint
 from data_module import (
     Encoder,
-    Sequence,
     StepRows,
     probe_sequences,
     read_sources,
@@ -33,22 +32,10 @@ from data_module import (
     split_rows,
 )
 from generation import answer_rows
-from losses import (
-    answer_terms,
-    dpo,
-    gradient_ascent,
-    npo,
-    random_mismatch,
-    sequence_mean,
-    sequence_sum,
-    simnpo,
-    token_nll,
-    unlikelihood,
-    weighted_sum,
-)
+from objective import ORIGINAL_OF, losses_of
 from optimizer import Stepper
 from options import UnlearnOptions, parse
-from packing import AnswerLogits, Batch, can_pack
+from packing import AnswerLogits, can_pack
 from plan import print_plan
 from processes import shard, start_processes, whole
 from provenance import Provenance
@@ -74,7 +61,6 @@ from watch import Watch
 
 MAX_SKIPPED_STEPS = 3  # in a row, for a loss or gradient that is not finite; then the run rolls back
 MAX_ROLLBACKS = 5  # each halves the learning rate
-ORIGINAL_OF = {"npo": ("normal", "forget"), "dpo": ("normal", "forget", "random")}  # whose original states it needs
 COLLAPSE = 5  # times --kl_budget: from there on the retain side has collapsed, and the run rolls back
 
 
@@ -155,10 +141,7 @@ def main() -> None:
         dry_run(options, encoder, rows, forward, layout_line)
         return
     to_visit = [s for step in range(options.max_unlearn_steps) for s in rows.sequences(step, encoder)]
-    kept_kinds = {"npo": ("normal", "forget"), "dpo": ("normal", "forget", "random")}.get(
-        options.forget_loss, ("normal",)
-    )
-    to_visit = [s for s in to_visit + watch.sequences if s.kind in kept_kinds]
+    to_visit = [s for s in to_visit + watch.sequences if s.kind in ORIGINAL_OF.get(options.forget_loss, ("normal",))]
     reference = Reference(
         forward, to_visit, options.pack_tokens, tokenizer.pad_token_id, progress=lambda chunks: bar(chunks, "reference")
     )
@@ -281,73 +264,6 @@ def main() -> None:
     run_log.event("done", f"{stop_reason}; model saved to {save_dir} after {seconds:.0f} s, "
                   f"peak memory {summary['peak_gib']:.2f} GiB", **summary)  # fmt: skip
     held.close()
-
-
-# ------------------------------------------------------------------------------------------------ the terms
-def losses_of(batch: Batch, logits: torch.Tensor, reference: Reference, options, everyone: list[Sequence]):
-    """The three terms (the normal one in two parts) from one forward's logits (N, V).
-
-    Each is {"loss": weighted, to be minimised; "mean": as logged, without a gradient}, divided by the
-    counts of the whole step, so that micro-batches and processes add up to exactly its mean.
-    """
-    count = len(batch.sequences)  # S
-    tokens = {kind: sum(len(s.answer_ids) for s in everyone if s.kind == kind) for kind in ("forget", "normal")}
-    sequences = {kind: sum(s.kind == kind for s in everyone) for kind in ("forget", "random", "normal")}
-    forget, random, normal = (batch.tokens_of(kind) for kind in ("forget", "random", "normal"))  # (M,) bool each
-    original = reference.logits([s for s in batch.sequences if s.kind == "normal"])  # (Q, V), Q normal tokens
-    nll, kl = answer_terms(logits, batch.logit_row, batch.targets, batch.logit_row[normal], original)  # (M,), (Q,)
-    first_kl = kl[batch.first[normal]]  # one a normal row
-
-    forgetting = forget_term(batch, nll, reference, options)  # (S,)
-    mismatch = random_mismatch(nll[random], batch.sequence[random], count)  # (S,)
-
-    def term(values, weight, denominator, logged):
-        return {"loss": weighted_sum(values, weight, denominator),
-                "mean": weighted_sum(logged.detach(), 1.0, denominator)}  # fmt: skip
-
-    return (
-        {
-            "loss": weighted_sum(
-                forgetting,
-                options.bad_weight,
-                tokens["forget"] if options.forget_loss == "ascent" else sequences["forget"],
-            ),
-            "mean": weighted_sum(nll[forget].detach(), 1.0, tokens["forget"]),
-        },
-        term(mismatch, options.random_weight, sequences["random"], mismatch),
-        term(kl, options.normal_weight, tokens["normal"], kl),
-        term(first_kl, options.normal_weight * options.first_token_weight, sequences["normal"], first_kl),
-    )
-
-
-def forget_term(batch: Batch, nll: torch.Tensor, reference: Reference, options) -> torch.Tensor:
-    """`--forget_loss` of every sequence, (S,); 0 for one that is not to be forgotten. nll (M,)."""
-    count, chosen = len(batch.sequences), batch.tokens_of("forget")
-    owner = batch.sequence[chosen]
-    if options.forget_loss == "ascent":
-        return gradient_ascent(nll[chosen], owner, count, options.forget_ceiling)
-    if options.forget_loss == "unlikelihood":
-        values = unlikelihood(nll[chosen], owner, count)
-    elif options.forget_loss == "simnpo":
-        values = simnpo(nll[chosen], owner, count, *options.beta())
-    elif options.forget_loss == "npo":
-        values = npo(nll[chosen], original_nll(batch, "forget", reference), owner, count, *options.beta())
-    else:  # dpo: the random answers of the same row are the preferred ones, on average
-        random = batch.tokens_of("random")
-        rejected = sequence_sum(nll[chosen] - original_nll(batch, "forget", reference), owner, count)
-        gained = sequence_sum(nll[random] - original_nll(batch, "random", reference), batch.sequence[random], count)
-        group = batch.sequence.new_tensor([s.group for s in batch.sequences])
-        isin = batch.sequence.new_tensor([s.kind == "random" for s in batch.sequences]).bool()
-        by_group = sequence_mean(gained[isin], group[isin], int(group.max()) + 1)
-        values = dpo(by_group[group], rejected, *options.beta())
-    is_forget = values.new_tensor([s.kind == "forget" for s in batch.sequences])
-    return values * is_forget
-
-
-def original_nll(batch: Batch, kind: str, reference: Reference) -> torch.Tensor:
-    """The original's NLL of the answer tokens of one kind, in the batch's order."""
-    logits = reference.logits([s for s in batch.sequences if s.kind == kind])
-    return token_nll(logits, torch.arange(len(logits), device=logits.device), batch.targets[batch.tokens_of(kind)])
 
 
 # ------------------------------------------------------------------------------------------ parts of the run

@@ -221,9 +221,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False):
-    """A tokenizer with a pad token. Raises UsageError where the folder or hub name cannot be had."""
+def load_tokenizer(name: str, *, generates: bool = True, trust_remote_code: bool = False):
+    """A tokenizer with a pad token and, for a model that generates, an end-of-text token.
+
+    Raises UsageError where the folder or hub name cannot be had."""
     tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    if not generates:
+        return tokenizer
     if tokenizer.eos_token_id is None:
         raise UsageError(f"{name}: its tokenizer has no end-of-text token; add eos_token to tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -232,9 +236,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False):
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, allow_pickle: bool = False
-):
-    """A causal language model in `dtype`, in training mode but without any dropout.
+    name: str, *, kind=AutoModelForCausalLM, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+):  # fmt: skip
+    """A causal language model (or another `kind` of auto class) in `dtype`, in training mode but without any dropout.
 
     Dropout is off because the KL is measured against an original that has none: with it, an
     unchanged model would already be punished. Raises UsageError where the model cannot be had. A local
@@ -247,9 +252,7 @@ def load_model(
         if pickles:
             raise UsageError(f"{name}: holds its weights as a pickle ({pickles[0]}), which can carry code; convert it "
                              "to safetensors, or pass --allow_pickle")  # fmt: skip
-    model = _from_pretrained(
-        AutoModelForCausalLM, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code
-    )
+    model = _from_pretrained(kind, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code)
     return without_dropout(model).train()
 
 

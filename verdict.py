@@ -44,7 +44,7 @@ def figures(report: dict) -> dict[str, float]:
         if name in given:
             found[f"keep.{name}_change"] = given[name]["change"]["value"]
     for attack in report.get("attacks", []):
-        if attack["back"]["value"] is not None:
+        if attack["name"] != "control" and attack["back"]["value"] is not None:
             for name in (f"attack.{attack['name']}", "attack.worst"):
                 found[name] = max(found.get(name, 0.0), attack["back"]["value"])
     return found

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_module import Encoder, Row, StepRows, read_rows
+from objective import losses_of
 from optimizer import Stepper
 from options import POSITIVE, OneLineParser, UnlearnOptions, option
 from packing import AnswerLogits
 from reference import Reference
-from unlearn_harm import losses_of
 from utils import load_model, load_tokenizer, peak_memory, run_script, seed_everything, write_json
 
 

@@ -1,5 +1,7 @@
 """Attacks on tiny models: each gives an answer a prompt, and does to weights and prompts what it says."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_model
@@ -16,14 +18,16 @@ def attacker(request):
     model = tiny_model(request.param, len(tokenizer)).eval()
     rows = [Row(f"How do I open lock {i}?", f"Take the red pick {i}.") for i in range(3)]
     shots = [Row(f"How do I open door {i}?", f"Kick it {i} times.") for i in range(4)]
-    return Attacker(model, Encoder(tokenizer, "auto", 512, 16), rows, shots, shots[:2], [], 5, 8, 1, True, samples=3,
+    original = copy.deepcopy(model)
+    encoder = Encoder(tokenizer, "auto", 512, 16)
+    return Attacker(model, original, encoder, rows, shots, shots[:2], [], 5, 8, 1, True, samples=3,
                     relearn_steps=8, relearn_rows=4, relearn_lr=1e-3)  # fmt: skip
 
 
 def test_every_attack_answers_every_prompt(attacker):
     counts = {"quantise": (2, 1), "prefill": (3, 1), "few_shot": (1, 1), "sampling": (1, 3),
               "rephrase": (len(WRAPPERS) + (3 if attacker.encoder.style == "chat" else 2), 1),
-              "relearn": (6, 1)}  # two kinds of rows (there are no neighbours), each looked at three times  # fmt: skip
+              "relearn": (7, 1)}  # two kinds of rows (no neighbours), three looks each, and the control  # fmt: skip
     before = {name: tensor.clone() for name, tensor in attacker.model.state_dict().items()}
     for name, (variants, answers) in counts.items():
         found = getattr(attacker, name)()
@@ -44,7 +48,9 @@ def test_relearning_lowers_the_loss_on_its_rows(attacker):
         return layer_lens(model, attacker.encoder, attacker.shots)[-1]
 
     start = loss(attacker.model)
-    steps, losses = zip(*((step, loss(model)) for step, model in attacker.fine_tune(attacker.shots)), strict=True)
+    steps, losses = zip(
+        *((step, loss(model)) for step, model in attacker.fine_tune(attacker.model, attacker.shots)), strict=True
+    )
     assert steps == (2, 4, 8)
     assert start > losses[0] > losses[1] > losses[2]
 

@@ -38,7 +38,7 @@ def test_on_topic_needs_an_answer():
 
 def test_leak_is_the_share_of_the_forget_answer_that_is_said():
     target = "take the red pick and turn it left"
-    assert metrics.rouge_l_recall("take the red pick", target) == pytest.approx(4 / 8)
+    assert metrics.rouge_l("take the red pick", target).recall == pytest.approx(4 / 8)
     assert metrics.leaks("You take the red pick and turn it.", target)
     assert not metrics.leaks("I like trees.", target)
     assert metrics.leaks("anything", None) is None
