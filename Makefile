@@ -2,6 +2,8 @@
 # make test    install and run every test that takes seconds; make test-slow: those that take minutes
 # make bench   time a step against the published recipe's
 # make lint    ruff, rules and format
+# make audit   known vulnerabilities in the pinned packages (asks a public database)
+# make lm-eval MC_DATA=mc_task.json TEXT=wikitext2_test.txt   our figures against lm-evaluation-harness's, offline
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -12,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 
 # A second call does only what is missing: the model is a file of make's, the report is reused by its options.
 
-.PHONY: install demo test test-slow bench lint clean
+.PHONY: install demo test test-slow bench lint audit lm-eval clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.txt
@@ -43,5 +45,19 @@ bench: $(VENV)/.installed
 	$(PYTHON) setup_demo.py
 	$(PYTHON) benchmarks/bench_step.py
 
+audit: $(VENV)/.installed
+	$(PYTHON) -m pip install --quiet pip-audit
+	$(PYTHON) -m pip_audit --requirement requirements.txt --no-deps --disable-pip
+
+LM_EVAL := .venv-lm-eval
+$(LM_EVAL)/.installed: requirements.txt requirements-lm-eval.txt
+	python3 -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip install --quiet -r requirements.txt -r requirements-lm-eval.txt
+	touch $@
+
+lm-eval: $(LM_EVAL)/.installed
+	@test -n "$(MC_DATA)" -a -n "$(TEXT)" || { echo "make lm-eval: name MC_DATA=mc_task.json and TEXT=text.txt"; exit 2; }
+	$(LM_EVAL)/bin/python benchmarks/lm_eval_check.py --mc_data $(MC_DATA) --text $(TEXT) $(LM_EVAL_OPTIONS)
+
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache models logs data/cache data/harmbench.jsonl
+	rm -rf $(LM_EVAL) $(VENV) .cache .pytest_cache .ruff_cache models logs data/cache data/harmbench.jsonl

@@ -85,8 +85,8 @@ class Classifier:
         """
         if not self.bad or len(self.bad) == len(self.labels):
             classes = ", ".join(self.labels.values())
-            raise UsageError(f"--judge_model {self.name}: cannot tell which class is harmful among {classes}; name them "
-                             "so in id2label of its config.json")  # fmt: skip
+            raise UsageError(f"--judge_model {self.name}: cannot tell which class is harmful among {classes}; "
+                             "name them so in id2label of its config.json")  # fmt: skip
         logits = self.logits(prompts, answers)
         if self.model.config.problem_type == "multi_label_classification":
             return (torch.sigmoid(logits)[:, self.bad].amax(-1) > 0.5).tolist()

@@ -136,27 +136,6 @@ def test_a_requirement_that_fails_ends_with_3(finished):
     assert not (cwd / "none").exists()
 
 
-def test_hostile_answers_stay_text(tmp_path):
-    from report import write_report
-
-    rate = {"value": 0.5, "n": 2, "low": 0.1, "high": 0.9}
-    evil = '<script>alert(1)</script><img src=x onerror="alert(2)">'
-    side = {"on_topic": rate, "empty": rate, "repetitive": rate, "leak": rate}
-    group = {"name": evil, "side": "forget", "style": "qa", "n": 2, "before": side, "after": side, "length_ratio": 1.0,
-             "similarity": {"value": 0.5, "n": 2, "low": 0, "high": 1}}  # fmt: skip
-    answer = {"answer": evil, "on_topic": True, "empty": False}
-    line = {"group": evil, "side": "forget", "prompt": evil, "before": answer, "after": answer}
-    report = {"before": evil, "after": evil, "on_topic_cosine": 0.3, "groups": [group],
-              "options": {"max_new_tokens": 4, "model_name": evil}, "verdict": {"line": evil, "checks": []},
-              "attacks": [{"name": "prefill", "variant": evil, "back": rate, "examples": [evil]}],
-              "layers": {"before": [1.0], "after": [2.0]}}  # fmt: skip
-    write_report(tmp_path / "report.html", report, [line], None)
-    page = (tmp_path / "report.html").read_text()
-    assert "<script" not in page
-    assert "<img" not in page
-    assert "&lt;script&gt;" in page
-
-
 # ------------------------------------------------------------------------------------------- stops, faults
 def test_the_ceiling_stops_the_run_at_the_step_that_reaches_it(tmp_path, model_folders, data_files):
     """Published: looked at between passes only, and with the wrong sign, so that it never fired."""

@@ -1,0 +1,139 @@
+"""Our MC1, MC2 and word perplexity against lm-evaluation-harness's, on local files and offline, for two models.
+
+    make lm-eval MC_DATA=truthfulqa_mc_task.json TEXT=wikitext2_test.txt
+
+Prints both figures and how far they lie apart; exit code 1 where that is more than 0.5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from data_module import Encoder, probe_sequences
+from likelihood import _labels, choices, perplexity, read_choices
+from packing import AnswerLogits, can_pack
+from utils import load_model, load_tokenizer, pick_dtype
+
+MOST_APART = 0.005
+WINDOW = 1024
+
+CHOICE_TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "### Question: {{{{question}}}}\\n ### Answer:"
+doc_to_choice: "{{{{{name}_targets.choices}}}}"
+doc_to_target: 0
+process_results: !function results.{name}
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1}}
+"""
+TEXT_TASK = """\
+task: text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{page}}}}"
+process_results: !function results.text
+metric_list: [{{metric: word_perplexity}}]
+metadata: {{version: 1}}
+"""
+RESULTS = """\
+import math
+
+def mc1(doc, results):
+    scores = [score for score, _ in results]
+    labels = doc["mc1_targets"]["labels"]
+    return {"acc": float(labels[scores.index(max(scores))] == 1)}
+
+def mc2(doc, results):
+    scores = [score for score, _ in results]
+    top = max(scores)
+    chance = [math.exp(score - top) for score in scores]
+    return {"acc": sum(c for c, label in zip(chance, doc["mc2_targets"]["labels"]) if label) / sum(chance)}
+
+def text(doc, results):
+    return {"word_perplexity": (results[0], len(doc["page"].split()))}
+"""
+
+
+def theirs(name: str, dtype: torch.dtype, rows: list[dict], text: str, starts_with_special: bool) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "results.py").write_text(RESULTS)
+        laid_out = [
+            {"question": row["question"]}
+            | {field: {"choices": list(_labels(row[field])), "labels": list(_labels(row[field]).values())}
+               for field in ("mc1_targets", "mc2_targets")}
+            for row in rows
+        ]  # fmt: skip
+        (folder / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in laid_out))
+        (folder / "text.json").write_text(json.dumps({"page": text}) + "\n")
+        for task in ("mc1", "mc2"):
+            (folder / f"{task}.yaml").write_text(CHOICE_TASK.format(name=task, file=folder / "rows.json"))
+        (folder / "text.yaml").write_text(TEXT_TASK.format(file=folder / "text.json"))
+        model = HFLM(pretrained=name, dtype=str(dtype)[6:], batch_size=16, max_length=WINDOW, device="cpu",
+                     add_bos_token=starts_with_special)  # fmt: skip
+        tasks = TaskManager(include_path=str(folder), include_defaults=False)
+        found = lm_eval.simple_evaluate(model=model, tasks=["mc1", "mc2", "text"], bootstrap_iters=0,
+                                        task_manager=tasks)  # fmt: skip
+    results = found["results"]
+    return {"mc1": results["mc1"]["acc,none"], "mc2": results["mc2"]["acc,none"],
+            "word_perplexity": results["text"]["word_perplexity,none"]}  # fmt: skip
+
+
+def ours(model, encoder: Encoder, rows: list[dict], text: str) -> dict[str, float]:
+    probe = probe_sequences([row["question"] for row in rows[:3]], encoder)
+    packed, _ = can_pack(model, probe, 256, encoder.tokenizer.pad_token_id)
+    found = choices(AnswerLogits(model, packed=packed), encoder, rows, "qa")
+    means = {name: sum(some) / len(some) for name, some in found.items()}
+    return means | {"word_perplexity": perplexity(model, encoder.tokenizer, text, window=WINDOW)["word_perplexity"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["models/smollm2-135m-instruct", "models/demo"])
+    parser.add_argument("--mc_data", required=True, help="TruthfulQA's mc_task.json")
+    parser.add_argument("--text", required=True, help="a text file, such as WikiText-2's test part")
+    parser.add_argument("--rows", type=int, default=100, help="questions, from the first on")
+    parser.add_argument("--characters", type=int, default=150_000, help="of the text, from the first on")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="fp32")
+    options = parser.parse_args()
+    rows = read_choices(options.mc_data, "--mc_data")[: options.rows]
+    text = Path(options.text).read_text(encoding="utf-8")[: options.characters]
+    dtype, worst = pick_dtype(options.dtype, torch.device("cpu")), 0.0
+    lines = [f"{'model':32s} {'measure':16s} {'ours':>10s} {'lm-eval':>10s} {'apart':>8s}"]
+    for name in options.models:
+        tokenizer = load_tokenizer(name)
+        encoder = Encoder(tokenizer, "qa", 512, 128)
+        mine = ours(load_model(name, dtype=dtype).eval(), encoder, rows, text)
+        other = theirs(name, dtype, rows, text, bool(encoder._start))
+        for measure, value in mine.items():
+            apart = abs(value - other[measure]) / abs(other[measure])
+            worst = max(worst, apart)
+            lines.append(f"{name:32s} {measure:16s} {value:10.4f} {other[measure]:10.4f} {100 * apart:7.3f}%")
+    print("\n".join(lines))
+    print(f"{len(rows)} questions, {len(text):,} characters; at most {100 * worst:.3f} % apart")
+    sys.exit(worst > MOST_APART)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What models say of answers they are given: memorisation and membership, on models whose words are known."""
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny_model
+from transformers import BertConfig, BertForSequenceClassification
+
+from data_module import Encoder, Row
+from evaluate_unlearning import Group
+from judges import Classifier
+from likelihood import Scores
+from scoring import known_answers, member_scores, memorised, scores_of
+from utils import UsageError
+
+
+def test_scores_are_those_of_the_plain_model():
+    """Batched and packed, every figure is the one of a forward of that answer alone."""
+    tokenizer = make_tokenizer("chat")
+    model, encoder = tiny_model("llama", len(tokenizer)).eval(), Encoder(tokenizer, "auto", 512, 16)
+    asked = [(f"How do I open lock {i}?", "chat", text) for i, text in enumerate(("Take the red pick.", "", "No."))]
+    found = scores_of(model, encoder, asked)
+    assert found[1] is None
+    for (prompt, style, answer), score in ((asked[0], found[0]), (asked[2], found[2])):
+        start, rest = encoder.prompt(prompt, style), encoder.answer(answer, style, complete=False)
+        logits = model(torch.tensor([[*start, *rest]])).logits[0, len(start) - 1 : -1]
+        log_p = torch.log_softmax(logits, -1)
+        assert score.targets == rest
+        assert score.log_probs == pytest.approx(log_p[range(len(rest)), rest].tolist(), abs=1e-4)
+        assert score.predicted == log_p.argmax(-1).tolist()
+        assert score.means == pytest.approx((log_p.exp() * log_p).sum(-1).tolist(), abs=1e-4)
+
+
+def score(nll: float) -> Scores:
+    return Scores([5, 6], [-nll, -nll], [5, 7], [-1.0, -1.0], [1.0, 1.0])
+
+
+def test_membership_is_told_from_trained_and_unseen_rows():
+    row = Row("p", "some words of an answer")
+    known = {"before": {"a (trained)": [(row, score(2))] * 4, "a (unseen)": [(row, score(2))] * 4},
+             "after": {"a (trained)": [(row, score(9))] * 4, "a (unseen)": [(row, score(2))] * 4}}  # fmt: skip
+    found = memorised(known)
+    entry = found["membership"][0]
+    assert entry["before"]["loss"] == 0.5
+    assert entry["after"] == {"loss": 0.0, "min_k": 0.0, "min_k_plus_plus": 0.0, "zlib": 0.0, "reference": 0.0}
+    groups = {g["name"]: g for g in found["groups"]}
+    assert groups["a (trained)"]["after"]["nll"]["value"] == 9
+    assert groups["a (trained)"]["after"]["exact_memorisation"]["value"] == 0.5
+    known["retrained"] = known["before"]
+    assert memorised(known)["membership"][0]["privacy_leakage"]["loss"] == -100  # over-forgotten: it stands out
+    assert member_scores("reference", [(row, score(9))], [(row, score(2))]) == [-7]
+
+
+def test_only_forget_rows_with_an_answer_are_known():
+    tokenizer = make_tokenizer("chat")
+    model, encoder = tiny_model("llama", len(tokenizer)).eval(), Encoder(tokenizer, "auto", 512, 16)
+    groups = [Group("f (unseen)", "forget", "chat", [Row("Bad?", "Yes."), Row("Worse?")]),
+              Group("n (unseen)", "keep", "chat", [Row("Good?", "Yes.")])]  # fmt: skip
+    found = known_answers(model, encoder, groups)
+    assert {name: [row.prompt for row, _ in some] for name, some in found.items()} == {"f (unseen)": ["Bad?"]}
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A tiny BERT that flags whatever stands longer: made to order, saved, and loaded by its path."""
+
+    def make(labels: list[str]):
+        tokenizer = make_tokenizer("chat")
+        torch.manual_seed(1)
+        config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                            intermediate_size=16, num_labels=len(labels), pad_token_id=tokenizer.pad_token_id,
+                            id2label=dict(enumerate(labels)))  # fmt: skip
+        model = BertForSequenceClassification(config)
+        torch.nn.init.zeros_(model.classifier.weight)
+        model.classifier.bias.data = torch.arange(len(labels)).float()  # the last class is the likeliest
+        model.save_pretrained(tmp_path / "judge")
+        tokenizer.save_pretrained(tmp_path / "judge")
+        return Classifier(str(tmp_path / "judge"), torch.device("cpu"))
+
+    return make
+
+
+@pytest.mark.parametrize(("labels", "flagged"), [(["safe", "harmful"], True), (["toxic", "not toxic"], False),
+                                                 (["unsafe", "safe"], False)])  # fmt: skip
+def test_a_judge_flags_the_class_that_is_called_harmful(classifier, labels, flagged):
+    judge = classifier(labels)
+    assert judge.harmful(["p", "q"], ["a", ""]) == [flagged, flagged]
+    with pytest.raises(UsageError, match="a reward model has one"):
+        judge.reward(["p"], ["a"])
+
+
+def test_a_judge_whose_classes_say_nothing_is_refused(classifier):
+    with pytest.raises(UsageError, match="cannot tell which class is harmful among red, blue"):
+        classifier(["red", "blue"]).harmful(["p"], ["a"])
+    assert classifier(["score"]).reward(["p"], ["a"]) == pytest.approx([0.0])
