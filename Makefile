@@ -1,6 +1,7 @@
 # make demo    install, take the embedded model, unlearn, evaluate, write a report
 # make test    install and run every test that takes seconds; make test-slow: those that take minutes
 # make bench   time a step against the published recipe's
+# make sweep   search over the settings in configs/sweep.yaml; goes on where it was stopped
 # make lint    ruff, rules and format
 # make audit   known vulnerabilities in the pinned packages (asks a public database)
 # make lm-eval MC_DATA=mc_task.json TEXT=wikitext2_test.txt   our figures against lm-evaluation-harness's, offline
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 
 # A second call does only what is missing: the model is a file of make's, the report is reused by its options.
 
-.PHONY: install demo test test-slow bench lint audit lm-eval clean
+.PHONY: install demo test test-slow bench sweep lint audit lm-eval clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.txt
@@ -58,6 +59,10 @@ $(LM_EVAL)/.installed: requirements.txt requirements-lm-eval.txt
 lm-eval: $(LM_EVAL)/.installed
 	@test -n "$(MC_DATA)" -a -n "$(TEXT)" || { echo "make lm-eval: name MC_DATA=mc_task.json and TEXT=text.txt"; exit 2; }
 	$(LM_EVAL)/bin/python benchmarks/lm_eval_check.py --mc_data $(MC_DATA) --text $(TEXT) $(LM_EVAL_OPTIONS)
+
+sweep: $(VENV)/.installed
+	$(PYTHON) setup_demo.py
+	$(PYTHON) sweep.py --config configs/demo.yaml --grid configs/sweep.yaml --sweep_dir sweeps/demo
 
 clean:
 	rm -rf $(LM_EVAL) $(VENV) .cache .pytest_cache .ruff_cache models logs data/cache data/harmbench.jsonl

@@ -87,27 +87,30 @@ class Attacker:
         Control: the never-unlearned model, fine-tuned on the same benign rows. What it still answers is all that
         could come back.
         """
-        kinds = {"forgotten rows": self.shots, "benign rows": self.benign, "neighbours": self.neighbours}
+        steps = self.relearn_steps
+        kinds = {"forgotten rows": (self.shots, steps // 2), "benign rows": (self.benign, steps),
+                 "neighbours": (self.neighbours, steps // 2)}  # fmt: skip
         found = [Attack("relearn", f"{kind}, {step} steps", _lists(self.answer(self.prompts(), model)))
-                 for kind, rows in kinds.items()
-                 for step, model in self.fine_tune(self.model, rows[: self.relearn_rows])]  # fmt: skip
-        for step, model in self.fine_tune(self.original, self.benign[: self.relearn_rows]):
-            if step == self.relearn_steps:
+                 for kind, (rows, count) in kinds.items()
+                 for step, model in self.fine_tune(self.model, rows, count)]  # fmt: skip
+        for step, model in self.fine_tune(self.original, self.benign, steps):
+            if step == steps:
                 texts = self.answer(self.prompts(), model)
                 found.append(Attack("control", f"never unlearned; benign rows, {step} steps", _lists(texts)))
         return found
 
-    def fine_tune(self, model, rows: list[Row]):
+    def fine_tune(self, model, rows: list[Row], steps: int):
         """Yield (step, model) at a quarter, half and all of the steps: AdamW on whole answers, four rows a step."""
+        rows = rows[: self.relearn_rows]
         if not rows:
             return
         model, dtype = copy.deepcopy(model).float().train(), model.dtype
-        settings = UnlearnOptions(lr=self.relearn_lr, lr_schedule="constant", max_unlearn_steps=self.relearn_steps)
+        settings = UnlearnOptions(lr=self.relearn_lr, lr_schedule="constant", max_unlearn_steps=steps)
         stepper, forward = Stepper(model, settings, dtype), AnswerLogits(model, packed=self.packed)
-        marks = {max(1, self.relearn_steps // 4), max(1, self.relearn_steps // 2), self.relearn_steps}
+        marks = {max(1, steps // 4), max(1, steps // 2), steps}
         rng = np.random.default_rng([self.seed, 31])
-        order = [i for _ in range(4 * self.relearn_steps // len(rows) + 1) for i in rng.permutation(len(rows))]
-        for step in range(self.relearn_steps):
+        order = [i for _ in range(4 * steps // len(rows) + 1) for i in rng.permutation(len(rows))]
+        for step in range(steps):
             some = [rows[i] for i in order[4 * step : 4 * step + 4]]
             sequences = [sequence_of("forget", i, row, self.encoder) for i, row in enumerate(some)]
             batch = forward.layout(sequences, 256, self.encoder.tokenizer.pad_token_id)

@@ -86,6 +86,28 @@ class CommonOptions:
         return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
 
 
+# What `--method` gives. yao is the defaults themselves. selective holds and empties many first answer tokens, puts
+# requests in other words and templates on both sides, and bounds the forgetting; docs/LOG.md tells how it was found.
+RECIPES = {
+    "selective": {
+        "bad_weight": 0.3,
+        "forget_ceiling": 6,
+        "normal_weight": 6.0,
+        "first_token_weight": 1.5,
+        "first_token_rows": 28,
+        "empty_answer_rows": 14,
+        "empty_answer_share": 0.34,
+        "num_random_answers": 3,
+        "normal_batch_size": 6,
+        "normal_answer_tokens": 24,
+        "max_answer_tokens": 32,
+        "other_template_share": 0.45,
+        "rephrase_share": 0.5,
+        "warmup_steps": 8,
+    }
+}
+
+
 # --------------------------------------------------------------------------------------- unlearn_harm.py
 @dataclasses.dataclass
 class UnlearnOptions(CommonOptions):
@@ -98,6 +120,10 @@ class UnlearnOptions(CommonOptions):
     cache_dir: str = option("data/cache", "folder for the answers that the model gave to rows without a response")
 
     # ---- the objective
+    method: Literal["yao", "selective"] = option(
+        "yao", "recipe that gives the options that are not named: yao, the published terms and weights; selective, "
+        "tuned to forget without dragging harmless prompts along (RECIPES in options.py)"
+    )  # fmt: skip
     forget_loss: Literal["ascent", "npo", "simnpo", "dpo", "unlikelihood"] = option(
         "ascent", "how harmful answers are pushed away (losses.py); dpo prefers the row's random answers to them"
     )
@@ -227,8 +253,8 @@ class EvaluateOptions(CommonOptions):
     attacks: list[str] = option(
         ["none"], "all, none, or names: quantise prefill rephrase few_shot sampling relearn probe"
     )
-    attack_prompts: POSITIVE = option(40, "forgotten prompts that an attack tries to get back, at most")
-    quick: bool = option(False, "a tenth of the attacks' size: 4 samples, 8 relearning steps, 6 prompts")
+    attack_prompts: POSITIVE = option(32, "forgotten prompts that an attack tries to get back, at most")
+    quick: bool = option(False, "attacks in small: 6 prompts, 4 samples, 8 relearning steps")
     require: list[str] = option(
         [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 where one fails (none named: judged by defaults)"
     )
@@ -257,6 +283,8 @@ def parse(options_class: type, argv: list[str] | None = None):
     words = _yaml_words(path, known) if path else []
     if options_class is UnlearnOptions and (manifest := _peek(words + argv, "from_manifest")):
         words = _words_of_manifest(manifest, known) + words
+    if options_class is UnlearnOptions:
+        words = _words(RECIPES.get(_peek(words + argv, "method"), {})) + words
     if options_class is EvaluateOptions:
         words = _words_of_run(_peek(words + argv, "model_name")) + words
     return options_class(**vars(parser.parse_args(words + argv)))

@@ -253,6 +253,23 @@ def relearn_plot(report: dict) -> str | None:
     return _svg(figure)
 
 
+def front_plot(runs: list[dict]) -> str:
+    """A sweep's runs: harmful on topic against the worst kept ratio; those that no other beats are joined."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    front = [run for run in runs if run["on_front"]]
+    axes.plot([r["forget"] for r in front], [r["keep"] for r in front], "s-", color=AFTER_COLOUR, label="front")
+    others = [run for run in runs if not run["on_front"]]
+    axes.plot([r["forget"] for r in others], [r["keep"] for r in others], "o", color=BEFORE_COLOUR, label="beaten")
+    for run in runs:
+        axes.annotate(run["run"].replace(",", "\n"), (run["forget"], run["keep"]), fontsize=6,
+                      xytext=(4, -4), textcoords="offset points", va="top")  # fmt: skip
+    axes.set_xlabel("harmful prompts still on topic (less is better)")
+    axes.set_ylabel("worst kept ratio of on-topic answers (more is better)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
 def manifest_text(folder: str) -> str | None:
     """The run_manifest.json of the model, if this suite made it."""
     file = Path(folder) / "run_manifest.json"

@@ -49,7 +49,7 @@ def test_relearning_lowers_the_loss_on_its_rows(attacker):
 
     start = loss(attacker.model)
     steps, losses = zip(
-        *((step, loss(model)) for step, model in attacker.fine_tune(attacker.model, attacker.shots)), strict=True
+        *((step, loss(model)) for step, model in attacker.fine_tune(attacker.model, attacker.shots, 8)), strict=True
     )
     assert steps == (2, 4, 8)
     assert start > losses[0] > losses[1] > losses[2]

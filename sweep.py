@@ -1,0 +1,104 @@
+"""A small search over recipe settings: every combination is run, judged on the development split, and put on one front.
+
+    python sweep.py --config configs/demo.yaml --grid configs/sweep.yaml --sweep_dir sweeps/demo
+
+The grid file holds lists: `normal_weight: [3, 6]`. A sweep that was stopped goes on where it was: what is finished is
+not run again, and a run that was cut is resumed. It prints a table and writes front.svg and sweep.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+import verdict
+from options import UnlearnOptions
+from report import front_plot, print_table
+from utils import RunError, UsageError, run_script, write_json, write_text
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="options that all runs share, as for unlearn_harm.py")
+    parser.add_argument("--grid", required=True, help="YAML file: for each option to vary, a list of its values")
+    parser.add_argument("--sweep_dir", default="sweeps/sweep", help="folder for the runs and the front")
+    parser.add_argument("--prompts_per_group", type=int, default=64, help="development prompts a group at most")
+    options = parser.parse_args()
+    folder, runs = Path(options.sweep_dir), combinations(options.grid)
+    found = []
+    for number, settings in enumerate(runs, 1):
+        name = slug(settings)
+        print(f"run {number} of {len(runs)}: {name}", file=sys.stderr, flush=True)
+        found.append({"run": name, "settings": settings, **judged(folder / name, settings, options)})
+    for one in found:
+        one["on_front"] = not any(beats(other, one) for other in found)
+    found.sort(key=lambda one: one["forget"])
+    write_json(folder / "sweep.json", found)
+    write_text(folder / "front.svg", front_plot(found))
+    print_table([{"front": "*" if one["on_front"] else "", "run": one["run"],
+                  "harmful on topic": f"{one['forget']:.3f}", "worst kept ratio": f"{one['keep']:.3f}",
+                  "similarity": f"{one['similarity']:.3f}", "seconds": f"{one['seconds']:.0f}"}
+                 for one in found])  # fmt: skip
+    print(f"\n* no other run forgets more and keeps more; plot: {folder / 'front.svg'}")
+
+
+def combinations(path: str) -> list[dict]:
+    """Every combination of the grid's values, as {option: value}. Raises UsageError."""
+    try:
+        grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--grid {path}: cannot be read ({' '.join(str(error).split())})") from error
+    known = {field.name for field in dataclasses.fields(UnlearnOptions)}
+    if not isinstance(grid, dict) or not grid:
+        raise UsageError(f"--grid {path}: must hold one 'option: [value, ...]' a line")
+    for name, values in grid.items():
+        if name not in known or name in ("config", "model_save_dir", "log_file", "overwrite", "resume"):
+            raise UsageError(f"--grid {path}: {name!r} is not an option that can be varied")
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"--grid {path}: option {name!r} needs a list of values")
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def slug(settings: dict) -> str:
+    return ",".join(f"{name}={value}" for name, value in settings.items()).replace("/", "_")
+
+
+def judged(folder: Path, settings: dict, options) -> dict:
+    """Figures of one combination: run it and evaluate it, unless that is done."""
+    if not (folder / "unlearn_args.json").is_file():
+        words = [f"--{name}={value}" for name, value in settings.items()]
+        log_file = folder.parent / "logs" / f"{folder.name}.log"
+        run("unlearn_harm.py", f"--config={options.config}", *words, f"--model_save_dir={folder}", "--resume",
+            f"--log_file={log_file}")  # fmt: skip
+    run("evaluate_unlearning.py", f"--model_name={folder}", "--split=dev", "--reuse", "--examples=0",
+        f"--prompts_per_group={options.prompts_per_group}")  # fmt: skip
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    figures = verdict.figures(report)
+    seconds = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["run"]["seconds"]
+    return {"forget": figures["forget.on_topic"], "keep": figures["keep.on_topic_ratio"],
+            "similarity": figures["keep.similarity"], "seconds": seconds}  # fmt: skip
+
+
+def run(script: str, *words: str) -> None:
+    done = subprocess.run([sys.executable, str(HERE / script), *words], capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"{script} {' '.join(words)}: ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+
+
+def beats(one: dict, other: dict) -> bool:
+    """At least as good in both, and better in one."""
+    mine, others = (-one["forget"], one["keep"]), (-other["forget"], other["keep"])
+    return mine != others and all(a >= b for a, b in zip(mine, others, strict=True))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,82 @@
+"""The search over settings: what is run, what is not run again, and who is on the front."""
+
+import json
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, one_line_error, run_cli, run_python
+
+import sweep
+from options import RECIPES, UnlearnOptions, parse
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("lr: 1e-4\n", "option 'lr' needs a list of values"),
+    ("no_such: [1]\n", "'no_such' is not an option that can be varied"),
+    ("- 1\n", "must hold one 'option: [value, ...]' a line"),
+])  # fmt: skip
+def test_a_bad_grid_is_named(tmp_path, text, message):
+    (tmp_path / "grid.yaml").write_text(text)
+    words = ("--config=c.yaml", f"--grid={tmp_path / 'grid.yaml'}")
+    assert message in one_line_error(run_python(ROOT / "sweep.py", *words, cwd=tmp_path))
+
+
+def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
+    """Four runs of which two are finished; the others are run with --resume, and judged on the development split."""
+    figures = {"a=1,b=x": (0.1, 0.9), "a=1,b=y": (0.2, 0.8), "a=2,b=x": (0.3, 0.95), "a=2,b=y": (0.1, 0.9)}
+    called = []
+
+    def run(script, *words):
+        called.append((script, words))
+        if script == "unlearn_harm.py":
+            folder = next(word.partition("=")[2] for word in words if word.startswith("--model_save_dir"))
+            finish(tmp_path / "sweep" / folder.rpartition("/")[2])
+
+    def finish(folder):
+        folder.mkdir(parents=True)
+        (folder / "unlearn_args.json").write_text(json.dumps({"run": {"seconds": 1}}))
+        (folder / "report.json").write_text("{}")
+
+    def judged_figures(report):
+        forget, keep = figures[sweep.slug(settings[len([c for c in called if c[0] != "unlearn_harm.py"]) - 1])]
+        return {"forget.on_topic": forget, "keep.on_topic_ratio": keep, "keep.similarity": 0.5}
+
+    settings = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y")]
+    finish(tmp_path / "sweep" / "a=1,b=x")
+    monkeypatch.setattr(sweep, "combinations", lambda path: settings)
+    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sweep.verdict, "figures", judged_figures)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--config=c", "--grid=g", f"--sweep_dir={tmp_path / 'sweep'}"])
+    sweep.main()
+    trained = [words for script, words in called if script == "unlearn_harm.py"]
+    assert len(trained) == 3, "what is finished is not run again"
+    assert all("--resume" in words for words in trained)
+    assert all("--split=dev" in words for script, words in called if script == "evaluate_unlearning.py")
+    found = {one["run"]: one["on_front"] for one in json.loads((tmp_path / "sweep/sweep.json").read_text())}
+    assert found == {"a=1,b=x": True, "a=2,b=y": True, "a=2,b=x": True, "a=1,b=y": False}
+    assert "<svg" in (tmp_path / "sweep/front.svg").read_text()
+    assert "worst kept ratio" in capsys.readouterr().out
+
+
+def test_the_shipped_grid_is_one():
+    assert len(sweep.combinations(str(ROOT / "configs/sweep.yaml"))) == 4
+
+
+def test_a_method_gives_what_is_not_named(tmp_path):
+    """The recipe lies below the file, the file below the command line; yao is the defaults themselves."""
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"method": "selective", "normal_weight": 2}))
+    found = parse(UnlearnOptions, [f"--config={file}", "--first_token_rows=5"])
+    recipe = RECIPES["selective"]
+    assert (found.normal_weight, found.first_token_rows) == (2, 5)
+    assert found.empty_answer_rows == recipe["empty_answer_rows"] != UnlearnOptions().empty_answer_rows
+    assert parse(UnlearnOptions, ["--method=yao"]) == UnlearnOptions()
+
+
+def test_a_run_with_a_method_is_whole(tmp_path, model_folders, data_files):
+    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", "--method=selective", "--dry_run",
+                  "--model_save_dir=out", "--forget_data", data_files["forget"], "--normal_data", data_files["facts"],
+                  cwd=tmp_path)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\n  random") == 2 * 3 + 14
