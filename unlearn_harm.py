@@ -309,14 +309,14 @@ def whole_weights(model, stepper: Stepper) -> dict[str, torch.Tensor]:
     """The fp32 weights by name, gathered where they are split; every process must call it."""
     gathered: dict[int, torch.Tensor] = {}  # a tied weight has two names and stays one tensor
     with stepper.full_precision():
-        return {name: gathered.setdefault(id(tensor), whole(tensor)) for name, tensor in
+        return {name: gathered.setdefault(id(tensor), whole(tensor.detach())) for name, tensor in
                 model.state_dict(keep_vars=True).items()}  # fmt: skip
 
 
 def write_model(beside: Path, model, weights: dict, adapters, tokenizer, options, *, merged: bool = True) -> None:
     """Fill a folder with the model as it is now and its tokenizer; adapters are merged into a fresh base."""
     if adapters is None:
-        model.save_pretrained(beside, state_dict={name: tensor.detach() for name, tensor in weights.items()})
+        model.save_pretrained(beside, state_dict=weights)
     else:
         import peft
 

@@ -186,6 +186,19 @@ def test_adapters_train_under_checkpointing_and_are_merged(tmp_path, model_folde
     assert any((merged[k] != start[k]).any() for k in merged)
 
 
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_bf16_run_saves_its_fp32_weights(tmp_path, model_folders, data_files, family):
+    """Rounded to bf16, updates smaller than half its grid would be lost in what is saved."""
+    run = run_cli("unlearn_harm.py", f"--model_name={model_folders[family]}", "--model_save_dir=out",
+                  "--log_file=out.log", *data_words(data_files), *SMALL, "--dtype=bf16", cwd=tmp_path)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    start, saved = weights(model_folders[family]), weights(tmp_path / "out")
+    assert saved.keys() == start.keys(), "a tied head is saved once, as it was"
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    changed = [name for name in saved if (saved[name] != start[name]).any()]
+    assert any((saved[name].bfloat16().float() != saved[name]).any() for name in changed)
+
+
 # ---------------------------------------------------------------------------------------------- wrong use
 @pytest.mark.parametrize(("words", "message"), [
     (["--no_such_option=1"], "unrecognized arguments: --no_such_option=1"),
