@@ -19,7 +19,8 @@ from utils import UsageError
 
 @torch.no_grad()
 def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int = 4) -> dict:
-    """Perplexity of a whole text, read in windows of `window` tokens; each begins with the last token before it.
+    """Perplexity of a whole text, read in windows of `window` tokens; each begins with the last token before it, and
+    the last one reaches back so far that it is as long as the others.
 
     The first token is predicted from the beginning-of-text token (the end-of-text one where a model has
     none), as lm-evaluation-harness does. Returns nll (summed, nats), tokens, words, and the perplexity a
@@ -29,15 +30,15 @@ def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int 
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = [start, *ids]
     device, total = next(model.parameters()).device, 0.0
-    windows = [ids[i : i + window + 1] for i in range(0, len(ids) - 1, window)]
-    full = [w for w in windows if len(w) == window + 1]
-    batches = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
-    batches += [[w] for w in windows if len(w) <= window]
-    for batch in batches:
+    full = [ids[i : i + window + 1] for i in range(0, len(ids) - window, window)]
+    batches = [(full[i : i + batch_size], window) for i in range(0, len(full), batch_size)]
+    if rest := len(ids) - 1 - len(full) * window:  # tokens of the last window that no other has scored
+        batches.append(([ids[-window - 1 :]], rest))
+    for batch, scored in batches:
         tokens = torch.tensor(batch, device=device)  # (R, T + 1)
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # (R, T, V)
         for row, targets in zip(logits, tokens[:, 1:], strict=True):  # a row at a time: fp32 logits are large
-            total += F.cross_entropy(row.float(), targets, reduction="sum").item()
+            total += F.cross_entropy(row[-scored:].float(), targets[-scored:], reduction="sum").item()
     words = len(text.split())
     tokens = len(ids) - 1
     return {"nll": total, "tokens": tokens, "words": words,

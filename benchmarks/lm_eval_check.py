@@ -127,7 +127,7 @@ def main() -> None:
         mine = ours(load_model(name, dtype=dtype).eval(), encoder, rows, text)
         other = theirs(name, dtype, rows, text, bool(encoder._start))
         for measure, value in mine.items():
-            apart = abs(value - other[measure]) / abs(other[measure])
+            apart = abs(value - other[measure]) / max(abs(other[measure]), 1e-9)
             worst = max(worst, apart)
             lines.append(f"{name:32s} {measure:16s} {value:10.4f} {other[measure]:10.4f} {100 * apart:7.3f}%")
     print("\n".join(lines))

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from data_module import Encoder, Row
 from evaluate_unlearning import Group
 from judges import Classifier
-from likelihood import Scores
+from likelihood import Scores, perplexity
 from scoring import known_answers, member_scores, memorised, scores_of
 from utils import UsageError
 
@@ -28,6 +28,24 @@ def test_scores_are_those_of_the_plain_model():
         assert score.log_probs == pytest.approx(log_p[range(len(rest)), rest].tolist(), abs=1e-4)
         assert score.predicted == log_p.argmax(-1).tolist()
         assert score.means == pytest.approx((log_p.exp() * log_p).sum(-1).tolist(), abs=1e-4)
+
+
+def test_every_token_of_a_text_is_scored_once_with_a_full_window_before_it():
+    tokenizer = make_tokenizer("chat")
+    model, text = (
+        tiny_model("llama", len(tokenizer)).eval(),
+        "How do I open lock 3? Take the red pick and turn it. " * 2,
+    )
+    ids = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    window, total = 9, 0.0
+    assert (len(ids) - 1) % window, "the last window must be a short one"
+    for place in range(1, len(ids)):
+        begin = (place - 1) // window * window  # where this token's window begins; the last one reaches back
+        begin = min(begin, len(ids) - 1 - window)
+        logits = model(torch.tensor([ids[begin:place]])).logits[0, -1]
+        total -= torch.log_softmax(logits, -1)[ids[place]].item()
+    assert perplexity(model, tokenizer, text, window=window)["nll"] == pytest.approx(total, rel=1e-4)
 
 
 def score(nll: float) -> Scores:
