@@ -13,12 +13,13 @@ import dataclasses
 import numpy as np
 import torch
 
-from data_module import Encoder, Row, sequence_of
+from data_module import Encoder, sequence_of
 from generation import generate
 from losses import sequence_mean, token_nll
 from optimizer import Stepper
 from options import UnlearnOptions
 from packing import AnswerLogits
+from rows import Row
 
 NAMES = ("quantise", "prefill", "rephrase", "few_shot", "sampling", "relearn", "probe")
 PREFIXES = ("Sure, here is", "Of course! The first step is to", "Yes. You should")

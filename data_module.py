@@ -1,186 +1,20 @@
 """Rows -> splits -> tokenised sequences -> the rows of one step.
 
-Everything here is a pure function of the files, the seed and the step number: no draw depends on
+Everything here is a pure function of the rows, the seed and the step number: no draw depends on
 how many processes run, on what was drawn before, or on when a run was resumed.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import hashlib
-import json
-import re
-import urllib.request
-from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet as pq
 
 from rephrase import rephrase
-from utils import UsageError, log, write_text
-
-TRUTHFULQA_URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
-FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-PROMPT_FIELDS = ("prompt", "question", "instruction", "goal")
-RESPONSE_FIELDS = ("response", "best answer", "answer", "output", "right_answer")
-
-
-# -------------------------------------------------------------------------------------------------- rows
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One prompt and its answer; `response` None means: the model itself will answer it."""
-
-    prompt: str
-    response: str | None = None
-    category: str = ""
-    id: str = ""
-    source: str = ""
-    true_answers: tuple[str, ...] = ()  # every answer known to be true, for the mismatch pool
-    complete: bool = True  # False: the response was cut, so no end-of-turn token follows it
-
-
-def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[Row]:
-    """Read every file or hub data set named by an option; raises UsageError naming file, row and field."""
-    rows = [row for spec in specs for row in read_rows(spec, option)]
-    if harm_categories:
-        wanted = {c.casefold() for c in harm_categories}
-        kept = [row for row in rows if wanted & {c.strip().casefold() for c in row.category.split(";")}]
-        if not kept:
-            found = sorted({c.strip() for row in rows for c in row.category.split(";") if c.strip()})
-            known = "its categories are: " + ", ".join(found[:40]) if found else "its rows have no category"
-            raise UsageError(f"--harm_categories {' '.join(harm_categories)}: no row of {' '.join(specs)}; {known}")
-        rows = kept
-    return rows
-
-
-def read_rows(spec: str, option: str) -> list[Row]:
-    path = Path(spec)
-    if path.suffix.lower() in FILE_KINDS:
-        if path.name == "TruthfulQA.csv" and not path.exists():
-            _fetch_truthfulqa(path, option)
-        source, records = path.stem, _read_file(path, option)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not path.exists():
-        source, records = spec.partition(":")[0].rpartition("/")[2], _read_hub(spec, option)
-    else:
-        raise UsageError(f"{option} {spec}: neither a {'/'.join(FILE_KINDS)} file nor a hub name like owner/name")
-    rows = [row for number, record in records for row in _rows_of(record, source, f"{option} {spec}, row {number}")]
-    if not rows:
-        raise UsageError(f"{option} {spec}: holds no row to use")
-    return rows
-
-
-def _read_file(path: Path, option: str) -> list[tuple[int, dict]]:
-    """(row number from 1, record) of a local file; a JSON file may be a list or one object a line."""
-    if not path.is_file():
-        raise UsageError(f"{option} {path}: no such file")
-    kind = path.suffix.lower()
-    try:
-        if kind == ".parquet":
-            records = pq.read_table(path).to_pylist()
-        elif kind == ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                records = list(csv.DictReader(file, strict=True))
-        else:
-            text = path.read_text(encoding="utf-8-sig")
-            if kind == ".txt":
-                records = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
-            elif kind == ".json" and text.lstrip().startswith("["):
-                records = json.loads(text)
-            else:
-                records = []
-                for number, line in enumerate(text.split("\n"), 1):
-                    if line.strip():
-                        try:
-                            records.append(json.loads(line))
-                        except (ValueError, RecursionError) as error:
-                            reason = getattr(error, "msg", str(error))
-                            raise UsageError(f"{option} {path}, line {number}: not valid JSON ({reason})") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{option} {path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except (csv.Error, ValueError, OSError, RecursionError, pyarrow.ArrowException) as error:
-        raise UsageError(f"{option} {path}: cannot be read as {kind[1:]} ({' '.join(str(error).split())})") from error
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise UsageError(f"{option} {path}, row {number}: must be an object with a 'prompt', got {record!r:.40}")
-    return list(enumerate(records, 1))
-
-
-def _read_hub(spec: str, option: str) -> list[tuple[int, dict]]:
-    import datasets  # slow to import, and needed for hub names only
-
-    name, _, split = spec.partition(":")
-    datasets.disable_progress_bars()
-    try:
-        records = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the hub client raises whatever its layers raise; every one means: not to be had
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UsageError(
-            f"data set {name} cannot be downloaded: save it as data/{name.rpartition('/')[2]}.jsonl "
-            f"and pass {option}=data/{name.rpartition('/')[2]}.jsonl ({reason})"
-        ) from error
-    return list(enumerate(records, 1))
-
-
-def _fetch_truthfulqa(path: Path, option: str) -> None:
-    try:
-        with urllib.request.urlopen(TRUTHFULQA_URL, timeout=20) as answer:
-            write_text(path, answer.read().decode("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{option} {path}: missing, and it cannot be fetched ({error}); put TruthfulQA.csv from "
-            f"github.com/sylinrl/TruthfulQA there, or name other normal data such as --normal_data data/benign.jsonl"
-        ) from error
-
-
-def _rows_of(record: dict, source: str, where: str) -> list[Row]:
-    """The rows of one record: usually one; of a PKU-SafeRLHF pair, one for each response flagged unsafe."""
-    lower = {str(key).strip().lower(): value for key, value in record.items()}
-    prompt_field = next((f for f in PROMPT_FIELDS if f in lower), None)
-    if prompt_field is None:
-        raise UsageError(f"{where}: has no {' / '.join(PROMPT_FIELDS)} field, only {', '.join(map(str, lower))[:80]}")
-    prompt = _text(lower[prompt_field], where, prompt_field)
-    if not prompt:
-        raise UsageError(f"{where}: field '{prompt_field}' is empty")
-    row_id = str(lower.get("id", "") if lower.get("id") is not None else "")
-
-    if "is_response_0_safe" in lower:
-        return [
-            Row(
-                prompt, _text(lower[f"response_{i}"], where, f"response_{i}"), _pku_categories(lower, i), row_id, source
-            )
-            for i in (0, 1)
-            if not _truth(lower[f"is_response_{i}_safe"])
-        ]
-    response_field = next((f for f in RESPONSE_FIELDS if lower.get(f) is not None), None)
-    response = _text(lower[response_field], where, response_field) if response_field else None
-    correct = str(lower.get("correct answers") or "")
-    true_answers = [response or "", *(part.strip() for part in correct.split(";"))]
-    category = str(lower.get("category") or lower.get("semanticcategory") or "")
-    return [Row(prompt, response or None, category, row_id, source, tuple(dict.fromkeys(filter(None, true_answers))))]
-
-
-def _text(value, where: str, field: str) -> str:
-    if not isinstance(value, str):
-        raise UsageError(f"{where}: field '{field}' must be text, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"{where}: field '{field}' holds half a character (a lone surrogate, {error.start})"
-        ) from error
-    return value.strip()
-
-
-def _truth(value) -> bool:
-    return value if isinstance(value, bool) else str(value).strip().lower() in ("true", "1", "1.0")
-
-
-def _pku_categories(record: dict, i: int) -> str:
-    flags = record.get(f"response_{i}_harm_category") or {}
-    return "; ".join(name for name, on in flags.items() if on) if isinstance(flags, dict) else str(flags)
+from rows import Row
+from utils import UsageError, log
 
 
 # ------------------------------------------------------------------------------------------------ splits
@@ -249,7 +83,7 @@ class Encoder:
         plain = self._ids("a")
         with_special = tokenizer("a")["input_ids"]
         # what the tokenizer puts before a text (OPT: </s>); nothing where it adds nothing
-        self._start = with_special[: len(with_special) - len(plain)] if with_special[-len(plain) :] == plain else []
+        self.start = with_special[: len(with_special) - len(plain)] if with_special[-len(plain) :] == plain else []
         self._end = {style: self._end_of_turn(style) for style in ("chat", *OTHER_STYLES)}
 
     def fit(self, config, answer_tokens: int) -> None:
@@ -281,9 +115,9 @@ class Encoder:
             turn = [{"role": "user", "content": text}]
             ids = self._ids(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
         elif style in ("qa", "qa_space"):
-            ids = self._start + self._ids(f"### Question: {text}\n ### Answer:" + (" " if style == "qa_space" else ""))
+            ids = self.start + self._ids(f"### Question: {text}\n ### Answer:" + (" " if style == "qa_space" else ""))
         else:
-            ids = self._start + self._ids(text)
+            ids = self.start + self._ids(text)
         if len(ids) > self.max_prompt_tokens:
             self.cut.add(text)
             ids = ids[-self.max_prompt_tokens :]

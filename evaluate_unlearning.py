@@ -18,14 +18,15 @@ from tqdm.auto import tqdm
 import attacks
 import metrics
 import verdict
-from data_module import Encoder, Row, probe_sequences, read_sources, sample, split_rows
+from data_module import Encoder, sample, split_rows
 from generation import generate
 from judges import SentenceEmbedder
 from likelihood import choices, perplexity, read_choices
 from options import EvaluateOptions, parse
-from packing import AnswerLogits, can_pack
+from packing import AnswerLogits, forward_for
 from processes import join_processes
 from report import print_report, write_model_card, write_report
+from rows import Row, read_sources
 from scoring import known_answers, memorised, paper_columns
 from utils import (
     UsageError,
@@ -89,8 +90,9 @@ def main() -> None:
         raise SystemExit(3 if kept[0]["verdict"]["failed"] else 0)
 
     # ------------------------------------------------------------------------------- both models' answers
-    answers, seconds, fingerprints, given, known, models = {}, {}, {}, {}, {}, {}  # each by "before" or "after"
+    answers, seconds, fingerprints, given, known, forwards = {}, {}, {}, {}, {}, {}  # each by "before" or "after"
     names = {"after": options.model_name, "before": options.original_name}  # the original stays, to read all answers
+    some_prompts = [row.prompt for group in groups for row in group.rows][:3]
     if options.retrained_name:
         names = {"retrained": options.retrained_name, **names}
     for label, name in names.items():
@@ -100,17 +102,19 @@ def main() -> None:
             fingerprints[label] = fingerprint(model)
             encoder.fit(model.config, options.max_new_tokens)
             answers[label] = answer_groups(model, encoder, groups, options, label)
-            given[label] = given_text(model, encoder, choice_rows, options)
-        known[label] = known_answers(model, encoder, groups)
+        forward, _ = forward_for(model, encoder, some_prompts)
+        if label != "retrained":
+            given[label] = given_text(forward, encoder, choice_rows, options)
+        known[label] = known_answers(forward, encoder, groups)
         if wanted or label == "before":  # an attack needs both models at once
-            models[label] = model
-        del model
+            forwards[label] = forward
+        del model, forward
         seconds[label] = round(time.time() - tick, 1)
 
     # ----------------------------------------------------------------------------------------- judgements
     embed = SentenceEmbedder()
     report_groups, lines = [], []
-    columns = paper_columns(groups, answers, models["before"], encoders["before"], options)
+    columns = paper_columns(groups, answers, forwards["before"], encoders["before"], options)
     for number, group in enumerate(groups):
         figures, judged = judge_group(group, answers["before"][number], answers["after"][number], embed)
         figures["paper"] = columns[number]
@@ -130,7 +134,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------------------------- attacks, then verdict
     if wanted:
-        report["attacks"], report["layers"] = under_attack(wanted, lines, sources, models, encoders, options,
+        report["attacks"], report["layers"] = under_attack(wanted, lines, sources, forwards, encoders, options,
                                                            embed)  # fmt: skip
         seconds["attacks"] = round(time.time() - started - sum(seconds.values()), 1)
     report["verdict"] = verdict.judge(report, options.require)
@@ -214,7 +218,7 @@ def attack_names(words: list[str]) -> list[str]:
     return words
 
 
-def under_attack(wanted, lines, sources, models, encoders, options, embed) -> tuple[list[dict], dict | None]:
+def under_attack(wanted, lines, sources, forwards, encoders, options, embed) -> tuple[list[dict], dict | None]:
     """(one entry an attack and variant, NLL of the original's answers after every layer of both models).
 
     Attacked are prompts that were forgotten: on topic before, not after. The original answers the rows that
@@ -235,16 +239,14 @@ def under_attack(wanted, lines, sources, models, encoders, options, embed) -> tu
     kinds = [sample(some, 20, options.seed) for some in (own, plain, looks_harmful)]
     if "relearn" in wanted or "few_shot" in wanted:
         prompts = [encoders["before"].prompt(row.prompt) for kind in kinds for row in kind]
-        texts = iter(generate(models["before"], encoders["before"], prompts, max_new_tokens=options.max_new_tokens,
-                              batch_size=options.generation_batch))  # fmt: skip
+        texts = iter(generate(forwards["before"].model, encoders["before"], prompts,
+                              max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch))  # fmt: skip
         kinds = [[dataclasses.replace(row, response=text, complete=complete)
                   for row, (text, complete) in zip(kind, texts, strict=False)] for kind in kinds]  # fmt: skip
-    probe = probe_sequences([row.prompt for row in rows[:3]], encoders["after"])
-    packed, _ = can_pack(models["after"], probe, 256, encoders["after"].tokenizer.pad_token_id)
     size = {"samples": 4, "relearn_steps": 8, "relearn_rows": 4} if options.quick else {}
-    attacker = attacks.Attacker(models["after"], models["before"], encoders["after"], rows, *kinds,
-                                options.max_new_tokens, options.generation_batch, options.seed, packed,
-                                **size)  # fmt: skip
+    before, after = forwards["before"], forwards["after"]
+    attacker = attacks.Attacker(after.model, before.model, encoders["after"], rows, *kinds, options.max_new_tokens,
+                                options.generation_batch, options.seed, after.packed, **size)  # fmt: skip
     vectors = embed([row.prompt for row in rows])  # (n, d)
     found = []
     for name in tqdm([n for n in wanted if n != "probe"], desc="attacks", leave=False, disable=None):
@@ -256,20 +258,20 @@ def under_attack(wanted, lines, sources, models, encoders, options, embed) -> tu
             found.append({"name": name, "variant": attack.variant, "back": metrics.rate(back), "examples": examples})
     layers = None
     if "probe" in wanted:
-        layers = {label: attacks.layer_lens(models[label], encoders[label], rows) for label in ("before", "after")}
+        layers = {
+            label: attacks.layer_lens(forwards[label].model, encoders[label], rows) for label in ("before", "after")
+        }
     return found, layers
 
 
-def given_text(model, encoder: Encoder, choice_rows: list[dict], options) -> dict:
+def given_text(forward: AnswerLogits, encoder: Encoder, choice_rows: list[dict], options) -> dict:
     """What one model says of text that it is given: perplexity of --perplexity_text, MC1 and MC2 of --mc_data."""
     found = {}
     if options.perplexity_text:
         text = Path(options.perplexity_text).read_text(encoding="utf-8")
-        found["perplexity"] = perplexity(model, encoder.tokenizer, text)
+        found["perplexity"] = perplexity(forward.model, encoder.tokenizer, text)
     if choice_rows:
-        probe = probe_sequences([row["question"] for row in choice_rows[:3]], encoder)
-        packed, _ = can_pack(model, probe, 256, encoder.tokenizer.pad_token_id)
-        found |= choices(AnswerLogits(model, packed=packed), encoder, choice_rows, options.mc_template,
+        found |= choices(forward, encoder, choice_rows, options.mc_template,
                          lambda rows: tqdm(rows, desc="choices", leave=False, disable=None))  # fmt: skip
     return found
 

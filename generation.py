@@ -12,8 +12,9 @@ import torch
 from accelerate import PartialState
 from transformers import DynamicCache
 
-from data_module import Encoder, Row
+from data_module import Encoder
 from processes import from_first, in_shares, is_split
+from rows import Row
 from utils import log, write_json_lines
 
 
@@ -109,7 +110,7 @@ def answer_rows(
     if not missing:
         return rows
     prompts = [encoder.prompt(prompt) for prompt in missing]
-    settings = [fingerprint, str(getattr(model, "dtype", None)), tokens, temperature, seed, batch_size]
+    settings = [fingerprint, str(model.dtype), tokens, temperature, seed, batch_size]
     key = hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest()[:20]
     path = Path(cache_dir) / f"answers-{key}.jsonl" if cache_dir else None
     lines = None

@@ -62,13 +62,13 @@ class Scores:
 
 
 @torch.no_grad()
-def score_answers(forward: AnswerLogits, sequences: list[Sequence], pad_id: int, progress=None) -> list[Scores | None]:
+def score_answers(forward: AnswerLogits, sequences: list[Sequence], pad_id: int) -> list[Scores | None]:
     """One `Scores` for each sequence's answer, in order; None for an answer without tokens."""
     device, found = next(forward.parameters()).device, [None] * len(sequences)
     order = sorted((i for i, s in enumerate(sequences) if s.answer_ids),
                    key=lambda i: len(sequences[i].prompt_ids) + len(sequences[i].answer_ids))  # fmt: skip
-    chunks = [order[i : i + 16] for i in range(0, len(order), 16)]
-    for chunk in progress(chunks) if progress else chunks:
+    for start in range(0, len(order), 16):
+        chunk = order[start : start + 16]
         batch = forward.layout([sequences[i] for i in chunk], 256, pad_id).to(device)
         logits = forward(batch)  # (N, V)
         for n, i in enumerate(chunk):
@@ -107,12 +107,12 @@ def choices(forward: AnswerLogits, encoder: Encoder, rows: list[dict], style: st
     for row in progress(rows) if progress else rows:
         prompt = tuple(encoder.prompt(row["question"], style))
         answers = {text: tuple(encoder.answer(text, style, complete=False))
-                   for field in ("mc1_targets", "mc2_targets") for text in _labels(row[field])}  # fmt: skip
+                   for field in ("mc1_targets", "mc2_targets") for text in labels_of(row[field])}  # fmt: skip
         sequences = [Sequence("normal", i, prompt, ids) for i, ids in enumerate(answers.values())]
         batch = forward.layout(sequences, 1024, pad_id).to(device)
         nll = token_nll(forward(batch), batch.logit_row, batch.targets)  # (M,)
         loglik = dict(zip(answers, (-sequence_sum(nll, batch.sequence, len(sequences))).tolist(), strict=True))
-        first, second = _labels(row["mc1_targets"]), _labels(row["mc2_targets"])
+        first, second = labels_of(row["mc1_targets"]), labels_of(row["mc2_targets"])
         scores["mc1"].append(float(first[max(first, key=loglik.__getitem__)] == 1))
         chance = np.exp(np.array([loglik[text] for text in second]) - max(loglik.values()))
         true = np.array(list(second.values()), dtype=bool)
@@ -120,7 +120,7 @@ def choices(forward: AnswerLogits, encoder: Encoder, rows: list[dict], style: st
     return scores
 
 
-def _labels(targets: dict) -> dict[str, int]:
+def labels_of(targets: dict) -> dict[str, int]:
     """{answer: label} from either layout: that, or {"choices": [...], "labels": [...]}."""
     if targets.keys() == {"choices", "labels"}:
         return dict(zip(targets["choices"], targets["labels"], strict=True))

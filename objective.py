@@ -28,6 +28,12 @@ from reference import Reference
 ORIGINAL_OF = {"npo": ("normal", "forget"), "dpo": ("normal", "forget", "random")}
 
 
+def need_original(sequences: list[Sequence], options) -> list[Sequence]:
+    """Those of which the options' terms need the original's states."""
+    kinds = ORIGINAL_OF.get(options.forget_loss, ("normal",))
+    return [s for s in sequences if s.kind in kinds]
+
+
 def losses_of(batch: Batch, logits: torch.Tensor, reference: Reference, options, everyone: list[Sequence]):
     """The three terms (the normal one in two parts) from one forward's logits (N, V).
 

@@ -17,7 +17,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from data_module import Sequence
+from data_module import Encoder, Sequence, probe_sequences
 from processes import is_split
 
 
@@ -201,6 +201,12 @@ class AnswerLogits(torch.nn.Module):
 
     def layout(self, sequences: list[Sequence], pack_tokens: int, pad_id: int) -> Batch:
         return packed_batch(sequences, pack_tokens, pad_id) if self.packed else padded_batch(sequences, pad_id)
+
+
+def forward_for(model, encoder: Encoder, prompts: list[str], pack_tokens: int = 256) -> tuple[AnswerLogits, str]:
+    """The model in the layout that it takes, tried on a few real prompts, and a line that says which."""
+    packed, line = can_pack(model, probe_sequences(prompts, encoder), pack_tokens, encoder.tokenizer.pad_token_id)
+    return AnswerLogits(model, packed=packed), line
 
 
 @torch.no_grad()

@@ -10,33 +10,36 @@ import math
 import numpy as np
 
 import metrics
-from data_module import Encoder, Row, Sequence, probe_sequences
+from data_module import Encoder, Sequence
 from judges import Classifier
 from likelihood import Scores, score_answers
-from packing import AnswerLogits, can_pack
+from packing import AnswerLogits
+from rows import Row
 
 MEMBERSHIP = ("loss", "min_k", "min_k_plus_plus", "zlib", "reference")
 
 
-def scores_of(model, encoder: Encoder, asked: list[tuple[str, str, str]]) -> list[Scores | None]:
+def scores_of(forward: AnswerLogits, encoder: Encoder, asked: list[tuple[str, str, str]]) -> list[Scores | None]:
     """`Scores` of (prompt, style, answer) triples; None for an empty answer. The end of the turn is not scored."""
     sequences = [Sequence("normal", i, tuple(encoder.prompt(prompt, style)),
                           tuple(encoder.answer(answer, style, complete=False)) if answer else ())
                  for i, (prompt, style, answer) in enumerate(asked)]  # fmt: skip
-    probe = probe_sequences([prompt for prompt, _, _ in asked[:3]], encoder)
-    packed, _ = can_pack(model, probe, 256, encoder.tokenizer.pad_token_id) if asked else (True, "")
-    return score_answers(AnswerLogits(model, packed=packed), sequences, encoder.tokenizer.pad_token_id)
+    return score_answers(forward, sequences, encoder.tokenizer.pad_token_id)
 
 
 # -------------------------------------------------------------------------------------- the paper's columns
-def paper_columns(groups, answers: dict[str, list[list[str]]], original, encoder: Encoder, options) -> list[dict]:
+def paper_columns(
+    groups, answers: dict[str, list[list[str]]], original: AnswerLogits, encoder: Encoder, options
+) -> list[dict]:
     """One dict a group: harmful rate by judge, diversity, fluency and utility, before and after.
 
     Fluency is the perplexity of the answers under the original, after their prompts; utility a reward model's
     mean score or, without one, the original's mean log-probability of a token. Source: Yao et al. 2023, section 4.
     """
-    judges = [Classifier(name, original.device, **options.trust()) for name in options.judge_model]
-    rewards = Classifier(options.reward_model, original.device, **options.trust()) if options.reward_model else None
+    judges = [Classifier(name, original.model.device, **options.trust()) for name in options.judge_model]
+    rewards = (
+        Classifier(options.reward_model, original.model.device, **options.trust()) if options.reward_model else None
+    )
     columns: list[dict] = [{} for _ in groups]
     for label in ("before", "after"):
         asked = [(row.prompt, group.style, text) for group, texts in zip(groups, answers[label], strict=True)
@@ -57,10 +60,10 @@ def paper_columns(groups, answers: dict[str, list[list[str]]], original, encoder
 
 
 # ------------------------------------------------------------------------------ memorisation and membership
-def known_answers(model, encoder: Encoder, groups) -> dict[str, list[tuple[Row, Scores]]]:
+def known_answers(forward: AnswerLogits, encoder: Encoder, groups) -> dict[str, list[tuple[Row, Scores]]]:
     """By forget group: its rows that came with an answer, and what the model says of that answer."""
     asked = [(group, row) for group in groups if group.side == "forget" for row in group.rows if row.response]
-    scored = scores_of(model, encoder, [(row.prompt, group.style, row.response) for group, row in asked])
+    scored = scores_of(forward, encoder, [(row.prompt, group.style, row.response) for group, row in asked])
     found: dict[str, list] = {}
     for (group, row), score in zip(asked, scored, strict=True):
         if score is not None:

@@ -8,7 +8,6 @@ not run again, and a run that was cut is resumed. It prints a table and writes f
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -19,20 +18,23 @@ from pathlib import Path
 import yaml
 
 import verdict
-from options import UnlearnOptions
+from options import POSITIVE, OneLineParser, UnlearnOptions, option
 from report import front_plot, print_table
 from utils import RunError, UsageError, run_script, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 
 
+@dataclasses.dataclass
+class SweepOptions:
+    config: str = option("configs/demo.yaml", "options that all runs share, as for unlearn_harm.py")
+    grid: str = option("configs/sweep.yaml", "YAML file: for each option to vary, a list of its values")
+    sweep_dir: str = option("sweeps/sweep", "folder for the runs and the front")
+    prompts_per_group: POSITIVE = option(64, "development prompts a group at most")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="options that all runs share, as for unlearn_harm.py")
-    parser.add_argument("--grid", required=True, help="YAML file: for each option to vary, a list of its values")
-    parser.add_argument("--sweep_dir", default="sweeps/sweep", help="folder for the runs and the front")
-    parser.add_argument("--prompts_per_group", type=int, default=64, help="development prompts a group at most")
-    options = parser.parse_args()
+    options = SweepOptions(**vars(OneLineParser(SweepOptions, allow_abbrev=False).parse_args()))
     folder, runs = Path(options.sweep_dir), combinations(options.grid)
     found = []
     for number, settings in enumerate(runs, 1):

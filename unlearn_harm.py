@@ -22,25 +22,18 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import checkpoint
-from data_module import (
-    Encoder,
-    StepRows,
-    probe_sequences,
-    read_sources,
-    refuse_overlap,
-    sample,
-    split_rows,
-)
+from data_module import Encoder, StepRows, refuse_overlap, sample, split_rows
 from generation import answer_rows
-from objective import ORIGINAL_OF, losses_of
+from objective import losses_of, need_original
 from optimizer import Stepper
 from options import UnlearnOptions, parse
-from packing import AnswerLogits, can_pack
+from packing import forward_for
 from plan import print_plan
 from processes import shard, start_processes, whole
 from provenance import Provenance
 from reference import Reference
 from report import write_model_card
+from rows import read_sources
 from utils import (
     RunError,
     RunLog,
@@ -101,23 +94,22 @@ def main() -> None:
     provenance.base_model = fingerprint(model)
     encoder.fit(model.config, max(options.max_answer_tokens, rows.normal_tokens, options.eval_tokens))
     some = [row.prompt for row in rows.forget[:2]] + [source[0].prompt for source in rows.normal]
-    packed, layout_line = can_pack(model, probe_sequences(some, encoder), options.pack_tokens, tokenizer.pad_token_id)
+    forward, layout_line = forward_for(model, encoder, some, options.pack_tokens)
     freeze(model, options.frozen_layers)
     adapters = add_lora(model, options) if options.use_lora else None
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # without it, nothing before the first trained weight gets a gradient
     dtype = pick_dtype(options.dtype, accelerator.device)
-    forward = AnswerLogits(model, packed=packed)
     if options.shard:
-        if not packed:
+        if not forward.packed:
             raise UsageError(f"--shard needs the packed layout, and this model does not take it ({layout_line})")
         shard(forward, dtype, accelerator.device.type)
     stepper = Stepper(model, options, torch.float32 if options.shard else dtype)  # split: the parts are the masters
     run_log.event(
         "model", f"{options.model_name} in {str(dtype)[6:]} on {accelerator.device}, template {encoder.style}, "
         f"{layout_line}; {accelerator.num_processes} process{'es, the model split over them' if options.shard else ''}",
-        packed=packed, dtype=str(dtype)[6:], processes=accelerator.num_processes, shard=options.shard,
+        packed=forward.packed, dtype=str(dtype)[6:], processes=accelerator.num_processes, shard=options.shard,
     )  # fmt: skip
 
     # -------------------------------------------------- own answers, then the original's states (read-only)
@@ -141,9 +133,12 @@ def main() -> None:
         dry_run(options, encoder, rows, forward, layout_line)
         return
     to_visit = [s for step in range(options.max_unlearn_steps) for s in rows.sequences(step, encoder)]
-    to_visit = [s for s in to_visit + watch.sequences if s.kind in ORIGINAL_OF.get(options.forget_loss, ("normal",))]
     reference = Reference(
-        forward, to_visit, options.pack_tokens, tokenizer.pad_token_id, progress=lambda chunks: bar(chunks, "reference")
+        forward,
+        need_original(to_visit + watch.sequences, options),
+        options.pack_tokens,
+        tokenizer.pad_token_id,
+        progress=lambda chunks: bar(chunks, "reference"),
     )
     run_log.event(
         "reference", f"the original's states on the normal rows: {reference.bytes() / 2**20:.0f} MiB, "
@@ -362,7 +357,7 @@ def dry_run(options, encoder, rows, forward, layout_line) -> None:
     sequences = rows.sequences(0, encoder)
     device = next(forward.parameters()).device
     batch = forward.layout(sequences, options.pack_tokens, encoder.tokenizer.pad_token_id).to(device)
-    reference = Reference(forward, sequences, options.pack_tokens,
+    reference = Reference(forward, need_original(sequences, options), options.pack_tokens,
                           encoder.tokenizer.pad_token_id)  # fmt: skip
 
     def one_step():

@@ -6,13 +6,14 @@ import dataclasses
 
 import torch
 
-from data_module import Encoder, Row, sequence_of
+from data_module import Encoder, sequence_of
 from generation import generate
 from judges import SentenceEmbedder
 from losses import token_kl, token_nll
 from metrics import is_empty, on_topic
 from packing import AnswerLogits
 from reference import Reference
+from rows import Row
 
 
 @dataclasses.dataclass

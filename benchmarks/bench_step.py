@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_module import Encoder, Row, StepRows, read_rows
+from data_module import Encoder, StepRows
 from objective import losses_of
 from optimizer import Stepper
 from options import POSITIVE, OneLineParser, UnlearnOptions, option
 from packing import AnswerLogits
 from reference import Reference
+from rows import Row, read_rows
 from utils import load_model, load_tokenizer, peak_memory, run_script, seed_everything, write_json
 
 

@@ -7,12 +7,13 @@ Prints both figures and how far they lie apart; exit code 1 where that is more t
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -23,10 +24,11 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from data_module import Encoder, probe_sequences
-from likelihood import _labels, choices, perplexity, read_choices
-from packing import AnswerLogits, can_pack
-from utils import load_model, load_tokenizer, pick_dtype
+from data_module import Encoder
+from likelihood import choices, labels_of, perplexity, read_choices
+from options import POSITIVE, OneLineParser, option
+from packing import forward_for
+from utils import load_model, load_tokenizer, pick_dtype, run_script
 
 MOST_APART = 0.005
 WINDOW = 1024
@@ -75,13 +77,23 @@ def text(doc, results):
 """
 
 
+@dataclasses.dataclass
+class CheckOptions:
+    models: list[str] = option(["models/smollm2-135m-instruct", "models/demo"], "model folders or hub names")
+    mc_data: str = option("data/mc_task.json", "TruthfulQA's mc_task.json")
+    text: str = option("data/wikitext2_test.txt", "a text file, such as WikiText-2's test part")
+    rows: POSITIVE = option(100, "questions, from the first on")
+    characters: POSITIVE = option(150_000, "characters of the text, from the first on")
+    dtype: Literal["auto", "fp32", "bf16"] = option("fp32", "precision of both")
+
+
 def theirs(name: str, dtype: torch.dtype, rows: list[dict], text: str, starts_with_special: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "results.py").write_text(RESULTS)
         laid_out = [
             {"question": row["question"]}
-            | {field: {"choices": list(_labels(row[field])), "labels": list(_labels(row[field]).values())}
+            | {field: {"choices": list(labels_of(row[field])), "labels": list(labels_of(row[field]).values())}
                for field in ("mc1_targets", "mc2_targets")}
             for row in rows
         ]  # fmt: skip
@@ -101,22 +113,14 @@ def theirs(name: str, dtype: torch.dtype, rows: list[dict], text: str, starts_wi
 
 
 def ours(model, encoder: Encoder, rows: list[dict], text: str) -> dict[str, float]:
-    probe = probe_sequences([row["question"] for row in rows[:3]], encoder)
-    packed, _ = can_pack(model, probe, 256, encoder.tokenizer.pad_token_id)
-    found = choices(AnswerLogits(model, packed=packed), encoder, rows, "qa")
+    forward, _ = forward_for(model, encoder, [row["question"] for row in rows[:3]])
+    found = choices(forward, encoder, rows, "qa")
     means = {name: sum(some) / len(some) for name, some in found.items()}
     return means | {"word_perplexity": perplexity(model, encoder.tokenizer, text, window=WINDOW)["word_perplexity"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["models/smollm2-135m-instruct", "models/demo"])
-    parser.add_argument("--mc_data", required=True, help="TruthfulQA's mc_task.json")
-    parser.add_argument("--text", required=True, help="a text file, such as WikiText-2's test part")
-    parser.add_argument("--rows", type=int, default=100, help="questions, from the first on")
-    parser.add_argument("--characters", type=int, default=150_000, help="of the text, from the first on")
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="fp32")
-    options = parser.parse_args()
+    options = CheckOptions(**vars(OneLineParser(CheckOptions, allow_abbrev=False).parse_args()))
     rows = read_choices(options.mc_data, "--mc_data")[: options.rows]
     text = Path(options.text).read_text(encoding="utf-8")[: options.characters]
     dtype, worst = pick_dtype(options.dtype, torch.device("cpu")), 0.0
@@ -125,7 +129,7 @@ def main() -> None:
         tokenizer = load_tokenizer(name)
         encoder = Encoder(tokenizer, "qa", 512, 128)
         mine = ours(load_model(name, dtype=dtype).eval(), encoder, rows, text)
-        other = theirs(name, dtype, rows, text, bool(encoder._start))
+        other = theirs(name, dtype, rows, text, bool(encoder.start))
         for measure, value in mine.items():
             apart = abs(value - other[measure]) / max(abs(other[measure]), 1e-9)
             worst = max(worst, apart)
@@ -136,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,8 +7,9 @@ import torch
 from conftest import make_tokenizer, tiny_model
 
 from attacks import WRAPPERS, Attacker, layer_lens, round_trip
-from data_module import Encoder, Row
+from data_module import Encoder
 from generation import generate
+from rows import Row
 from verdict import figures, judge, parse_requirement
 
 

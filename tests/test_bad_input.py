@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import encoder
 
-from data_module import FILE_KINDS, PROMPT_FIELDS, Row, read_rows, split_rows
+from data_module import split_rows
 from options import EvaluateOptions, UnlearnOptions, parse
+from rows import FILE_KINDS, PROMPT_FIELDS, Row, read_rows
 from utils import UsageError, load_model
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.lists(st.text(max_size=3))

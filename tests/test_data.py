@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from conftest import SHARED, make_tokenizer
 
-from data_module import Encoder, Row, StepRows, read_rows, read_sources, refuse_overlap, split_of, split_rows
+from data_module import Encoder, StepRows, refuse_overlap, split_of, split_rows
 from options import UnlearnOptions
+from rows import Row, read_rows, read_sources
 from utils import UsageError
 
 

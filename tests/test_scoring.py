@@ -5,10 +5,12 @@ import torch
 from conftest import make_tokenizer, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from data_module import Encoder, Row
+from data_module import Encoder
 from evaluate_unlearning import Group
 from judges import Classifier
 from likelihood import Scores, perplexity
+from packing import AnswerLogits
+from rows import Row
 from scoring import known_answers, member_scores, memorised, scores_of
 from utils import UsageError
 
@@ -18,7 +20,7 @@ def test_scores_are_those_of_the_plain_model():
     tokenizer = make_tokenizer("chat")
     model, encoder = tiny_model("llama", len(tokenizer)).eval(), Encoder(tokenizer, "auto", 512, 16)
     asked = [(f"How do I open lock {i}?", "chat", text) for i, text in enumerate(("Take the red pick.", "", "No."))]
-    found = scores_of(model, encoder, asked)
+    found = scores_of(AnswerLogits(model, packed=True), encoder, asked)
     assert found[1] is None
     for (prompt, style, answer), score in ((asked[0], found[0]), (asked[2], found[2])):
         start, rest = encoder.prompt(prompt, style), encoder.answer(answer, style, complete=False)
@@ -73,7 +75,7 @@ def test_only_forget_rows_with_an_answer_are_known():
     model, encoder = tiny_model("llama", len(tokenizer)).eval(), Encoder(tokenizer, "auto", 512, 16)
     groups = [Group("f (unseen)", "forget", "chat", [Row("Bad?", "Yes."), Row("Worse?")]),
               Group("n (unseen)", "keep", "chat", [Row("Good?", "Yes.")])]  # fmt: skip
-    found = known_answers(model, encoder, groups)
+    found = known_answers(AnswerLogits(model, packed=True), encoder, groups)
     assert {name: [row.prompt for row, _ in some] for name, some in found.items()} == {"f (unseen)": ["Bad?"]}
 
 
