@@ -129,7 +129,7 @@ def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, d
     best = state["best"] or None
     kept = [tensors[name] for name in sorted(tensors) if name.startswith("best.")]
     if best is not None:
-        best["state"] = [like(t, master) for t, master in zip(kept, stepper.masters, strict=True)] if kept else None
+        best["state"] = [like(t, p) for t, p in zip(kept, stepper.parameters, strict=True)] if kept else None
         best["badness"] = tuple(best["badness"])
     return state["step"], best, state["guard"]
 

@@ -138,7 +138,7 @@ def main() -> None:
                                                            embed)  # fmt: skip
         seconds["attacks"] = round(time.time() - started - sum(seconds.values()), 1)
     report["verdict"] = verdict.judge(report, options.require)
-    report["seconds"] = {**seconds, "whole": round(time.time() - started, 1)}
+    report["seconds"] = {**seconds, "whole": round(time.time() - started, 1), **unlearning_seconds(options.model_name)}
 
     # --------------------------------------------------------------------------------------------- report
     if not processes.is_main_process:
@@ -149,7 +149,7 @@ def main() -> None:
     if (folder / "unlearn_args.json").is_file():
         write_model_card(folder)
     print_report(report, lines, options.examples)
-    print(f"report: {folder / 'report.html'} ({report['seconds']['whole']:.0f} s)")
+    print(f"report: {folder / 'report.html'} ({time_line(report['seconds'])})")
     raise SystemExit(3 if report["verdict"]["failed"] else 0)
 
 
@@ -171,6 +171,25 @@ def make_groups(sources: dict, style: str, options) -> list[Group]:
     if style == "chat":
         groups.insert(1, Group("published prompt, chat template", "forget", "chat", published))
     return groups
+
+
+def unlearning_seconds(model_name: str) -> dict[str, float]:
+    """{"unlearning": seconds that this project's run took}; nothing for a model that it did not make."""
+    try:
+        run = json.loads((Path(model_name) / "unlearn_args.json").read_text(encoding="utf-8"))["run"]
+        return {"unlearning": float(run["seconds"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def time_line(seconds: dict[str, float]) -> str:
+    line = f"{seconds['whole']:.0f} s"
+    if "attacks" in seconds:
+        line += f", {seconds['attacks']:.0f} s of them attacks"
+    if "unlearning" in seconds:
+        share = seconds["whole"] / (seconds["whole"] + seconds["unlearning"])
+        line += f"; unlearning took {seconds['unlearning']:.0f} s, so evaluation is {100 * share:.0f} % of both"
+    return line
 
 
 def load_for(name: str, options):

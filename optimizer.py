@@ -1,37 +1,51 @@
-"""The step on the weights: fp32 master copies, clipping, warm-up, and the refusal of what is not finite."""
+"""The step on the weights: AdamW with fp32 accuracy, clipping, warm-up, and the refusal of what is not finite.
+
+A bf16 weight is the upper half of an fp32 master weight; what rounding took from it is kept beside it as a 16-bit
+rest, so that both together are the master, exactly, in the memory of one fp32 number. An update goes through a
+tensor part by part: the fp32 forms of a part's gradient and weights exist only while they are in the cache.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from processes import like, whole
+from utils import UsageError
+
+# elements taken through fp32 at a time: on a processor 1 MiB an array, which stays in the cache
+PART = {"cpu": 1 << 18, "gpu": 1 << 24}
+BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class Stepper:
     """AdamW on the trainable parameters of a model whose forward may run in bf16.
 
-    The model comes in fp32. With `dtype` bf16 its parameters are rounded, and the fp32 originals stay
-    as master copies: at a learning rate of 1e-5 an update is smaller than half the distance between
-    neighbouring bf16 numbers and would be lost. Adapters (`use_lora`) are small and stay in fp32.
+    The model comes in fp32. With `dtype` bf16 its parameters are rounded, and the rests are kept: at a learning
+    rate of 1e-5 an update is smaller than half the distance between neighbouring bf16 numbers and would be lost.
+    Adapters (`use_lora`) are small and stay in fp32.
     """
 
     def __init__(self, model, options, dtype: torch.dtype):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if options.use_lora else p.detach() for p in self.parameters]  # share the fp32 memory
+        self._adapters = options.use_lora
+        self._rests: dict[torch.nn.Parameter, torch.Tensor] = {}  # int16; none for a parameter that lost nothing
         for parameter in model.parameters():
-            if not (options.use_lora and parameter.requires_grad):
-                parameter.data = parameter.data.to(dtype)
-        if dtype == torch.float32:
-            self.masters = self.parameters
-        self.max_grad_norm = options.max_grad_norm
-        fused = self.masters[0].device.type in ("cpu", "cuda")
-        # one a parameter: then gradients need no fp32 copy of their own all at once, and a parameter's cast,
-        # update and rounding follow each other while it is in the cache
-        self.optimizers = [torch.optim.AdamW([m], lr=options.lr, weight_decay=options.weight_decay, fused=fused)
-                           for m in self.masters]  # fmt: skip
+            if dtype == torch.float32 or (self._adapters and parameter.requires_grad):
+                continue
+            master, parameter.data = parameter.data, parameter.data.to(dtype)
+            if not self._adapters:  # frozen weights too: what is saved at the end has lost nothing
+                rest = torch.empty_like(master, dtype=torch.int16)
+                split_master(master, parameter.data, rest)
+                if parameter.requires_grad or rest.any():
+                    self._rests[parameter] = rest
+        self._scratch = Scratch(self.parameters)
+        self._moments: list[dict] = [{} for _ in self.parameters]  # filled by a parameter's first update
+        self._update = adamw_8bit if options.optimizer == "adamw8bit" else adamw_32bit
+        self.max_grad_norm, self.weight_decay = options.max_grad_norm, options.weight_decay
         self.peak_lr, self.warmup, self.linear = options.lr, options.warmup_steps, options.lr_schedule == "linear"
         self.total = options.max_unlearn_steps
         self.taken, self.lr_scale = 0, 1.0  # updates made so far; halved by `slow_down`
@@ -52,75 +66,174 @@ class Stepper:
 
         Where the norm is not finite the weights, the moments and the schedule stay as they are.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        norms = [self._scratch.norm(p.grad) for p in self.parameters if p.grad is not None]
         norm = whole(torch.linalg.vector_norm(torch.stack(norms))).item() if norms else 0.0
-        scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
-        lr = self.lr
-        for parameter, master, optimizer in zip(self.parameters, self.masters, self.optimizers, strict=True):
+        scale, lr = min(1.0, self.max_grad_norm / (norm + 1e-6)), self.lr
+        for parameter, moments in zip(self.parameters, self._moments, strict=True):
             gradient, parameter.grad = parameter.grad, None
-            if gradient is None or not math.isfinite(norm):
-                continue
-            master.grad = gradient.float().mul_(scale)
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-            master.grad = None
-            if master is not parameter:
-                parameter.copy_(master)
+            if gradient is not None and math.isfinite(norm):
+                self._update_one(parameter, gradient, moments, scale, lr)
         self.taken += math.isfinite(norm)
         return norm
 
-    def _round(self) -> None:
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
+    def _update_one(self, parameter, gradient, moments: dict, scale: float, lr: float) -> None:
+        moments["step"] = moments.get("step", torch.zeros((), device=parameter.device)) + 1
+        rest = self._rests.get(parameter)
+        flat, slopes = _local(parameter.detach()).view(-1), _local(gradient).reshape(-1)
+        for part in parts_of(flat):
+            weights, slope = flat[part], self._scratch.fp32(slopes[part]).mul_(scale)
+            if rest is None:
+                self._update(weights, slope, moments, parameter, part, lr=lr, weight_decay=self.weight_decay)
+            else:
+                master = join_master(weights, rest.view(-1)[part], out=self._scratch.master[: len(weights)])
+                self._update(master, slope, moments, parameter, part, lr=lr, weight_decay=self.weight_decay)
+                split_master(master, weights, rest.view(-1)[part], high=self._scratch.high[: len(weights)])
 
-    # ---- what a checkpoint keeps
+    def drop_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    # ---- the masters, and what a checkpoint keeps
+    @torch.no_grad()
+    def master(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A weight of the model in fp32, with what rounding took from it; with adapters, the base as it stands."""
+        if not isinstance(tensor, torch.nn.Parameter) or self._adapters:
+            return tensor.detach()
+        rest = self._rests.get(tensor)
+        return tensor.detach().float() if rest is None else join_master(tensor.detach(), rest)
+
+    @torch.no_grad()
+    def _set_master(self, parameter, master: torch.Tensor) -> None:
+        if parameter in self._rests:
+            split_master(master.contiguous(), parameter.detach(), self._rests[parameter])
+        else:
+            parameter.copy_(master)
+
     def state(self) -> dict[str, torch.Tensor]:
         """Masters and AdamW's moments, by number, whole: all that the next update depends on, with `progress`."""
         kept = {}
-        for i, (master, optimizer) in enumerate(zip(self.masters, self.optimizers, strict=True)):
-            kept[f"{i:05d}.master"] = whole(master.detach())
-            for name, tensor in optimizer.state.get(master, {}).items():
-                kept[f"{i:05d}.{name}"] = whole(tensor)
+        for i, (parameter, moments) in enumerate(zip(self.parameters, self._moments, strict=True)):
+            kept[f"{i:05d}.master"] = whole(self.master(parameter)).cpu()
+            for name, tensor in moments.items():
+                kept[f"{i:05d}.{name}"] = whole(tensor).cpu()
         return kept
 
     def progress(self) -> dict:
         return {"taken": self.taken, "lr_scale": self.lr_scale}
 
-    @torch.no_grad()
     def load_state(self, kept: dict[str, torch.Tensor], progress: dict) -> None:
-        for i, (master, optimizer) in enumerate(zip(self.masters, self.optimizers, strict=True)):
+        for i, parameter in enumerate(self.parameters):
             mine = {name.partition(".")[2]: t for name, t in kept.items() if name.startswith(f"{i:05d}.")}
-            master.copy_(like(mine.pop("master"), master))
-            optimizer.state[master] = {name: like(tensor, master) for name, tensor in mine.items()}
-        self._round()
+            self._set_master(parameter, like(mine.pop("master"), parameter))
+            self._moments[i] = {name: like(tensor, parameter) for name, tensor in mine.items()}
         self.taken, self.lr_scale = progress["taken"], progress["lr_scale"]
 
     def slow_down(self) -> None:
         """Half the learning rate from here on, and no moments: they point where the fault came from."""
         self.lr_scale /= 2
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
+        self._moments = [{} for _ in self.parameters]
 
-    @torch.no_grad()
     def snapshot(self) -> list[torch.Tensor]:
-        return [master.detach().clone() for master in self.masters]
+        return [self.master(parameter).clone() for parameter in self.parameters]
 
-    @torch.no_grad()
     def restore(self, snapshot: list[torch.Tensor]) -> None:
-        for master, kept in zip(self.masters, snapshot, strict=True):
-            master.copy_(kept)
-        self._round()
+        for parameter, kept in zip(self.parameters, snapshot, strict=True):
+            self._set_master(parameter, kept)
 
-    @contextlib.contextmanager
-    def full_precision(self):
-        """Inside, the model holds the fp32 masters themselves: what is saved there has lost nothing."""
-        rounded = [p.data for p in self.parameters]
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            parameter.data = master.data
-        try:
-            yield
-        finally:
-            for parameter, data in zip(self.parameters, rounded, strict=True):
-                parameter.data = data
+
+# ------------------------------------------------------------------------------------- one part of one tensor
+def adamw_32bit(master, slope, moments: dict, parameter, part: slice, *, lr: float, weight_decay: float) -> None:
+    """AdamW with fp32 moments on `part` of a parameter: master, slope (P,) fp32; the master is changed in place."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name not in moments:
+            moments[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+    first, second = (_local(moments[name]).view(-1)[part] for name in ("exp_avg", "exp_avg_sq"))
+    adamw([master], [slope], [first], [second], [], [moments["step"] - 1], fused=True, amsgrad=False, maximize=False,
+          lr=lr, weight_decay=weight_decay, beta1=BETAS[0], beta2=BETAS[1], eps=EPSILON)  # fmt: skip
+
+
+def adamw_8bit(master, slope, moments: dict, parameter, part: slice, *, lr: float, weight_decay: float) -> None:
+    """The same with moments of 8 bits, scaled in blocks of 256 (Dettmers et al. 2022, arXiv 2110.02861).
+
+    Tensors below 4,096 elements, norms and biases, keep fp32 ones, as there.
+    """
+    if parameter.numel() < 4096:
+        return adamw_32bit(master, slope, moments, parameter, part, lr=lr, weight_decay=weight_decay)
+    from bitsandbytes import functional
+
+    if not moments.keys() - {"step"}:
+        size = _local(parameter).numel()
+        for name, signed in (("1", True), ("2", False)):
+            moments["state" + name] = torch.zeros(size, dtype=torch.uint8, device=parameter.device)
+            moments["absmax" + name] = torch.zeros(-(-size // 256), device=parameter.device)
+            moments["qmap" + name] = functional.create_dynamic_map(signed=signed).to(parameter.device)
+    blocks = slice(part.start // 256, -(-part.stop // 256))
+    functional.optimizer_update_8bit_blockwise(
+        "adam", slope, master, moments["state1"][part], moments["state2"][part], *BETAS, 0.0, 0.0, EPSILON,
+        int(moments["step"]), lr, moments["qmap1"], moments["qmap2"], moments["absmax1"][blocks],
+        moments["absmax2"][blocks], weight_decay,
+    )  # fmt: skip
+
+
+def refuse_missing_8bit(options) -> None:
+    if options.optimizer != "adamw8bit":
+        return
+    if options.shard:
+        raise UsageError("--optimizer adamw8bit does not go with --shard, which splits the state already")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--optimizer adamw8bit: needs the package bitsandbytes: pip install bitsandbytes") from error
+
+
+# --------------------------------------------------------------------- a master as bf16 and what is left of it
+def split_master(master: torch.Tensor, rounded: torch.Tensor, rest: torch.Tensor, *, high=None) -> None:
+    """fp32 -> the nearest bf16 in `rounded` and, in `rest` (int16), its distance in units of fp32's last place.
+
+    Halfway goes away from zero, so that the rest always fits. `high`: room for as many int32, where there is some.
+    """
+    bits = master.view(torch.int32)
+    high = torch.add(bits, 0x8000, out=high).bitwise_right_shift_(16)
+    rounded.view(torch.int16).copy_(high)
+    rest.copy_(torch.sub(bits, high.bitwise_left_shift_(16), out=high))
+
+
+def join_master(rounded: torch.Tensor, rest: torch.Tensor, *, out=None) -> torch.Tensor:
+    """The fp32 master of a bf16 tensor and its rest: the inverse of `split_master`, to the bit."""
+    bits = torch.empty_like(rest, dtype=torch.int32) if out is None else out.view(torch.int32)
+    return bits.copy_(rounded.view(torch.int16)).bitwise_left_shift_(16).add_(rest).view(torch.float32)
+
+
+class Scratch:
+    """Room for one part in fp32, used again and again: fresh memory costs more than what is done in it."""
+
+    def __init__(self, parameters):
+        size, device = max((min(_part(p), _local(p).numel()) for p in parameters), default=0), parameters[0].device
+        self.master, self.slope = torch.empty(2, size, device=device)
+        self.high = torch.empty(size, dtype=torch.int32, device=device)
+
+    def fp32(self, part: torch.Tensor) -> torch.Tensor:
+        """A part of a gradient in fp32; itself where it is that already."""
+        return part if part.dtype == torch.float32 else self.slope[: len(part)].copy_(part)
+
+    def norm(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Its norm in fp32. torch by itself would make an fp32 copy of the whole tensor."""
+        if isinstance(gradient, DTensor) or gradient.dtype == torch.float32:
+            return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        flat = gradient.reshape(-1)
+        return torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(self.fp32(flat[part])) for part in parts_of(flat)])
+        )
+
+
+def parts_of(flat: torch.Tensor) -> list[slice]:
+    return [slice(start, min(start + _part(flat), len(flat))) for start in range(0, len(flat), _part(flat))]
+
+
+def _part(tensor: torch.Tensor) -> int:
+    return PART["cpu" if tensor.device.type == "cpu" else "gpu"]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's share of a tensor that may be split."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -183,6 +183,9 @@ class UnlearnOptions(CommonOptions):
     )
 
     # ---- memory
+    optimizer: Literal["adamw", "adamw8bit"] = option(
+        "adamw", "adamw8bit keeps AdamW's moments in 8 bits (2 bytes a weight in place of 8; needs bitsandbytes)"
+    )
     use_lora: bool = option(False, "train low-rank adapters; they are merged on save and kept beside the model")
     lora_rank: POSITIVE = option(16, "rank of the adapters")
     lora_alpha: POSITIVE = option(32, "scale of the adapters, as alpha / rank")
@@ -190,6 +193,9 @@ class UnlearnOptions(CommonOptions):
     shard: bool = option(
         False, "split weights, gradients and optimizer state over the processes (FSDP2): for what one GPU cannot hold"
     )  # fmt: skip
+    gradient_accumulation: POSITIVE = option(
+        1, "parts that a step's rows are gone through in, one after the other: less memory, the same step"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")
 
     # ---- looking on the way

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from data_module import Encoder, Sequence, probe_sequences
-from processes import is_split
+from processes import copy_to, is_split
+from speedups import speed_up
 
 
 @dataclasses.dataclass
@@ -38,7 +39,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {
-            field.name: value.to(device, non_blocking=True)
+            field.name: copy_to(device, value)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
@@ -51,11 +52,20 @@ class Batch:
 
 
 def packed_batch(sequences: list[Sequence], pack_tokens: int, pad_id: int) -> Batch:
-    """Sequences -> R trees of about `pack_tokens` tokens. Sequences with the same prompt share a row."""
-    rows = _assign_rows(sequences, pack_tokens)
-    trees = [_Tree() for _ in rows]
+    """Sequences -> R trees of about `pack_tokens` tokens, evenly filled. Sequences with the same prompt share a row."""
+    by_prompt: dict[tuple, list[int]] = {}
+    for s, sequence in enumerate(sequences):
+        by_prompt.setdefault(sequence.prompt_ids, []).append(s)
+    groups = sorted(
+        by_prompt.items(), key=lambda group: -len(group[0]) - sum(len(sequences[s].answer_ids) for s in group[1])
+    )
+    one = _Tree()
+    for sequence in sequences:
+        one.insert(sequence.prompt_ids + sequence.answer_ids)
+    trees = [_Tree() for _ in range(min(max(1, round(len(one.tokens) / pack_tokens)), len(groups)))]
     places: list[tuple[int, list[int]]] = [(0, [])] * len(sequences)
-    for r, members in enumerate(rows):
+    for _, members in groups:  # the largest first, each into the row that is the shortest by then
+        r = min(range(len(trees)), key=lambda r: len(trees[r].tokens))
         for s in members:
             places[s] = (r, trees[r].insert(sequences[s].prompt_ids + sequences[s].answer_ids))
     width = max(len(tree.tokens) for tree in trees)  # T
@@ -109,26 +119,6 @@ class _Tree:
             node = child
             path.append(node)
         return path
-
-
-def _assign_rows(sequences: list[Sequence], pack_tokens: int) -> list[list[int]]:
-    """Indices of the sequences of each row: as few rows as `pack_tokens` allows, evenly filled."""
-    by_prompt: dict[tuple, list[int]] = {}
-    for s, sequence in enumerate(sequences):
-        by_prompt.setdefault(sequence.prompt_ids, []).append(s)
-    groups = sorted(
-        ((len(prompt) + sum(len(sequences[s].answer_ids) for s in members), members)
-         for prompt, members in by_prompt.items()),
-        key=lambda group: -group[0],
-    )  # fmt: skip
-    count = max(1, round(sum(size for size, _ in groups) / pack_tokens))
-    rows: list[list[int]] = [[] for _ in range(min(count, len(groups)))]
-    filled = [0] * len(rows)
-    for size, members in groups:  # the largest first, each into the emptiest row
-        r = filled.index(min(filled))
-        rows[r] += members
-        filled[r] += size
-    return rows
 
 
 def _finish(sequences, ids, mask, positions, places, real_tokens) -> Batch:
@@ -205,6 +195,7 @@ class AnswerLogits(torch.nn.Module):
 
 def forward_for(model, encoder: Encoder, prompts: list[str], pack_tokens: int = 256) -> tuple[AnswerLogits, str]:
     """The model in the layout that it takes, tried on a few real prompts, and a line that says which."""
+    speed_up(model)
     packed, line = can_pack(model, probe_sequences(prompts, encoder), pack_tokens, encoder.tokenizer.pad_token_id)
     return AnswerLogits(model, packed=packed), line
 

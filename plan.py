@@ -16,22 +16,22 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, batch: Batch, layo
     one_step()  # the first call allocates and compiles; the second is timed
     start = time.perf_counter()
     one_step()
-    seconds = time.perf_counter() - start
+    seconds = (time.perf_counter() - start) * options.gradient_accumulation
     device = weights[0].device
     # the probe has held weights, activations, logits and gradients; what only the first update and the cache add:
-    largest = max(p.numel() for p in weights if p.requires_grad)
     cached = sum(len(s.answer_ids) for s in batch.sequences if s.kind == "normal") * options.max_unlearn_steps
     width = forward.model.config.hidden_size * weights[0].element_size()
-    kept = 12 if options.kl_budget else 8  # bytes: AdamW's moments, and the best state where one is kept
-    peak = peak_memory(device) + (kept * trained + 4 * largest + cached * width) / 2**30
+    kept = {"adamw": 8, "adamw8bit": 2}[options.optimizer] + 4 * bool(options.kl_budget)  # moments; best state
+    peak = peak_memory(device) + (kept * trained + cached * width) / 2**30
     room = peak_memory(device) + free_memory(device)
     lines = [
         f"model          {options.model_name}: {sum(p.numel() for p in weights):,} parameters, {trained:,} trained",
         f"layout         {layout_line}",
         f"rows visited   {len(visited_forget):,} harmful of {len(rows.forget):,}, "
         f"{len(visited_normal):,} normal of {sum(map(len, rows.normal)):,}; {len(rows.pool):,} random answers to draw",
-        f"a step         {len(batch.sequences)} sequences, {batch.real_tokens:,} tokens in {batch.input_ids.shape[0]} "
-        f"rows of {batch.input_ids.shape[1]}, {len(batch.targets):,} answer tokens, {len(batch.index):,} logit rows",
+        f"{'a step' if options.gradient_accumulation == 1 else 'part of a step':14s} {len(batch.sequences)} sequences, "
+        f"{batch.real_tokens:,} tokens in {batch.input_ids.shape[0]} rows of {batch.input_ids.shape[1]}, "
+        f"{len(batch.targets):,} answer tokens, {len(batch.index):,} logit rows",
         f"memory         {peak:.2f} GiB at most ({kept * trained / 2**30:.2f} of it the optimizer's state); "
         + _advice(peak, room, options),
         f"time           {seconds:.1f} s a step (one probe step), {options.max_unlearn_steps} steps: "

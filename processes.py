@@ -87,6 +87,13 @@ def in_shares(items: list, work) -> list:
     return [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
 
 
+def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that a GPU fetches while the processor goes on: only from pinned memory does it not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 # ------------------------------------------------------------------------------------------- a split model
 def shard(forward, dtype: torch.dtype, device_type: str) -> None:
     """Split the parameters of `forward` (an AnswerLogits) over all processes, layer by layer (FSDP2, in place).

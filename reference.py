@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data_module import Sequence
 from packing import AnswerLogits, packed_batch, padded_batch
-from processes import whole
+from processes import copy_to, whole
 
 
 class Reference:
@@ -23,7 +23,7 @@ class Reference:
 
     def __init__(self, forward: AnswerLogits, sequences: list[Sequence], pack_tokens: int, pad_id: int, progress=None):
         """Visit `sequences` (repeats cost nothing) with the model as it is now, before the first step."""
-        self._pad_id = pad_id
+        self._pad_id, self._pack_tokens = pad_id, pack_tokens
         self._device = next(forward.parameters()).device
         self._vocabulary = forward.model.get_output_embeddings().weight.shape[0]
         self._states: dict[tuple, torch.Tensor] = {}
@@ -32,14 +32,23 @@ class Reference:
             self._model = AnswerLogits(copy.deepcopy(forward.model).requires_grad_(False).eval(), packed=False)
             return
         self._head = frozen_head(forward.model)
-        unique = sorted({(s.prompt_ids, s.answer_ids): s for s in sequences}.values(), key=_length)
-        chunks = _chunks(unique, 8 * pack_tokens)
+        self.visit(forward, sequences, progress)
+
+    def visit(self, forward: AnswerLogits, sequences: list[Sequence], progress=None) -> None:
+        """Keep the states of more sequences, apart from those that are kept already: who shares a batch shares its
+        rounding, and what a run looks at must not change what it learns."""
+        if not forward.packed:
+            return
+        unique = {
+            (s.prompt_ids, s.answer_ids): s for s in sequences if (s.prompt_ids, s.answer_ids) not in self._states
+        }
+        chunks = _chunks(sorted(unique.values(), key=_length), 8 * self._pack_tokens)
         for chunk in progress(chunks) if progress else chunks:
-            self._visit(forward, chunk, pack_tokens)
+            self._visit(forward, chunk)
 
     @torch.no_grad()
-    def _visit(self, forward: AnswerLogits, sequences: list[Sequence], pack_tokens: int) -> None:
-        batch = packed_batch(sequences, pack_tokens, self._pad_id).to(self._device)
+    def _visit(self, forward: AnswerLogits, sequences: list[Sequence]) -> None:
+        batch = packed_batch(sequences, self._pack_tokens, self._pad_id).to(self._device)
         states = forward(batch, states=True)[batch.logit_row].cpu()  # (M, D)
         for s, sequence in enumerate(sequences):
             self._states[sequence.prompt_ids, sequence.answer_ids] = states[(batch.sequence == s).cpu()].clone()
@@ -53,7 +62,7 @@ class Reference:
             return self._model(batch)[batch.logit_row]  # (M, V)
         states = torch.cat([self._states[s.prompt_ids, s.answer_ids] for s in sequences])  # (M, D)
         weight, bias = self._head
-        states = states.to(self._device, non_blocking=True)
+        states = copy_to(self._device, states)
         return F.linear(states, weight.to(states.dtype), None if bias is None else bias.to(states.dtype))  # (M, V)
 
     def bytes(self) -> int:

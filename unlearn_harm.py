@@ -18,14 +18,15 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import checkpoint
-from data_module import Encoder, StepRows, refuse_overlap, sample, split_rows
+from data_module import Encoder, Sequence, StepRows, refuse_overlap, sample, split_rows
 from generation import answer_rows
 from objective import losses_of, need_original
-from optimizer import Stepper
+from optimizer import Stepper, refuse_missing_8bit
 from options import UnlearnOptions, parse
 from packing import forward_for
 from plan import print_plan
@@ -63,6 +64,7 @@ def main() -> None:
     save_dir = Path(options.model_save_dir)
     seed_everything(options.seed, options.threads)
     accelerator = start_processes(options)
+    refuse_missing_8bit(options)
     held = claim_folder(save_dir, options, accelerator)
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=options.resume)
     started = time.time()
@@ -118,7 +120,8 @@ def main() -> None:
 
     def answer(wanted, tokens):
         if options.dry_run:  # a plan needs lengths, not answers
-            return [r if r.response else dataclasses.replace(r, response="own answer " * 16) for r in wanted]
+            return [r if r.response else dataclasses.replace(r, response=f"own answer {r.prompt[:30]} " * 8)
+                    for r in wanted]  # fmt: skip
         return answer_rows(
             wanted, forward.generator, encoder, fingerprint=provenance.base_model, tokens=tokens,
             temperature=options.answer_temperature, seed=options.seed, batch_size=options.generation_batch,
@@ -135,11 +138,12 @@ def main() -> None:
     to_visit = [s for step in range(options.max_unlearn_steps) for s in rows.sequences(step, encoder)]
     reference = Reference(
         forward,
-        need_original(to_visit + watch.sequences, options),
+        need_original(to_visit, options),
         options.pack_tokens,
         tokenizer.pad_token_id,
         progress=lambda chunks: bar(chunks, "reference"),
     )
+    reference.visit(forward, need_original(watch.sequences, options))
     run_log.event(
         "reference", f"the original's states on the normal rows: {reference.bytes() / 2**20:.0f} MiB, "
         f"ready after {time.time() - started:.0f} s", mib=reference.bytes() / 2**20, seconds=time.time() - started,
@@ -184,18 +188,24 @@ def main() -> None:
                     guard = roll_back(f"development KL {best['last_kl']:.3f} is far past --kl_budget", stepper, best,
                                       guard, options)  # fmt: skip
 
-            # ---- this process's rows of the step, in one forward
+            # ---- this process's rows of the step: one forward, or one a part where gradients are accumulated
             tick = time.perf_counter()
             everyone = rows.sequences(step, encoder)
-            mine = [s for s in everyone if s.group % accelerator.num_processes == accelerator.process_index]
-            batch = forward.layout(mine, options.pack_tokens, tokenizer.pad_token_id).to(accelerator.device)
-            logits = wrapped(batch)  # (N, V)
-            bad, random, kl, first_kl = losses_of(batch, logits, reference, options, everyone)
-            loss = bad["loss"] + random["loss"] + kl["loss"] + first_kl["loss"]
-            figures = accelerator.reduce(
-                torch.stack([loss.detach(), bad["mean"], random["mean"], kl["mean"], first_kl["mean"],
-                             loss.new_tensor(float(stop.signalled))]), "sum"
-            ).tolist()  # fmt: skip
+            parts = split_step(everyone, options.gradient_accumulation, accelerator)
+            sums, tokens = torch.zeros(6, device=accelerator.device), 0
+            for number, part in enumerate(parts):
+                last = number == len(parts) - 1
+                batch = forward.layout(part, options.pack_tokens, tokenizer.pad_token_id).to(accelerator.device)
+                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                    logits = wrapped(batch)  # (N, V)
+                    bad, random, kl, first_kl = losses_of(batch, logits, reference, options, everyone)
+                    loss = bad["loss"] + random["loss"] + kl["loss"] + first_kl["loss"]
+                    accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
+                means = [bad["mean"], random["mean"], kl["mean"], first_kl["mean"]]
+                sums += torch.stack([loss.detach(), *means, loss.new_tensor(float(last and stop.signalled))])
+                tokens += batch.real_tokens
+                del batch, logits, loss  # the next part's come before these would go
+            figures = accelerator.reduce(sums, "sum").tolist()
             _, bad_loss, random_loss, normal_loss, first_token_kl, signals = figures
             stop.asked = signals > 0  # of several processes, all stop after the same step
 
@@ -207,11 +217,12 @@ def main() -> None:
             # ---- the update; one that is not finite never reaches the weights
             lr, grad_norm = stepper.lr, math.nan
             if math.isfinite(figures[0]):
-                accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
                 grad_norm = stepper.step()
+            else:
+                stepper.drop_gradients()
             if math.isfinite(grad_norm):
                 guard["skipped"] = 0
-                provenance.tokens += batch.real_tokens * accelerator.num_processes
+                provenance.tokens += tokens * accelerator.num_processes
             else:
                 guard["skipped"] += 1
                 log.warning("step %d: loss %s, gradient norm %s: not finite, the step is not taken", step + 1,
@@ -226,11 +237,11 @@ def main() -> None:
                 "step",
                 f"step {step + 1}/{options.max_unlearn_steps}  bad_loss {bad_loss:.3f}  random_loss {random_loss:.3f}  "
                 f"normal_loss {normal_loss:.4f}  first_kl {first_token_kl:.4f}  grad_norm {grad_norm:.2f}  "
-                f"lr {lr:.2e}  {batch.real_tokens * accelerator.num_processes / seconds:.0f} tokens/s  "
+                f"lr {lr:.2e}  {tokens * accelerator.num_processes / seconds:.0f} tokens/s  "
                 f"{left:.0f} s left",
                 step=step + 1, bad_loss=bad_loss, random_loss=random_loss, normal_loss=normal_loss,
                 first_token_kl=first_token_kl, grad_norm=grad_norm, lr=lr, seconds=seconds,
-                tokens_per_second=batch.real_tokens * accelerator.num_processes / seconds, seconds_left=left,
+                tokens_per_second=tokens * accelerator.num_processes / seconds, seconds_left=left,
             )  # fmt: skip
         else:
             step = options.max_unlearn_steps
@@ -274,6 +285,13 @@ def freeze(model, count: int) -> None:
         part.requires_grad_(False)
 
 
+def split_step(everyone: list[Sequence], parts: int, accelerator) -> list[list[Sequence]]:
+    """This process's sequences of a step in at most `parts` parts; a harmful row stays with its random answers."""
+    mine = [s for s in everyone if s.group % accelerator.num_processes == accelerator.process_index]
+    split = [[s for s in mine if s.group // accelerator.num_processes % parts == part] for part in range(parts)]
+    return [part for part in split if part]
+
+
 def add_lora(model, options):
     """Put trainable adapters into the model's layers, in place; returns the wrapper that saves them."""
     import peft
@@ -303,9 +321,10 @@ def look(step, watch: Watch, forward, reference, stepper, best, options, run_log
 def whole_weights(model, stepper: Stepper) -> dict[str, torch.Tensor]:
     """The fp32 weights by name, gathered where they are split; every process must call it."""
     gathered: dict[int, torch.Tensor] = {}  # a tied weight has two names and stays one tensor
-    with stepper.full_precision():
-        return {name: gathered.setdefault(id(tensor), whole(tensor.detach())) for name, tensor in
-                model.state_dict(keep_vars=True).items()}  # fmt: skip
+    for tensor in model.state_dict(keep_vars=True).values():
+        if id(tensor) not in gathered:
+            gathered[id(tensor)] = whole(stepper.master(tensor)).cpu()
+    return {name: gathered[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def write_model(beside: Path, model, weights: dict, adapters, tokenizer, options, *, merged: bool = True) -> None:
@@ -354,14 +373,15 @@ def claim_folder(save_dir: Path, options, accelerator):
 
 
 def dry_run(options, encoder, rows, forward, layout_line) -> None:
-    sequences = rows.sequences(0, encoder)
+    everyone = rows.sequences(0, encoder)
+    sequences = split_step(everyone, options.gradient_accumulation, PartialState())[0]
     device = next(forward.parameters()).device
     batch = forward.layout(sequences, options.pack_tokens, encoder.tokenizer.pad_token_id).to(device)
     reference = Reference(forward, need_original(sequences, options), options.pack_tokens,
                           encoder.tokenizer.pad_token_id)  # fmt: skip
 
     def one_step():
-        sum(t["loss"] for t in losses_of(batch, forward(batch), reference, options, sequences)).backward()
+        sum(t["loss"] for t in losses_of(batch, forward(batch), reference, options, everyone)).backward()
         forward.zero_grad(set_to_none=True)
 
     print_plan(options, encoder, rows, forward, batch, layout_line, one_step)

@@ -32,6 +32,7 @@ from options import POSITIVE, OneLineParser, UnlearnOptions, option
 from packing import AnswerLogits
 from reference import Reference
 from rows import Row, read_rows
+from speedups import speed_up
 from utils import load_model, load_tokenizer, peak_memory, run_script, seed_everything, write_json
 
 
@@ -76,12 +77,14 @@ def make_rows(options: BenchOptions, extra_answers: int = 0):
 class OurStep:
     """Pack, one forward, fused losses, backward, update: what unlearn_harm.py does."""
 
-    def __init__(self, options: BenchOptions, dtype: torch.dtype, extra_answers: int = 0):
+    def __init__(self, options: BenchOptions, dtype: torch.dtype, extra_answers: int = 0, optimizer: str = "adamw"):
         self.rows, self.run = make_rows(options, extra_answers)
+        self.run.optimizer = optimizer
         tokenizer = load_tokenizer(options.model_name)
         self.pad_id = tokenizer.pad_token_id
         self.encoder = Encoder(tokenizer, "qa", 512, options.answer_tokens)
         model = load_model(options.model_name)
+        speed_up(model)
         self.stepper = Stepper(model, self.run, dtype)
         self.forward = AnswerLogits(model, packed=True)
         visited = [s for step in range(self.run.max_unlearn_steps) for s in self.rows.sequences(step, self.encoder)]
@@ -145,6 +148,7 @@ KINDS = {
     "published, fp32": PublishedStep,
     "this suite, bf16": lambda options: OurStep(options, torch.bfloat16),
     "this suite, fp32": lambda options: OurStep(options, torch.float32),
+    "this suite, bf16, adamw8bit": lambda options: OurStep(options, torch.bfloat16, optimizer="adamw8bit"),
     "this suite, bf16, K + 1": lambda options: OurStep(options, torch.bfloat16, extra_answers=1),
 }
 
@@ -227,7 +231,7 @@ def main() -> None:
             step(number)
         print(json.dumps({"gib": peak_memory(torch.device("cpu"))}))
         return
-    memory = {kind: memory_alone(options, kind) for kind in list(KINDS)[:3]}
+    memory = {kind: memory_alone(options, kind) for kind in list(KINDS)[:4]}
     steps = {kind: make(options) for kind, make in KINDS.items()}
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(options.steps + 1):

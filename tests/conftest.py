@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from utils import without_dropout
@@ -143,3 +144,15 @@ def one_line_error(process, code: int = 2) -> str:
     lines = [line for line in process.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, process.stderr
     return lines[0]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def share_of_update(start: Path, one: Path, other: Path) -> float:
+    """How far two results lie apart, in units of the way that the first one went."""
+    start, a, b = weights(start), weights(one), weights(other)
+    assert a.keys() == b.keys()
+    update = torch.cat([(a[k] - start[k]).flatten() for k in a]).norm()
+    return (torch.cat([(a[k] - b[k]).flatten() for k in a]).norm() / update).item()

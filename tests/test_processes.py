@@ -2,14 +2,12 @@
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
-import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import ROOT, run_cli
-from test_run import SMALL, data_words, events, weights
+from conftest import ROOT, run_cli, share_of_update
+from test_run import SMALL, data_words, events
 
 import processes
 from options import UnlearnOptions
@@ -35,14 +33,6 @@ def alone(tmp_path_factory, model_folders, data_files):
     run = run_cli("unlearn_harm.py", *words, cwd=cwd)
     assert run.returncode == 0, run.stderr
     return cwd, words
-
-
-def share_of_update(start: Path, one: Path, other: Path) -> float:
-    """How far two results lie apart, in units of the way that the first one went."""
-    start, a, b = weights(start), weights(one), weights(other)
-    assert a.keys() == b.keys()
-    update = torch.cat([(a[k] - start[k]).flatten() for k in a]).norm()
-    return (torch.cat([(a[k] - b[k]).flatten() for k in a]).norm() / update).item()
 
 
 @pytest.mark.parametrize("split", [False, True])

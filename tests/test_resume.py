@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, one_line_error, poison_losses, run_cli, run_python
+from conftest import ROOT, one_line_error, poison_losses, run_cli, run_python, weights
 from safetensors.torch import load_file
-from test_run import SMALL, data_words, events, weights
+from test_run import SMALL, data_words, events
 
 import unlearn_harm
 

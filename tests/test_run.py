@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHARED, one_line_error, poison_losses, run_cli, run_python
+from conftest import ROOT, SHARED, one_line_error, poison_losses, run_cli, run_python, share_of_update, weights
 from safetensors.torch import load_file
 
 import unlearn_harm
@@ -24,10 +24,6 @@ def data_words(files):
 
 def events(path, kind):
     return [e for e in map(json.loads, path.read_text().splitlines()) if e["event"] == kind]
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module", params=["opt", "llama"])
@@ -199,6 +195,45 @@ def test_a_bf16_run_saves_its_fp32_weights(tmp_path, model_folders, data_files, 
     assert any((saved[name].bfloat16().float() != saved[name]).any() for name in changed)
 
 
+def test_frozen_weights_are_saved_as_they_came(tmp_path, model_folders, data_files):
+    """A bf16 run reads them rounded; written rounded, they would be another model's."""
+    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out",
+                  "--log_file=out.log", *data_words(data_files), *SMALL, "--dtype=bf16", "--frozen_layers=1",
+                  cwd=tmp_path)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    start, saved = weights(model_folders["llama"]), weights(tmp_path / "out")
+    frozen = [name for name in saved if ".layers.0." in name or "embed" in name]
+    assert frozen
+    assert all(torch.equal(saved[name], start[name]) for name in frozen)
+    assert any((saved[name] != start[name]).any() for name in saved)
+
+
+def test_a_step_in_parts_is_the_step_in_one(tmp_path, model_folders, data_files):
+    """Means are over the whole step's tokens: a mean of the parts' means would weigh short answers more."""
+    for name, parts in (("one", 1), ("three", 3)):
+        run = run_cli(
+            "unlearn_harm.py", f"--model_name={model_folders['llama']}", f"--model_save_dir={name}",
+            f"--log_file={name}.log", *data_words(data_files), *SMALL, "--batch_size=3", "--normal_batch_size=5",
+            f"--gradient_accumulation={parts}", cwd=tmp_path,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    assert share_of_update(model_folders["llama"], tmp_path / "one", tmp_path / "three") <= 1e-3
+    one, three = (events(tmp_path / f"{name}.jsonl", "step") for name in ("one", "three"))
+    for x, y in zip(one, three, strict=True):
+        fields = ("bad_loss", "random_loss", "normal_loss", "grad_norm")
+        assert [x[f] for f in fields] == pytest.approx([y[f] for f in fields], rel=1e-3, abs=1e-6)
+
+
+def test_what_a_run_looks_at_does_not_change_what_it_learns(tmp_path, model_folders, data_files):
+    for looks in ("--eval_prompts=1", "--eval_prompts=4"):
+        run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", f"--model_save_dir={looks[-1]}",
+                      f"--log_file={looks[-1]}.log", *data_words(data_files), *SMALL, "--dtype=bf16", "--eval_every=2",
+                      looks, cwd=tmp_path)  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    few, many = weights(tmp_path / "1"), weights(tmp_path / "4")
+    assert all(torch.equal(few[name], many[name]) for name in few)
+
+
 # ---------------------------------------------------------------------------------------------- wrong use
 @pytest.mark.parametrize(("words", "message"), [
     (["--no_such_option=1"], "unrecognized arguments: --no_such_option=1"),
@@ -256,6 +291,10 @@ def test_a_dry_run_shows_the_batch_and_writes_nothing(tmp_path, model_folders, d
                   *data_words(data_files), *SMALL, "--dry_run", cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "packed layout: logits equal" in run.stdout
+    prompts_alone = run_cli("unlearn_harm.py", f"--model_name={model_folders['opt']}", "--model_save_dir=out",
+                            "--forget_data", data_files["forget"], "--normal_data", data_files["plain"], *SMALL,
+                            "--dry_run", cwd=tmp_path)  # fmt: skip
+    assert prompts_alone.returncode == 0, prompts_alone.stderr  # the random answers would be the model's own
     assert re.search(r"forget  row 0: .*### Answer:\[ Take the red pick[^\]]*\]", run.stdout)
     assert list(tmp_path.iterdir()) == []
 
