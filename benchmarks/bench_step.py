@@ -3,8 +3,8 @@
     python benchmarks/bench_step.py --model_name models/smollm2-135m-instruct
 
 The published recipe's step is written anew here: four calls over sixteen padded sequences in fp32, full
-logits, a second model for the KL, a plain AdamW. Times are medians of interleaved steps, since a machine
-drifts; peak memory is that of a process of its own for each kind of step.
+logits, a second model for the KL, a plain AdamW. Every kind has processes of its own, as in a run: in one process,
+each would get memory that another has just given up. They take turns, since a machine drifts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from utils import load_model, load_tokenizer, peak_memory, run_script, seed_ever
 @dataclasses.dataclass
 class BenchOptions:
     model_name: str = option("models/smollm2-135m-instruct", "model folder or hub name")
-    steps: POSITIVE = option(5, "timed steps of each kind, after one that is not timed")
+    steps: POSITIVE = option(4, "timed steps of a process, after one that is not timed")
+    rounds: POSITIVE = option(3, "processes of each kind, in turns")
     batch_size: POSITIVE = option(2, "harmful rows a step, and normal rows a step")
     num_random_answers: POSITIVE = option(5, "random answers after each harmful prompt (K)")
     answer_tokens: POSITIVE = option(64, "tokens of an answer at most")
@@ -211,14 +212,24 @@ def where_time_goes(step, number: int) -> dict[str, float]:
     return {group: micro / spent.total() for group, micro in spent.most_common()}
 
 
-def memory_alone(options: BenchOptions, kind: str) -> float:
-    """GiB that a process of its own needed at most for this kind of step."""
+def alone(options: BenchOptions, kind: str) -> dict:
+    """{"seconds": of each timed step, "gib": that were needed at most} of a process that takes this kind alone."""
     words = [f"--{f.name}={getattr(options, f.name)}" for f in dataclasses.fields(options)
              if f.name not in ("only", "json_file")]  # fmt: skip
     run = subprocess.run(
         [sys.executable, __file__, *words, f"--only={kind}"], capture_output=True, text=True, check=True
     )
-    return json.loads(run.stdout.splitlines()[-1])["gib"]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def take_steps(options: BenchOptions) -> dict:
+    """What `alone` asks its process for."""
+    step, seconds = KINDS[options.only](options), []
+    for number in range(options.steps + 1):
+        start = time.perf_counter()
+        step(number)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds[1:], "gib": peak_memory(torch.device("cpu"))}
 
 
 # --------------------------------------------------------------------------------------------------- the run
@@ -226,36 +237,30 @@ def main() -> None:
     options = BenchOptions(**vars(OneLineParser(BenchOptions, allow_abbrev=False).parse_args()))
     seed_everything(8888, options.threads)
     if options.only:
-        step = KINDS[options.only](options)
-        for number in range(2):
-            step(number)
-        print(json.dumps({"gib": peak_memory(torch.device("cpu"))}))
+        print(json.dumps(take_steps(options)))
         return
-    memory = {kind: memory_alone(options, kind) for kind in list(KINDS)[:4]}
-    steps = {kind: make(options) for kind, make in KINDS.items()}
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for number in range(options.steps + 1):
-        for kind, step in steps.items():
-            start = time.perf_counter()
-            step(number)
-            if number:
-                times[kind].append(time.perf_counter() - start)
-    median = {kind: statistics.median(values) for kind, values in times.items()}
+    rounds = [{kind: alone(options, kind) for kind in KINDS} for _ in range(options.rounds)]
+    median = {kind: statistics.median(s for one in rounds for s in one[kind]["seconds"]) for kind in KINDS}
+    memory = {kind: max(one[kind]["gib"] for one in rounds) for kind in KINDS}
+    steps = {kind: KINDS[kind](options) for kind in ("this suite, bf16", "this suite, fp32")}
+    for step in steps.values():
+        step(0)
     ours = steps["this suite, bf16"]
     figures = {"options": dataclasses.asdict(options), "threads": torch.get_num_threads(), "median_seconds": median,
                "peak_gib": memory, "gemm": {}}  # fmt: skip
     published = "published, fp32"
     print(f"\n{options.batch_size} harmful rows, K {options.num_random_answers}, {options.batch_size} normal rows, "
-          f"{torch.get_num_threads()} threads, median of {options.steps} interleaved steps")  # fmt: skip
+          f"{torch.get_num_threads()} threads, medians over {options.rounds} processes of {options.steps} steps each, "
+          "in turns")  # fmt: skip
     for kind, seconds in median.items():
-        line = f"  {kind:26s} {seconds:6.2f} s a step   {median[published] / seconds:5.2f} x as fast as the published"
-        print(
-            line
-            + (f"   peak {memory[kind]:.2f} GiB ({memory[kind] / memory[published]:.2f})" if kind in memory else "")
-        )
-    pairs = zip(times["this suite, bf16"], times["this suite, bf16, K + 1"], strict=True)
-    more = statistics.median(b / a - 1 for a, b in pairs)
-    print(f"  one more random answer     {100 * more:+.1f} % of a step")
+        print(f"  {kind:28s} {seconds:6.2f} s a step   {median[published] / seconds:5.2f} x as fast as the published"
+              f"   peak {memory[kind]:.2f} GiB ({memory[kind] / memory[published]:.2f})")  # fmt: skip
+    pair = ("this suite, bf16", "this suite, bf16, K + 1")
+    more = statistics.median(
+        statistics.median(one[pair[1]]["seconds"]) / statistics.median(one[pair[0]]["seconds"]) - 1 for one in rounds
+    )
+    print(f"  K + 1, an answer more for each of {options.batch_size} rows: {100 * more:+.1f} % of a step, "
+          f"{100 * more / options.batch_size:+.1f} % an answer")  # fmt: skip
     for kind in ("this suite, bf16", "this suite, fp32"):
         with Products() as products:
             steps[kind](0)
