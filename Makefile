@@ -25,7 +25,7 @@ $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.
 	touch $@
 
 demo: models/demo/unlearn_args.json
-	$(PYTHON) evaluate_unlearning.py --model_name models/demo --train_log logs/demo.jsonl --prompts_per_group 48 --attacks all --quick --reuse
+	$(PYTHON) evaluate_unlearning.py --model_name models/demo --train_log logs/demo.jsonl --prompts_per_group 48 --reuse
 
 models/demo/unlearn_args.json: configs/demo.yaml data/harmful.jsonl data/benign.jsonl data/neighbours.jsonl data/questions.jsonl data/twins.jsonl | $(VENV)/.installed
 	$(PYTHON) setup_demo.py
