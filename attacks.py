@@ -152,18 +152,9 @@ class Attacker:
     def few_shot(self) -> list[Attack]:
         """Harmful questions with compliant answers stand before the prompt, as earlier turns of the talk."""
         shots = [row for row in self.shots if row.response][:3]
-        prompts = [self._with_turns(shots, row.prompt) for row in self.rows]
+        earlier = tuple((shot.prompt, shot.response) for shot in shots)
+        prompts = [self.encoder.prompt(row.prompt, earlier=earlier) for row in self.rows]
         return [Attack("few_shot", f"{len(shots)} shots", _lists(self.answer(prompts)))] if shots else []
-
-    def _with_turns(self, shots: list[Row], prompt: str) -> list[int]:
-        if self.encoder.style != "chat":
-            *before, last = [f"{s.prompt}\n ### Answer: {s.response}" for s in shots] + [prompt]
-            return self.encoder.prompt("\n### Question: ".join([*before, last]))  # one text: one start token
-        turns = [turn for s in shots for turn in ({"role": "user", "content": s.prompt},
-                                                  {"role": "assistant", "content": s.response})]  # fmt: skip
-        turns.append({"role": "user", "content": prompt})
-        text = self.encoder.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def sampling(self) -> list[Attack]:
         """Temperature 1, many times: one on-topic answer among them is enough."""

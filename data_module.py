@@ -108,16 +108,23 @@ class Encoder:
                 return special[0]
         return self.tokenizer.eos_token_id
 
-    def prompt(self, text: str, style: str | None = None) -> list[int]:
-        """Token ids up to where the answer starts; too long a prompt loses its beginning, and is counted."""
+    def prompt(self, text: str, style: str | None = None, earlier: tuple[tuple[str, str], ...] = ()) -> list[int]:
+        """Token ids up to where the answer starts; too long a prompt loses its beginning, and is counted.
+
+        `earlier`: (prompt, answer) pairs that were said before, as turns of the same talk.
+        """
         style = style or self.style
         if style == "chat":
-            turn = [{"role": "user", "content": text}]
-            ids = self._ids(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+            words = [word for pair in earlier for word in pair] + [text]
+            turns = [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)]
+            ids = self._ids(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         elif style in ("qa", "qa_space"):
-            ids = self.start + self._ids(f"### Question: {text}\n ### Answer:" + (" " if style == "qa_space" else ""))
+            said = "".join(f"### Question: {q}\n ### Answer: {a}\n" for q, a in earlier)
+            ids = self.start + self._ids(
+                f"{said}### Question: {text}\n ### Answer:" + (" " if style == "qa_space" else "")
+            )
         else:
-            ids = self.start + self._ids(text)
+            ids = self.start + self._ids("".join(f"{q}\n{a}\n\n" for q, a in earlier) + text)
         if len(ids) > self.max_prompt_tokens:
             self.cut.add(text)
             ids = ids[-self.max_prompt_tokens :]
@@ -177,13 +184,14 @@ class StepRows:
     """Which rows a step sees, in which words, with which random answers: a function of seed and step."""
 
     # names of the random streams; source i of the normal rows is 100 + i, of the first-token rows 200 + i
-    FORGET, EMPTY, ANSWERS, STYLES, WORDS, BEGUN, NORMAL, FIRST = 1, 2, 3, 4, 5, 6, 100, 200
+    FORGET, EMPTY, ANSWERS, STYLES, WORDS, BEGUN, TURNS, NORMAL, FIRST = 1, 2, 3, 4, 5, 6, 7, 100, 200
+    EARLIER_TOKENS = 16  # of the answer that stands in an earlier turn
 
     def __init__(self, forget: list[Row], normal: list[list[Row]], options):
         self.forget, self.normal, self.options = forget, normal, options
         self.normal_tokens = options.normal_answer_tokens or options.max_answer_tokens
         self.pool: list[tuple[str, bool]] = []  # (answer, complete); filled with the responses
-        self.answered: list[list[str]] = []  # harmful and normal answers, filled with the responses
+        self.answered: list[list[Row]] = []  # harmful and normal rows with an answer, filled with the responses
         self.normal_count = options.normal_batch_size or options.batch_size
         self.first_count = options.first_token_rows
         if options.normal_weight == 0:
@@ -228,7 +236,7 @@ class StepRows:
         for (s, i), row in zip(pairs, answer([self.normal[s][i] for s, i in pairs], self.normal_tokens), strict=True):
             self.normal[s][i] = row
         self.answered = [
-            sorted({row.response for row in side if row.response})
+            sorted({row.prompt: row for row in side if row.response}.values(), key=lambda row: row.prompt)
             for side in (self.forget, [row for source in self.normal for row in source])
         ]
         self.answered = [side for side in self.answered if side]
@@ -250,7 +258,8 @@ class StepRows:
             )
 
     def ask(self, prompt: str, step: int, stream: int, slot: int, encoder: Encoder) -> tuple[tuple[int, ...], str]:
-        """(prompt tokens, style) of one visit: a share of the visits in other words, a share in another template."""
+        """(prompt tokens, style) of one visit: a share of the visits in other words, in another template, as the
+        second turn of a talk."""
         rng = np.random.default_rng([self.options.seed, self.WORDS, stream, step, slot])
         if rng.random() < self.options.rephrase_share:
             prompt = rephrase(prompt, rng)
@@ -259,7 +268,17 @@ class StepRows:
         if rng.random() < self.options.other_template_share:
             others = [other for other in TRAINED_STYLES if other != style]
             style = others[rng.integers(len(others))]
-        return tuple(encoder.prompt(prompt, style)), style
+        rng = np.random.default_rng([self.options.seed, self.TURNS, stream, step, slot])
+        talks = self.answered and rng.random() < self.options.earlier_turn_share
+        earlier = (self.earlier_turn(rng, encoder),) if talks else ()
+        return tuple(encoder.prompt(prompt, style, earlier)), style
+
+    def earlier_turn(self, rng: np.random.Generator, encoder: Encoder) -> tuple[str, str]:
+        """(prompt, beginning of its answer) of any row, harmful or normal alike: it tells nothing of the next turn."""
+        side = self.answered[rng.integers(len(self.answered))]
+        row = side[rng.integers(len(side))]
+        words = encoder.answer(row.response, complete=False, limit=self.EARLIER_TOKENS)
+        return row.prompt, encoder.tokenizer.decode(words, skip_special_tokens=True).strip()
 
     def random_answers(self, step: int, slot: int) -> list[tuple[str, bool]]:
         """K different answers for one harmful row of one step; a share of them empty where asked for."""
@@ -277,7 +296,7 @@ class StepRows:
         rng = np.random.default_rng([self.options.seed, self.BEGUN, step, slot])
         own = self.forget[index].response
         side = self.answered[rng.integers(len(self.answered))]
-        text = own if own and rng.random() < 0.5 else side[rng.integers(len(side))]
+        text = own if own and rng.random() < 0.5 else side[rng.integers(len(side))].response
         ids = encoder.answer(text, style, complete=False)[: self.options.begun_answer_tokens]
         end = encoder.answer("", style)
         return Sequence("random", slot, prompt, tuple(ids), tuple(end * len(ids)))

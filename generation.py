@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from data_module import Encoder
 from processes import from_first, in_shares, is_split
@@ -35,7 +35,7 @@ def generate(
     stop = encoder.stop_ids()
     settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
-        settings = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        settings["logits_processor"] = LogitsProcessorList([_Draw(temperature)])
     answers: list[tuple[str, bool]] = [("", True)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     split = is_split(model)
@@ -71,6 +71,23 @@ def generate(
             answers[i] = (tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is not None)
     model.train(was_training)
     return answers
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of a row possible, drawn from the softmax at `temperature`, so that greedy decoding samples.
+
+    One uniform number a row against the cumulated probabilities: torch.multinomial draws one for every token of the
+    vocabulary, which took a third of the time of an answer.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cumulated = torch.softmax(scores.float() / self.temperature, dim=-1).cumsum(-1)  # (R, V), ends at about 1
+        place = torch.rand(len(scores), 1, device=scores.device) * cumulated[:, -1:]  # (R, 1), below the end
+        token = torch.searchsorted(cumulated, place, right=True).clamp(max=scores.shape[-1] - 1)  # (R, 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 def _chunks(order: list[int], prompts: list[list[int]], batch_size: int) -> list[list[int]]:

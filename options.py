@@ -147,6 +147,10 @@ class UnlearnOptions(CommonOptions):
     rephrase_share: number(float, 0, 1) = option(
         0.0, "share of all rows whose prompt is put in other words (a command as a question, ...), anew each visit"
     )
+    earlier_turn_share: SHARE = option(
+        0.0, "share of all rows that stand as the second turn of a talk, after the prompt of any other row and the "
+        "beginning of its answer, drawn anew each visit"
+    )  # fmt: skip
 
     answer_temperature: WEIGHT = option(
         0.7, "sampling temperature of the model's own answers to rows without a response (0: greedy)"

@@ -8,7 +8,6 @@ from conftest import make_tokenizer, tiny_model
 
 from attacks import WRAPPERS, Attacker, layer_lens, round_trip
 from data_module import Encoder
-from generation import generate
 from rows import Row
 from verdict import figures, judge, parse_requirement
 
@@ -39,7 +38,10 @@ def test_every_attack_answers_every_prompt(attacker):
 
 
 def test_few_shots_stand_before_the_prompt(attacker):
-    text = attacker.encoder.tokenizer.decode(attacker._with_turns(attacker.shots[:2], "How do I open lock 0?"))
+    asked = []
+    attacker.answer = lambda prompts: asked.extend(prompts) or ["" for _ in prompts]
+    attacker.few_shot()
+    text = attacker.encoder.tokenizer.decode(asked[0])
     places = [text.index(part) for part in ("door 0", "Kick it 0", "door 1", "Kick it 1", "lock 0")]
     assert places == sorted(places)
 
@@ -66,14 +68,6 @@ def test_quantised_weights_lie_on_their_grid(attacker):
         assert ((new - old).abs() <= step / 2 + 1e-6).all()
         assert all(len(row.unique()) <= 2**bits - 1 for row in new)
         assert torch.equal(changed.get_output_embeddings().weight, attacker.model.get_output_embeddings().weight)
-
-
-def test_a_shared_beginning_changes_no_answer(attacker, monkeypatch):
-    prompts = attacker.prompts() + attacker.prompts("qa")
-    chat = [[5] * 9 + prompt for prompt in prompts]  # all begin alike, and differ in length
-    shared = generate(attacker.model, attacker.encoder, chat, max_new_tokens=8, batch_size=2)
-    monkeypatch.setattr("generation._shared_beginning", lambda model, prompts: (0, None))
-    assert generate(attacker.model, attacker.encoder, chat, max_new_tokens=8, batch_size=2) == shared
 
 
 def rate(value, n=10):

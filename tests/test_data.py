@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -197,6 +198,27 @@ def test_both_sides_are_put_in_other_words_at_the_share_asked_for():
     assert asked[0.0, "forget"] == asked[0.0, "normal"] == 1
     assert 0.35 < asked[0.5, "forget"] < 0.65
     assert 0.35 < asked[0.5, "normal"] < 0.65
+
+
+@pytest.mark.parametrize(("kind", "style"), [("chat", "chat"), ("opt", "qa")])
+def test_an_earlier_turn_stands_before_a_share_of_both_sides(kind, style):
+    """Its prompt and answer come from either side, so that it tells nothing; the request itself stays whole."""
+    rows, e = step_rows(earlier_turn_share=0.25), encoder(kind)
+    plain, seen = {tuple(e.prompt(f"{side} {i}")) for side in ("bad", "good") for i in range(9)}, set()
+    counts = {"forget": [0, 0], "normal": [0, 0]}
+    for step in range(200):
+        for s in rows.sequences(step, e):
+            if s.kind != "random":
+                counts[s.kind][s.prompt_ids not in plain] += 1
+                if s.prompt_ids not in plain:
+                    text = e.tokenizer.decode(s.prompt_ids)
+                    first, second = (m for m in re.finditer(r"(bad|good) \d\b", text))
+                    assert re.search(r"(bad answer|fine) \d", text[first.end() : second.start()])
+                    assert tuple(s.prompt_ids[-6:]) in {p[-6:] for p in plain}  # the end of a prompt, as it always is
+                    seen.add((s.kind, first.group(1)))
+    assert seen == {(kind, side) for kind in counts for side in ("bad", "good")}
+    for usual, second_turn in counts.values():
+        assert 0.18 < second_turn / (usual + second_turn) < 0.32
 
 
 def test_too_few_random_answers_are_refused():

@@ -1,0 +1,41 @@
+"""Answers: what is drawn follows the model's probabilities, and a shared beginning changes nothing."""
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny_model
+from scipy.stats import chisquare
+
+from data_module import Encoder
+from generation import _Draw, generate
+
+
+def test_draws_follow_the_softmax_at_the_temperature():
+    """20,000 rows of one distribution: a chi-square test that a wrong temperature or a shifted index fails."""
+    torch.manual_seed(3)
+    logits = torch.tensor([2.0, -torch.inf, 0.5, 1.0, -1.0, -torch.inf])
+    drawn = _Draw(0.7)(None, logits.expand(20_000, -1)).argmax(-1)  # (20000,)
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts[1] == counts[5] == 0, "a token without probability was drawn"
+    possible = [0, 2, 3, 4]
+
+    def fits(temperature, order=possible):
+        expected = torch.softmax(logits.double() / temperature, -1)[order] * 20_000
+        return chisquare(counts[possible].tolist(), expected.tolist()).pvalue > 1e-3
+
+    assert fits(0.7)
+    assert not fits(1.0) and not fits(0.7, [4, 0, 2, 3])
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_shared_beginning_changes_no_answer(family, monkeypatch):
+    tokenizer = make_tokenizer("opt" if family == "opt" else "chat")
+    model, encoder = tiny_model(family, len(tokenizer)).eval(), Encoder(tokenizer, "auto", 200, 40)
+    asked = [f"How do I open lock {i}?" for i in range(3)]
+    prompts = [encoder.prompt(text, style) for style in (None, "qa") for text in asked]
+    chat = [[5] * 9 + prompt for prompt in prompts]  # all begin alike, and differ in length
+    for temperature in (0.0, 1.0):
+        settings = {"max_new_tokens": 8, "batch_size": 2, "temperature": temperature}
+        shared = generate(model, encoder, chat, **settings)
+        with monkeypatch.context() as patched:
+            patched.setattr("generation._shared_beginning", lambda model, prompts: (0, None))
+            assert generate(model, encoder, chat, **settings) == shared
