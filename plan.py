@@ -4,22 +4,48 @@ from __future__ import annotations
 
 import time
 
+from accelerate import PartialState
+
+from data_module import Sequence
+from objective import losses_of, need_original
 from packing import AnswerLogits, Batch
+from processes import split_step
+from reference import Reference
 from utils import free_memory, peak_memory
 
+PROBED_STEPS = 100  # evenly over the run
 
-def print_plan(options, encoder, rows, forward: AnswerLogits, batch: Batch, layout_line: str, one_step) -> None:
-    """Print the plan to standard output. `one_step()` runs a forward and a backward, and changes no weight."""
+
+def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) -> None:
+    """Print the plan to standard output; no weight is changed.
+
+    What is tried is a forward and a backward of the largest of some of the steps, since that one decides the peak.
+    """
+    device, pad_id = next(forward.parameters()).device, encoder.tokenizer.pad_token_id
+
+    def first_part(step: int) -> tuple[list[Sequence], list[Sequence]]:
+        everyone = rows.sequences(step, encoder)
+        return max(split_step(everyone, options.gradient_accumulation, PartialState()), key=_tokens), everyone
+
+    some = range(0, options.max_unlearn_steps, -(-options.max_unlearn_steps // PROBED_STEPS))
+    sequences, everyone = first_part(max(some, key=lambda step: _tokens(first_part(step)[0])))
+    first = forward.layout(first_part(0)[0], options.pack_tokens, pad_id)
+    largest = forward.layout(sequences, options.pack_tokens, pad_id).to(device)
+    reference = Reference(forward, need_original(sequences, options), options.pack_tokens, pad_id)
+
+    def one_step():
+        sum(t["loss"] for t in losses_of(largest, forward(largest), reference, options, everyone)).backward()
+        forward.zero_grad(set_to_none=True)
+
     visited_forget, visited_normal = rows.rows_to_visit()
     weights = list(forward.parameters())
     trained = sum(p.numel() for p in weights if p.requires_grad)
     one_step()  # the first call allocates and compiles; the second is timed
     start = time.perf_counter()
     one_step()
-    seconds = (time.perf_counter() - start) * options.gradient_accumulation
-    device = weights[0].device
+    seconds = (time.perf_counter() - start) * options.gradient_accumulation * first.real_tokens / largest.real_tokens
     # the probe has held weights, activations, logits and gradients; what only the first update and the cache add:
-    cached = sum(len(s.answer_ids) for s in batch.sequences if s.kind == "normal") * options.max_unlearn_steps
+    cached = sum(len(s.answer_ids) for s in largest.sequences if s.kind == "normal") * options.max_unlearn_steps
     width = forward.model.config.hidden_size * weights[0].element_size()
     kept = {"adamw": 8, "adamw8bit": 2}[options.optimizer] + 4 * bool(options.kl_budget)  # moments; best state
     peak = peak_memory(device) + (kept * trained + cached * width) / 2**30
@@ -29,9 +55,8 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, batch: Batch, layo
         f"layout         {layout_line}",
         f"rows visited   {len(visited_forget):,} harmful of {len(rows.forget):,}, "
         f"{len(visited_normal):,} normal of {sum(map(len, rows.normal)):,}; {len(rows.pool):,} random answers to draw",
-        f"{'a step' if options.gradient_accumulation == 1 else 'part of a step':14s} {len(batch.sequences)} sequences, "
-        f"{batch.real_tokens:,} tokens in {batch.input_ids.shape[0]} rows of {batch.input_ids.shape[1]}, "
-        f"{len(batch.targets):,} answer tokens, {len(batch.index):,} logit rows",
+        f"{'a step' if options.gradient_accumulation == 1 else 'part of a step':14s} {_size(first)}; the largest: "
+        f"{_size(largest)}",
         f"memory         {peak:.2f} GiB at most ({kept * trained / 2**30:.2f} of it the optimizer's state); "
         + _advice(peak, room, options),
         f"time           {seconds:.1f} s a step (one probe step), {options.max_unlearn_steps} steps: "
@@ -40,11 +65,22 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, batch: Batch, layo
         "first batch; [..] is an answer, trained on; the words before it are not:",
     ]
     decode = encoder.tokenizer.decode
-    for sequence in batch.sequences:
+    for sequence in first.sequences:
         prompt = decode(list(sequence.prompt_ids)).replace("\n", "\\n")
         answer = decode(list(sequence.answer_ids)).replace("\n", "\\n")
         lines.append(f"  {sequence.kind:7s} row {sequence.group}: {prompt}[{answer}]")
     print("\n".join(lines))
+
+
+def _tokens(sequences: list[Sequence]) -> int:
+    return sum(len(s.prompt_ids) + len(s.answer_ids) for s in sequences)
+
+
+def _size(batch: Batch) -> str:
+    return (
+        f"{len(batch.sequences)} sequences, {batch.real_tokens:,} tokens in {batch.input_ids.shape[0]} rows of "
+        f"{batch.input_ids.shape[1]}, {len(batch.index):,} logit rows"
+    )
 
 
 def _advice(peak: float, room: float, options) -> str:

@@ -87,6 +87,13 @@ def in_shares(items: list, work) -> list:
     return [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
 
 
+def split_step(everyone: list, parts: int, processes) -> list[list]:
+    """This process's sequences of a step in at most `parts` parts; a harmful row stays with its random answers."""
+    mine = [s for s in everyone if s.group % processes.num_processes == processes.process_index]
+    split = [[s for s in mine if s.group // processes.num_processes % parts == part] for part in range(parts)]
+    return [part for part in split if part]
+
+
 def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     """A copy that a GPU fetches while the processor goes on: only from pinned memory does it not wait."""
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -18,19 +18,18 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import checkpoint
-from data_module import Encoder, Sequence, StepRows, refuse_overlap, sample, split_rows
+from data_module import Encoder, StepRows, refuse_overlap, sample, split_rows
 from generation import answer_rows
 from objective import losses_of, need_original
 from optimizer import Stepper, refuse_missing_8bit
 from options import UnlearnOptions, parse
 from packing import forward_for
 from plan import print_plan
-from processes import shard, start_processes, whole
+from processes import shard, split_step, start_processes, whole
 from provenance import Provenance
 from reference import Reference
 from report import write_model_card
@@ -41,6 +40,7 @@ from utils import (
     StopSignals,
     UsageError,
     fingerprint,
+    give_back_memory,
     load_model,
     load_tokenizer,
     log,
@@ -55,6 +55,7 @@ from watch import Watch
 
 MAX_SKIPPED_STEPS = 3  # in a row, for a loss or gradient that is not finite; then the run rolls back
 MAX_ROLLBACKS = 5  # each halves the learning rate
+TRIM_EVERY = 4  # steps; after each one it would cost a sixth of the time, as all that is used comes back page by page
 COLLAPSE = 5  # times --kl_budget: from there on the retain side has collapsed, and the run rolls back
 
 
@@ -133,7 +134,7 @@ def main() -> None:
         answer(dev_forget, options.max_answer_tokens), answer(dev_normal, rows.normal_tokens), encoder, options
     )
     if options.dry_run:
-        dry_run(options, encoder, rows, forward, layout_line)
+        print_plan(options, encoder, rows, forward, layout_line)
         return
     to_visit = [s for step in range(options.max_unlearn_steps) for s in rows.sequences(step, encoder)]
     reference = Reference(
@@ -227,6 +228,8 @@ def main() -> None:
                 guard["skipped"] += 1
                 log.warning("step %d: loss %s, gradient norm %s: not finite, the step is not taken", step + 1,
                             figures[0], grad_norm)  # fmt: skip
+            if step % TRIM_EVERY == 0:
+                give_back_memory()
             if guard["skipped"] == MAX_SKIPPED_STEPS:
                 guard = roll_back(f"{MAX_SKIPPED_STEPS} steps in a row were not finite", stepper, best, guard, options)
 
@@ -259,6 +262,7 @@ def main() -> None:
     if encoder.cut:
         log.warning("%d prompts were longer than %d tokens and lost their beginning", len(encoder.cut),
                     encoder.max_prompt_tokens)  # fmt: skip
+    give_back_memory()
     weights = whole_weights(model, stepper)
     if accelerator.is_main_process:
         with whole_folder(save_dir) as beside:
@@ -285,13 +289,6 @@ def freeze(model, count: int) -> None:
         part.requires_grad_(False)
 
 
-def split_step(everyone: list[Sequence], parts: int, accelerator) -> list[list[Sequence]]:
-    """This process's sequences of a step in at most `parts` parts; a harmful row stays with its random answers."""
-    mine = [s for s in everyone if s.group % accelerator.num_processes == accelerator.process_index]
-    split = [[s for s in mine if s.group // accelerator.num_processes % parts == part] for part in range(parts)]
-    return [part for part in split if part]
-
-
 def add_lora(model, options):
     """Put trainable adapters into the model's layers, in place; returns the wrapper that saves them."""
     import peft
@@ -308,6 +305,7 @@ def add_lora(model, options):
 
 def look(step, watch: Watch, forward, reference, stepper, best, options, run_log) -> dict:
     """Evaluate on the development split, log it, and return the best state so far."""
+    give_back_memory()
     found = watch.look(forward, reference)
     shown = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if v is not None)
     run_log.event("eval", f"after step {step}: {shown}", step=step, **found)
@@ -370,21 +368,6 @@ def claim_folder(save_dir: Path, options, accelerator):
                              "it, or --overwrite to start anew")  # fmt: skip
         shutil.rmtree(checkpoints)
     return held
-
-
-def dry_run(options, encoder, rows, forward, layout_line) -> None:
-    everyone = rows.sequences(0, encoder)
-    sequences = split_step(everyone, options.gradient_accumulation, PartialState())[0]
-    device = next(forward.parameters()).device
-    batch = forward.layout(sequences, options.pack_tokens, encoder.tokenizer.pad_token_id).to(device)
-    reference = Reference(forward, need_original(sequences, options), options.pack_tokens,
-                          encoder.tokenizer.pad_token_id)  # fmt: skip
-
-    def one_step():
-        sum(t["loss"] for t in losses_of(batch, forward(batch), reference, options, everyone)).backward()
-        forward.zero_grad(set_to_none=True)
-
-    print_plan(options, encoder, rows, forward, batch, layout_line, one_step)
 
 
 def _counts(parts: dict) -> dict:

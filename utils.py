@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
@@ -189,6 +190,26 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**30
     return _proc_gib("/proc/meminfo", "MemAvailable")
+
+
+def give_back_memory() -> None:
+    """Hand what is freed back to the system, where the C library can (glibc).
+
+    Each step of a run has other shapes, and blocks of the sizes in between find no hole that fits: the process would
+    grow for as long as it runs. A GPU's allocator is another one and is left alone.
+    """
+    if _trim is not None:
+        _trim(0)
+
+
+def _malloc_trim():
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # not glibc (musl, macOS, Windows)
+        return None
+
+
+_trim = _malloc_trim()
 
 
 def _proc_gib(file: str, field: str) -> float:
