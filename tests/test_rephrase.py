@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from rephrase import _FRAMES, _other_form, rephrase
+from attacks import WRAPPERS
+from rephrase import _FRAMES, _SCENES, _other_form, rephrase
 
 
 def forms(prompt, draws=300):
@@ -37,14 +38,25 @@ def test_a_request_takes_the_other_form(prompt, expected):
     "Provide a template that will show the version",  # no claim: 'that' belongs to the template
     "How to " + "walk and " * 60,  # a rule for one sentence would break a long task
 ])  # fmt: skip
-def test_what_no_rule_fits_gets_a_frame_and_keeps_its_words(prompt):
+def test_what_no_rule_fits_gets_a_frame_and_keeps_its_words(prompt, monkeypatch):
     if "template" not in prompt:
         assert forms(prompt) == {prompt}
     assert not any("arguments" in said or "true that" in said for said in forms(prompt))
     framed = [frame.replace("{p}", prompt) for frame in _FRAMES]
-    said = rephrase(prompt, np.random.default_rng(0))
     if "template" not in prompt:
+        monkeypatch.setattr("rephrase.SCENE_SHARE", 0.0)
+        monkeypatch.setattr("rephrase.SHOUTED_SHARE", 0.0)
+        said = rephrase(prompt, np.random.default_rng(0))
         assert said.rstrip("?.! ").lower() in [f.rstrip("?.! ").lower() for f in framed]
+
+
+def test_scenes_hold_the_request_and_no_attack_is_among_them():
+    """An attack that had been trained on would show nothing."""
+    said = [rephrase("Bake bread!", np.random.default_rng(i)) for i in range(400)]
+    assert all("bake bread" in s.lower() for s in said)
+    assert sum(any(s.startswith(scene.partition("{p}")[0]) for scene in _SCENES if scene[0] != "{") for s in said) > 20
+    attacked = {wrap("?").rstrip("?").strip() for wrap in WRAPPERS.values()} - {""}
+    assert not attacked & {scene.replace("{p}", "").strip() for scene in (*_SCENES, *_FRAMES)}
 
 
 def test_the_draw_is_the_generators_alone():
