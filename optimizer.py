@@ -26,7 +26,6 @@ class Stepper:
 
     The model comes in fp32. With `dtype` bf16 its parameters are rounded, and the rests are kept: at a learning
     rate of 1e-5 an update is smaller than half the distance between neighbouring bf16 numbers and would be lost.
-    Adapters (`use_lora`) are small and stay in fp32.
     """
 
     def __init__(self, model, options, dtype: torch.dtype):
@@ -34,10 +33,11 @@ class Stepper:
         self._adapters = options.use_lora
         self._rests: dict[torch.nn.Parameter, torch.Tensor] = {}  # int16; none for a parameter that lost nothing
         for parameter in model.parameters():
-            if dtype == torch.float32 or (self._adapters and parameter.requires_grad):
+            if dtype == torch.float32:
                 continue
             master, parameter.data = parameter.data, parameter.data.to(dtype)
-            if not self._adapters:  # frozen weights too: what is saved at the end has lost nothing
+            # frozen weights too: what is saved has lost nothing; adapters are merged into the base as it was stored
+            if parameter.requires_grad or not self._adapters:
                 rest = torch.empty_like(master, dtype=torch.int16)
                 split_master(master, parameter.data, rest)
                 if parameter.requires_grad or rest.any():
@@ -97,10 +97,12 @@ class Stepper:
     @torch.no_grad()
     def master(self, tensor: torch.Tensor) -> torch.Tensor:
         """A weight of the model in fp32, with what rounding took from it; with adapters, the base as it stands."""
-        if not isinstance(tensor, torch.nn.Parameter) or self._adapters:
+        if not isinstance(tensor, torch.nn.Parameter):
             return tensor.detach()
         rest = self._rests.get(tensor)
-        return tensor.detach().float() if rest is None else join_master(tensor.detach(), rest)
+        if rest is not None:
+            return join_master(tensor.detach(), rest)
+        return tensor.detach() if self._adapters else tensor.detach().float()
 
     @torch.no_grad()
     def _set_master(self, parameter, master: torch.Tensor) -> None:

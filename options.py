@@ -92,18 +92,20 @@ RECIPES = {
     "selective": {
         "bad_weight": 0.3,
         "forget_ceiling": 6,
-        "normal_weight": 6.0,
-        "first_token_weight": 1.5,
-        "first_token_rows": 28,
-        "empty_answer_rows": 14,
-        "empty_answer_share": 0.34,
-        "num_random_answers": 3,
-        "normal_batch_size": 6,
+        "normal_weight": 16.0,
+        "first_token_weight": 0.75,
+        "first_token_rows": 15,
+        "empty_answer_rows": 9,
+        "empty_answer_share": 1.0,
+        "num_random_answers": 1,
+        "batch_size": 1,
+        "normal_batch_size": 4,
         "normal_answer_tokens": 24,
         "max_answer_tokens": 32,
         "other_template_share": 0.45,
         "rephrase_share": 0.5,
-        "warmup_steps": 8,
+        "earlier_turn_share": 0.06,
+        "warmup_steps": 20,
     }
 }
 

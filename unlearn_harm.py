@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -98,8 +99,8 @@ def main() -> None:
     encoder.fit(model.config, max(options.max_answer_tokens, rows.normal_tokens, options.eval_tokens))
     some = [row.prompt for row in rows.forget[:2]] + [source[0].prompt for source in rows.normal]
     forward, layout_line = forward_for(model, encoder, some, options.pack_tokens)
-    freeze(model, options.frozen_layers)
-    adapters = add_lora(model, options) if options.use_lora else None
+    frozen = freeze(model, options.frozen_layers)
+    adapters = add_lora(model, options, frozen) if options.use_lora else None
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # without it, nothing before the first trained weight gets a gradient
@@ -277,26 +278,33 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------------------------------ parts of the run
-def freeze(model, count: int) -> None:
-    """Leave the first `count` layers as they are, and with them the embeddings: the backward stops above them."""
+def freeze(model, count: int) -> str | None:
+    """Leave the first `count` layers as they are, and with them the embeddings: the backward stops above them.
+
+    Returns a regular expression for the names of what lies in these layers; None where nothing is frozen.
+    """
     if count == 0:
-        return
+        return None
     total = model.config.num_hidden_layers
     if count >= total:
         raise UsageError(f"--frozen_layers {count}: the model has {total} layers, so at most {total - 1} can be frozen")
-    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total)
+    name, layers = next((name, module) for name, module in model.named_modules()
+                        if isinstance(module, torch.nn.ModuleList) and len(module) == total)  # fmt: skip
     for part in (*layers[:count], model.get_input_embeddings(), model.get_output_embeddings()):
         part.requires_grad_(False)
+    return rf"{re.escape(name)}\.({'|'.join(map(str, range(count)))})\..*"
 
 
-def add_lora(model, options):
-    """Put trainable adapters into the model's layers, in place; returns the wrapper that saves them."""
+def add_lora(model, options, frozen: str | None):
+    """Put trainable adapters into the model's layers but the frozen ones, in place; returns the wrapper that saves
+    them."""
     import peft
 
     targets = options.lora_targets[0] if options.lora_targets == ["all-linear"] else options.lora_targets
     config = peft.LoraConfig(
-        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
-    )
+        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, exclude_modules=frozen,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     try:
         return peft.get_peft_model(model, config)
     except ValueError as error:

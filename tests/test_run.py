@@ -172,10 +172,13 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, mod
 def test_adapters_train_under_checkpointing_and_are_merged(tmp_path, model_folders, data_files):
     run = run_cli(
         "unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
-        *data_words(data_files), *SMALL, "--use_lora", "--lora_rank=4", "--gradient_checkpointing", cwd=tmp_path,
+        *data_words(data_files), *SMALL, "--use_lora", "--lora_rank=4", "--gradient_checkpointing",
+        "--frozen_layers=1", "--dtype=bf16", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     adapter = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    assert all(".layers.1." in name for name in adapter), "a frozen layer has an adapter"
+    assert all(tensor.dtype == torch.float32 for tensor in adapter.values()), "the exact masters are what is kept"
     assert all((tensor != 0).any() for name, tensor in adapter.items() if "lora_B" in name)  # B starts at 0
     start, merged = weights(model_folders["llama"]), weights(tmp_path / "out")
     assert merged.keys() == start.keys()
