@@ -39,7 +39,8 @@ def start_processes(options) -> Accelerator:
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise UsageError(f"accelerate launch: {asked} processes asked for, {accelerator.num_processes} joined")
-    smallest = min(options.batch_size, options.normal_batch_size or options.batch_size)
+    harmful = options.batch_size + options.empty_answer_rows
+    smallest = min(harmful, (options.normal_batch_size or options.batch_size) + options.first_token_rows)
     if accelerator.num_processes > smallest:
         raise UsageError(f"{accelerator.num_processes} processes share {smallest} rows a step: raise --batch_size")
     if options.shard and asked == 1:
