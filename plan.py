@@ -13,13 +13,15 @@ from processes import split_step
 from reference import Reference
 from utils import free_memory, peak_memory
 
-PROBED_STEPS = 100  # evenly over the run
+SAMPLED_STEPS = 100  # evenly over the run, of which
+TRIED_STEPS = 3  # the largest are tried; the first one warms up
 
 
 def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) -> None:
     """Print the plan to standard output; no weight is changed.
 
-    What is tried is a forward and a backward of the largest of some of the steps, since that one decides the peak.
+    What is tried is a forward and a backward of some of the steps, the largest last, since these decide the peak; as
+    in a run, the blocks that one step leaves free are not all of use to the next one.
     """
     device, pad_id = next(forward.parameters()).device, encoder.tokenizer.pad_token_id
 
@@ -27,23 +29,22 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
         everyone = rows.sequences(step, encoder)
         return max(split_step(everyone, options.gradient_accumulation, PartialState()), key=_tokens), everyone
 
-    some = range(0, options.max_unlearn_steps, -(-options.max_unlearn_steps // PROBED_STEPS))
-    sequences, everyone = first_part(max(some, key=lambda step: _tokens(first_part(step)[0])))
+    sampled = range(0, options.max_unlearn_steps, -(-options.max_unlearn_steps // SAMPLED_STEPS))
+    by_size = sorted(sampled, key=lambda step: _tokens(first_part(step)[0]))
     first = forward.layout(first_part(0)[0], options.pack_tokens, pad_id)
-    largest = forward.layout(sequences, options.pack_tokens, pad_id).to(device)
-    reference = Reference(forward, need_original(sequences, options), options.pack_tokens, pad_id)
-
-    def one_step():
+    for step in by_size[-TRIED_STEPS:]:
+        sequences, everyone = first_part(step)
+        reference = Reference(forward, need_original(sequences, options), options.pack_tokens, pad_id)
+        start = time.perf_counter()
+        largest = forward.layout(sequences, options.pack_tokens, pad_id).to(device)
         sum(t["loss"] for t in losses_of(largest, forward(largest), reference, options, everyone)).backward()
         forward.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - start
 
     visited_forget, visited_normal = rows.rows_to_visit()
     weights = list(forward.parameters())
     trained = sum(p.numel() for p in weights if p.requires_grad)
-    one_step()  # the first call allocates and compiles; the second is timed
-    start = time.perf_counter()
-    one_step()
-    seconds = (time.perf_counter() - start) * options.gradient_accumulation * first.real_tokens / largest.real_tokens
+    seconds *= options.gradient_accumulation * first.real_tokens / largest.real_tokens
     # the probe has held weights, activations, logits and gradients; what only the first update and the cache add:
     cached = sum(len(s.answer_ids) for s in largest.sequences if s.kind == "normal") * options.max_unlearn_steps
     width = forward.model.config.hidden_size * weights[0].element_size()

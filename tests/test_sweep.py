@@ -79,4 +79,5 @@ def test_a_run_with_a_method_is_whole(tmp_path, model_folders, data_files):
                   "--model_save_dir=out", "--forget_data", data_files["forget"], "--normal_data", data_files["facts"],
                   cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("\n  random") == 2 * 3 + 14
+    recipe = RECIPES["selective"]
+    assert run.stdout.count("\n  random") == sum(recipe[n] for n in ("batch_size", "empty_answer_rows"))  # K is 1
