@@ -9,7 +9,7 @@ import torch
 from data_module import Encoder, sequence_of
 from generation import generate
 from judges import SentenceEmbedder
-from losses import token_kl, token_nll
+from losses import answer_terms
 from metrics import is_empty, on_topic
 from packing import AnswerLogits
 from reference import Reference
@@ -42,12 +42,11 @@ class Watch:
             batch = forward.layout(part, self.options.pack_tokens, self.encoder.tokenizer.pad_token_id).to(device)
             logits = forward(batch)  # (N, V)
             forget, normal = batch.tokens_of("forget"), batch.tokens_of("normal")
-            totals["nll"].append(token_nll(logits, batch.logit_row[forget], batch.targets[forget]))
-            if normal.any():
-                original = reference.logits([s for s in part if s.kind == "normal"])
-                kl = token_kl(logits[batch.logit_row[normal]], original)
-                totals["kl"].append(kl)
-                totals["first_kl"].append(kl[batch.first[normal]])
+            original = reference.logits([s for s in part if s.kind == "normal"])
+            nll, kl = answer_terms(logits, batch.logit_row, batch.targets, batch.logit_row[normal], original)
+            totals["nll"].append(nll[forget])
+            totals["kl"].append(kl)
+            totals["first_kl"].append(kl[batch.first[normal]])
         found = {f"dev_{name}": torch.cat(v).mean().item() if v and torch.cat(v).numel() else None
                  for name, v in totals.items()}  # fmt: skip
         return {**found, **self._answers(forward.generator)}
