@@ -11,17 +11,17 @@ from objective import losses_of, need_original
 from packing import AnswerLogits, Batch
 from processes import split_step
 from reference import Reference
-from utils import free_memory, peak_memory
+from utils import free_memory, give_back_memory, held_memory, peak_memory
 
 SAMPLED_STEPS = 100  # evenly over the run, of which
+HOLES = 1 / 3  # of what a step takes on a processor stays in blocks that the next step has no use for (docs/LOG.md)
 TRIED_STEPS = 3  # the largest are tried; the first one warms up
 
 
 def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) -> None:
     """Print the plan to standard output; no weight is changed.
 
-    What is tried is a forward and a backward of some of the steps, the largest last, since these decide the peak; as
-    in a run, the blocks that one step leaves free are not all of use to the next one.
+    What is tried is a forward and a backward of some of the steps, the largest last, since these decide the peak.
     """
     device, pad_id = next(forward.parameters()).device, encoder.tokenizer.pad_token_id
 
@@ -32,6 +32,8 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
     sampled = range(0, options.max_unlearn_steps, -(-options.max_unlearn_steps // SAMPLED_STEPS))
     by_size = sorted(sampled, key=lambda step: _tokens(first_part(step)[0]))
     first = forward.layout(first_part(0)[0], options.pack_tokens, pad_id)
+    give_back_memory()
+    before = held_memory(device)
     for step in by_size[-TRIED_STEPS:]:
         sequences, everyone = first_part(step)
         reference = Reference(forward, need_original(sequences, options), options.pack_tokens, pad_id)
@@ -49,7 +51,8 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
     cached = sum(len(s.answer_ids) for s in largest.sequences if s.kind == "normal") * options.max_unlearn_steps
     width = forward.model.config.hidden_size * weights[0].element_size()
     kept = {"adamw": 8, "adamw8bit": 2}[options.optimizer] + 4 * bool(options.kl_budget)  # moments; best state
-    peak = peak_memory(device) + (kept * trained + cached * width) / 2**30
+    holes = HOLES * (peak_memory(device) - before) if device.type == "cpu" else 0.0
+    peak = peak_memory(device) + holes + (kept * trained + cached * width) / 2**30
     room = peak_memory(device) + free_memory(device)
     lines = [
         f"model          {options.model_name}: {sum(p.numel() for p in weights):,} parameters, {trained:,} trained",

@@ -185,6 +185,13 @@ def peak_memory(device: torch.device) -> float:
     return _proc_gib("/proc/self/status", "VmHWM")
 
 
+def held_memory(device: torch.device) -> float:
+    """GiB held now: of the GPU, else of this process (NaN where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device) / 2**30
+    return _proc_gib("/proc/self/status", "VmRSS")
+
+
 def free_memory(device: torch.device) -> float:
     """GiB that a process could still take: of the GPU, else of the machine; NaN where the system does not tell."""
     if device.type == "cuda":
