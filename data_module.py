@@ -157,6 +157,11 @@ class Sequence:
     answer_ids: tuple[int, ...]
     targets: tuple[int, ...] | None = None
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt_ids) + len(self.answer_ids)
+
 
 def sequence_of(kind: str, group: int, row: Row, encoder: Encoder) -> Sequence:
     """A row with its response in the encoder's own style."""

@@ -85,7 +85,7 @@ def packed_batch(sequences: list[Sequence], pack_tokens: int, pad_id: int) -> Ba
 
 def padded_batch(sequences: list[Sequence], pad_id: int) -> Batch:
     """Sequences -> one a row, padded on the right: the plain layout that every model takes."""
-    width = max(len(s.prompt_ids) + len(s.answer_ids) for s in sequences)  # T
+    width = max(s.length for s in sequences)  # T
     ids = np.full((len(sequences), width), pad_id, dtype=np.int64)  # (S, T)
     mask = np.zeros((len(sequences), width), dtype=np.int64)
     positions = np.broadcast_to(np.arange(width), ids.shape).copy()

@@ -32,11 +32,12 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
     sampled = range(0, options.max_unlearn_steps, -(-options.max_unlearn_steps // SAMPLED_STEPS))
     by_size = sorted(sampled, key=lambda step: _tokens(first_part(step)[0]))
     first = forward.layout(first_part(0)[0], options.pack_tokens, pad_id)
+    tried = [first_part(step) for step in by_size[-TRIED_STEPS:]]
+    to_visit = [s for sequences, _ in tried for s in sequences]
+    reference = Reference(forward, need_original(to_visit, options), options.pack_tokens, pad_id)
     give_back_memory()
     before = held_memory(device)
-    for step in by_size[-TRIED_STEPS:]:
-        sequences, everyone = first_part(step)
-        reference = Reference(forward, need_original(sequences, options), options.pack_tokens, pad_id)
+    for sequences, everyone in tried:
         start = time.perf_counter()
         largest = forward.layout(sequences, options.pack_tokens, pad_id).to(device)
         sum(t["loss"] for t in losses_of(largest, forward(largest), reference, options, everyone)).backward()
@@ -77,7 +78,7 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
 
 
 def _tokens(sequences: list[Sequence]) -> int:
-    return sum(len(s.prompt_ids) + len(s.answer_ids) for s in sequences)
+    return sum(s.length for s in sequences)
 
 
 def _size(batch: Batch) -> str:

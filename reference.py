@@ -42,7 +42,7 @@ class Reference:
         unique = {
             (s.prompt_ids, s.answer_ids): s for s in sequences if (s.prompt_ids, s.answer_ids) not in self._states
         }
-        chunks = _chunks(sorted(unique.values(), key=_length), 8 * self._pack_tokens)
+        chunks = _chunks(sorted(unique.values(), key=lambda s: s.length), 8 * self._pack_tokens)
         for chunk in progress(chunks) if progress else chunks:
             self._visit(forward, chunk)
 
@@ -82,16 +82,12 @@ def frozen_head(model) -> tuple[torch.Tensor, torch.Tensor | None]:
     return found[0], found[1]
 
 
-def _length(sequence: Sequence) -> int:
-    return len(sequence.prompt_ids) + len(sequence.answer_ids)
-
-
 def _chunks(sequences: list[Sequence], tokens: int) -> list[list[Sequence]]:
     chunks, filled = [[]], 0
     for sequence in sequences:
-        if chunks[-1] and filled + _length(sequence) > tokens:
+        if chunks[-1] and filled + sequence.length > tokens:
             chunks.append([])
             filled = 0
         chunks[-1].append(sequence)
-        filled += _length(sequence)
+        filled += sequence.length
     return [chunk for chunk in chunks if chunk]
