@@ -36,6 +36,7 @@ test: $(VENV)/.installed
 	$(PYTHON) -m pytest
 
 test-slow: $(VENV)/.installed
+	$(PYTHON) setup_demo.py
 	$(PYTHON) -m pytest tests/slow
 
 lint: $(VENV)/.installed

@@ -9,7 +9,7 @@ from conftest import ROOT, run_cli
 EMBEDDED = ROOT / "models/smollm2-135m-instruct"
 
 
-@pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded model is not set up: make test does it")
+@pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded model is not set up: make test-slow does it")
 def test_the_plans_peak_is_the_runs(tmp_path):
     words = ["--config=configs/demo.yaml", "--max_unlearn_steps=12", "--eval_prompts=4",
              "--log_file", tmp_path / "a.log",
