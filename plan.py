@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from accelerate import PartialState
@@ -14,7 +15,9 @@ from reference import Reference
 from utils import free_memory, give_back_memory, held_memory, peak_memory
 
 SAMPLED_STEPS = 100  # evenly over the run, of which
-HOLES = 1 / 3  # of what a step takes on a processor stays in blocks that the next step has no use for (docs/LOG.md)
+# Of what a step takes on a processor, so much stays in blocks that the next steps have no use for, with each tenfold of
+# the steps: measured over 12, 60 and 300 of them (docs/LOG.md, "Memory that grows").
+HOLES = 1 / 3
 TRIED_STEPS = 3  # the largest are tried; the first one warms up
 
 
@@ -52,7 +55,8 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
     cached = sum(len(s.answer_ids) for s in largest.sequences if s.kind == "normal") * options.max_unlearn_steps
     width = forward.model.config.hidden_size * weights[0].element_size()
     kept = {"adamw": 8, "adamw8bit": 2}[options.optimizer] + 4 * bool(options.kl_budget)  # moments; best state
-    holes = HOLES * (peak_memory(device) - before) if device.type == "cpu" else 0.0
+    tenfolds = math.log10(options.max_unlearn_steps) if device.type == "cpu" else 0.0
+    holes = HOLES * tenfolds * (peak_memory(device) - before)
     peak = peak_memory(device) + holes + (kept * trained + cached * width) / 2**30
     room = peak_memory(device) + free_memory(device)
     lines = [
