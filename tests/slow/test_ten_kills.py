@@ -50,6 +50,7 @@ def _log(folder) -> list[str]:
 
 
 def _last_step(lines: list[str]) -> int:
-    """The last step that these lines of a log tell of; 0 before the first."""
+    """The last step that these lines of a log tell of; 0 before the first. Not `events`: a line that is being written
+    while it is read may not be whole JSON yet."""
     steps = [found[1] for line in lines if (found := re.match(r'{"event": "step", "step": (\d+),', line))]
     return int(steps[-1]) if steps else 0
