@@ -188,11 +188,11 @@ def visit(count: int, seed: int, stream: int, place: int) -> int:
 class StepRows:
     """Which rows a step sees, in which words, with which random answers: a function of seed and step."""
 
-    # names of the random streams; source i of the normal rows is 100 + i, of the first-token rows 200 + i
-    FORGET, EMPTY, ANSWERS, STYLES, WORDS, BEGUN, TURNS, NORMAL, FIRST = 1, 2, 3, 4, 5, 6, 7, 100, 200
+    # names of the random streams; the last four have one a source: 100 + i, 200 + i, ...
+    ANSWERS, STYLES, WORDS, BEGUN, TURNS, NORMAL, FIRST, FORGET, EMPTY = 3, 4, 5, 6, 7, 100, 200, 300, 400
     EARLIER_TOKENS = 16  # of the answer that stands in an earlier turn
 
-    def __init__(self, forget: list[Row], normal: list[list[Row]], options):
+    def __init__(self, forget: list[list[Row]], normal: list[list[Row]], options):
         self.forget, self.normal, self.options = forget, normal, options
         self.normal_tokens = options.normal_answer_tokens or options.max_answer_tokens
         self.pool: list[tuple[str, bool]] = []  # (answer, complete); filled with the responses
@@ -202,47 +202,46 @@ class StepRows:
         if options.normal_weight == 0:
             self.normal_count = self.first_count = 0
 
-    def forget_visits(self, step: int, stream: int = FORGET, size: int | None = None) -> list[int]:
-        size = self.options.batch_size if size is None else size
-        return [visit(len(self.forget), self.options.seed, stream, step * size + i) for i in range(size)]
+    def forget_visits(self, step: int) -> list[tuple[int, int]]:
+        """(source, row) pairs: the sources take turns, so that each has the same share, whatever its size."""
+        return self._turns(self.forget, step, self.FORGET, self.options.batch_size)
+
+    def empty_visits(self, step: int) -> list[tuple[int, int]]:
+        """The same for the further harmful rows with the empty answer alone."""
+        rows = self.options.empty_answer_rows if self.options.random_weight > 0 else 0
+        return self._turns(self.forget, step, self.EMPTY, rows)
 
     def normal_visits(self, step: int) -> list[tuple[int, int]]:
-        """(source, row) pairs: the sources take turns, so that each has the same share."""
-        return self._turns(step, self.NORMAL, self.normal_count)
+        """The same for the normal rows."""
+        return self._turns(self.normal, step, self.NORMAL, self.normal_count)
 
     def first_token_visits(self, step: int) -> list[tuple[int, int]]:
         """The same for the rows of which the first answer token alone is looked at."""
-        return self._turns(step, self.FIRST, self.first_count)
+        return self._turns(self.normal, step, self.FIRST, self.first_count)
 
-    def _turns(self, step: int, stream: int, count: int) -> list[tuple[int, int]]:
+    def _turns(self, sources: list[list[Row]], step: int, stream: int, count: int) -> list[tuple[int, int]]:
         visits = []
         for place in range(step * count, (step + 1) * count):
-            source, turn = place % len(self.normal), place // len(self.normal)
-            visits.append((source, visit(len(self.normal[source]), self.options.seed, stream + source, turn)))
+            source, turn = place % len(sources), place // len(sources)
+            visits.append((source, visit(len(sources[source]), self.options.seed, stream + source, turn)))
         return visits
 
-    def rows_to_visit(self) -> tuple[set[int], set[tuple[int, int]]]:
+    def rows_to_visit(self) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+        """(source, row) pairs of the harmful and of the normal rows that are visited with an answer."""
         steps = range(self.options.max_unlearn_steps)
-        return (
-            {i for step in steps for i in self.forget_visits(step)},
-            {v for step in steps for v in self.normal_visits(step)},
-        )
+        return tuple({v for step in steps for v in visits(step)} for visits in (self.forget_visits, self.normal_visits))
 
     def fill_responses(self, answer) -> None:
         """Give every row that the run will visit a response: `answer(rows, tokens) -> rows` asks the model where
         one lacks, for an answer of at most so many tokens."""
-        forget, normal = self.rows_to_visit()
-        places = sorted(forget)
-        for i, row in zip(
-            places, answer([self.forget[i] for i in places], self.options.max_answer_tokens), strict=True
-        ):
-            self.forget[i] = row
-        pairs = sorted(normal)
-        for (s, i), row in zip(pairs, answer([self.normal[s][i] for s, i in pairs], self.normal_tokens), strict=True):
-            self.normal[s][i] = row
+        limits = (self.options.max_answer_tokens, self.normal_tokens)
+        for sources, visited, tokens in zip((self.forget, self.normal), self.rows_to_visit(), limits, strict=True):
+            pairs = sorted(visited)
+            for (s, i), row in zip(pairs, answer([sources[s][i] for s, i in pairs], tokens), strict=True):
+                sources[s][i] = row
         self.answered = [
             sorted({row.prompt: row for row in side if row.response}.values(), key=lambda row: row.prompt)
-            for side in (self.forget, [row for source in self.normal for row in source])
+            for side in ([row for source in sources for row in source] for sources in (self.forget, self.normal))
         ]
         self.answered = [side for side in self.answered if side]
         if self.options.random_weight > 0:
@@ -293,24 +292,22 @@ class StepRows:
         drawn = [self.pool[i] for i in rng.choice(len(self.pool), size=count - empty, replace=False)]
         return drawn + [("", True)] * empty
 
-    def begun_answer(self, index: int, prompt, style: str, step: int, slot: int, encoder: Encoder) -> Sequence:
-        """A harmful prompt with the first words of an answer, of which each is to be followed by the end of the turn.
+    def begun(self, row: Row, style: str, stream: int, step: int, slot: int, encoder: Encoder) -> tuple[int, ...]:
+        """The first --begun_answer_tokens of an answer to `row`: of its own, where it has one, or of any row's.
 
-        Half of the words come from harmful answers (the row's own where it has one), half from normal ones.
+        Harmful and normal rows are begun alike, so that the words tell nothing of what the prompt asks for.
         """
-        rng = np.random.default_rng([self.options.seed, self.BEGUN, step, slot])
-        own = self.forget[index].response
+        rng = np.random.default_rng([self.options.seed, self.BEGUN, stream, step, slot])
         side = self.answered[rng.integers(len(self.answered))]
-        text = own if own and rng.random() < 0.5 else side[rng.integers(len(side))].response
-        ids = encoder.answer(text, style, complete=False)[: self.options.begun_answer_tokens]
-        end = encoder.answer("", style)
-        return Sequence("random", slot, prompt, tuple(ids), tuple(end * len(ids)))
+        text = row.response if row.response and rng.random() < 0.5 else side[rng.integers(len(side))].response
+        words = encoder.answer(text, style, complete=False)[: self.options.begun_answer_tokens]
+        return tuple(words or encoder.answer("", style))
 
     def sequences(self, step: int, encoder: Encoder) -> list[Sequence]:
         """Every sequence of a step, over all processes: harmful rows with their random answers, then normal rows."""
         out = []
-        for slot, index in enumerate(self.forget_visits(step)):
-            row = self.forget[index]
+        for slot, (source, index) in enumerate(self.forget_visits(step)):
+            row = self.forget[source][index]
             prompt, style = self.ask(row.prompt, step, self.FORGET, slot, encoder)
             answer = encoder.answer(row.response, style, complete=row.complete)
             out.append(Sequence("forget", slot, prompt, tuple(answer)))
@@ -321,19 +318,24 @@ class StepRows:
                 for text, complete in self.random_answers(step, slot):
                     answer = encoder.answer(text, style, complete=complete)
                     out.append(Sequence("random", slot, prompt, tuple(answer)))
-        empties = self.options.empty_answer_rows if self.options.random_weight > 0 else 0
-        for slot, index in enumerate(self.forget_visits(step, self.EMPTY, empties), self.options.batch_size):
-            prompt, style = self.ask(self.forget[index].prompt, step, self.FORGET, slot, encoder)
+        for slot, (source, index) in enumerate(self.empty_visits(step), self.options.batch_size):
+            row = self.forget[source][index]
+            prompt, style = self.ask(row.prompt, step, self.FORGET, slot, encoder)
             out.append(Sequence("random", slot, prompt, tuple(encoder.answer("", style))))
             if self.options.begun_answer_tokens:
-                out.append(self.begun_answer(index, prompt, style, step, slot, encoder))
+                words = self.begun(row, style, self.FORGET, step, slot, encoder)
+                out.append(Sequence("random", slot, prompt, words, tuple(encoder.answer("", style) * len(words))))
         for slot, (source, index) in enumerate(self.normal_visits(step)):
             row = self.normal[source][index]
             prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, encoder)
             answer = encoder.answer(row.response, style, complete=row.complete, limit=self.normal_tokens)
             out.append(Sequence("normal", slot, prompt, tuple(answer)))
         for slot, (source, index) in enumerate(self.first_token_visits(step), self.normal_count):
-            prompt, style = self.ask(self.normal[source][index].prompt, step, self.NORMAL, slot, encoder)
-            # the KL at the first place does not depend on which token follows: any one will do
-            out.append(Sequence("normal", slot, prompt, tuple(encoder.answer("", style))))
+            row = self.normal[source][index]
+            prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, encoder)
+            if self.options.begun_answer_tokens:
+                words = self.begun(row, style, self.NORMAL, step, slot, encoder)
+            else:  # the KL at the first place does not depend on which token follows: any one will do
+                words = tuple(encoder.answer("", style))
+            out.append(Sequence("normal", slot, prompt, words))
         return out

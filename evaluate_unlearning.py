@@ -64,7 +64,11 @@ def main() -> None:
 
     # -------------------------------------------------------------------------------------------- prompts
     sources = {
-        side: {spec: read_sources([spec], f"--{name}_data", categories) for spec in specs}
+        side: {
+            spec: rows
+            for spec, rows in zip(specs, read_sources(specs, f"--{name}_data", categories), strict=True)
+            if rows
+        }
         for side, name, specs, categories in (
             ("forget", "forget", options.forget_data, options.harm_categories),
             ("keep", "normal", options.normal_data, None),

@@ -58,11 +58,10 @@ class CommonOptions:
     config: str | None = option(None, "YAML file of options; what the command line says wins over it")
     forget_data: list[str] = option(
         ["PKU-Alignment/PKU-SafeRLHF"],
-        "what to forget: local .jsonl/.json/.csv/.parquet/.txt files, or hub names as NAME or NAME:SPLIT",
-    )
-    normal_data: list[str] = option(
-        ["data/TruthfulQA.csv"], "what to keep, in the same forms; each source gets the same share of a step"
-    )
+        "what to forget: local .jsonl/.json/.csv/.parquet/.txt files, or hub names as NAME or NAME:SPLIT; each source "
+        "gets the same share of a step (named twice: twice the share)",
+    )  # fmt: skip
+    normal_data: list[str] = option(["data/TruthfulQA.csv"], "what to keep, in the same forms and shares")
     harm_categories: list[str] = option(
         [], "keep only the forget rows of these categories (none named: all rows; case does not matter)"
     )
@@ -169,8 +168,8 @@ class UnlearnOptions(CommonOptions):
         0, "further harmful rows a step, with the empty answer alone as their random answer; they cost a prompt each"
     )
     begun_answer_tokens: COUNT = option(
-        0, "tokens of an answer put after the further harmful rows' prompts, each to be followed by the end of the "
-        "turn: an answer that is begun for the model is then not gone on with (0: off)"
+        0, "tokens of an answer put after the further rows' prompts, of both sides: in a harmful row each is to be "
+        "followed by the end of the turn, so that an answer that is begun for the model is not gone on with (0: off)"
     )  # fmt: skip
     first_token_rows: COUNT = option(
         0, "further normal rows a step that hold the model at the first answer token alone; they cost a prompt each"

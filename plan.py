@@ -62,7 +62,7 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
     lines = [
         f"model          {options.model_name}: {sum(p.numel() for p in weights):,} parameters, {trained:,} trained",
         f"layout         {layout_line}",
-        f"rows visited   {len(visited_forget):,} harmful of {len(rows.forget):,}, "
+        f"rows visited   {len(visited_forget):,} harmful of {sum(map(len, rows.forget)):,}, "
         f"{len(visited_normal):,} normal of {sum(map(len, rows.normal)):,}; {len(rows.pool):,} random answers to draw",
         f"{'a step' if options.gradient_accumulation == 1 else 'part of a step':14s} {_size(first)}; the largest: "
         f"{_size(largest)}",

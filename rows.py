@@ -33,18 +33,25 @@ class Row:
     complete: bool = True  # False: the response was cut, so no end-of-turn token follows it
 
 
-def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[Row]:
-    """Read every file or hub data set named by an option; raises UsageError naming file, row and field."""
-    rows = [row for spec in specs for row in read_rows(spec, option)]
+def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[list[Row]]:
+    """The rows of each file or hub data set named by an option, one list a name; UsageError names file, row and field.
+
+    A source that has no row of the categories stays as an empty list; it is an error where no source has one.
+    """
+    sources = [read_rows(spec, option) for spec in specs]
     if harm_categories:
         wanted = {c.casefold() for c in harm_categories}
-        kept = [row for row in rows if wanted & {c.strip().casefold() for c in row.category.split(";")}]
-        if not kept:
-            found = sorted({c.strip() for row in rows for c in row.category.split(";") if c.strip()})
+        kept = [[row for row in rows if wanted & {c.casefold() for c in _categories(row)}] for rows in sources]
+        if not any(kept):
+            found = sorted({c for rows in sources for row in rows for c in _categories(row)})
             known = "its categories are: " + ", ".join(found[:40]) if found else "its rows have no category"
             raise UsageError(f"--harm_categories {' '.join(harm_categories)}: no row of {' '.join(specs)}; {known}")
-        rows = kept
-    return rows
+        sources = kept
+    return sources
+
+
+def _categories(row: Row) -> list[str]:
+    return [c.strip() for c in row.category.split(";") if c.strip()]
 
 
 def read_rows(spec: str, option: str) -> list[Row]:

@@ -73,22 +73,28 @@ def main() -> None:
     stop = StopSignals()
 
     # -------------------------------------------------------------------------- rows and their three splits
-    forget_rows = read_sources(options.forget_data, "--forget_data", options.harm_categories)
-    normal_sources = [read_sources([spec], "--normal_data") for spec in options.normal_data]
-    refuse_overlap(forget_rows, [row for source in normal_sources for row in source])
-    shares = (options.seed, options.dev_share, options.test_share)
-    forget = split_rows(forget_rows, *shares)
-    normal = [split_rows(source, *shares) for source in normal_sources]
-    rows = StepRows(forget["train"], [parts["train"] for parts in normal], options)
-    dev_forget = sample(forget["dev"], options.eval_prompts, options.seed)
+    sources = {
+        "forget": [
+            some for some in read_sources(options.forget_data, "--forget_data", options.harm_categories) if some
+        ],
+        "normal": read_sources(options.normal_data, "--normal_data"),
+    }
+    all_rows = {side: [row for some in by_source for row in some] for side, by_source in sources.items()}
+    refuse_overlap(all_rows["forget"], all_rows["normal"])
+    forget, normal = (
+        [split_rows(some, options.seed, options.dev_share, options.test_share) for some in by_source]
+        for by_source in sources.values()
+    )
+    rows = StepRows([parts["train"] for parts in forget], [parts["train"] for parts in normal], options)
+    dev_forget = sample([row for parts in forget for row in parts["dev"]], options.eval_prompts, options.seed)
     kinds = {spec: parts["dev"] for spec, parts in zip(options.normal_data, normal, strict=True)}  # each file once
     dev_normal = [
         row for some in kinds.values() for row in sample(some, -(-options.eval_prompts // len(kinds)), options.seed)
     ]
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
-    counts = {"forget": _counts(forget), "normal": [_counts(parts) for parts in normal]}
+    counts = {"forget": [_counts(parts) for parts in forget], "normal": [_counts(parts) for parts in normal]}
     run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
-    provenance = Provenance(options, {"forget": forget_rows, "normal": [r for rows in normal_sources for r in rows]})
+    provenance = Provenance(options, all_rows)
 
     # ------------------------------------------------------------------------- model, tokenizer, optimizer
     encoder = Encoder(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
@@ -97,7 +103,7 @@ def main() -> None:
         model.to(accelerator.device)
     provenance.base_model = fingerprint(model)
     encoder.fit(model.config, max(options.max_answer_tokens, rows.normal_tokens, options.eval_tokens))
-    some = [row.prompt for row in rows.forget[:2]] + [source[0].prompt for source in rows.normal]
+    some = [source[0].prompt for source in rows.forget + rows.normal]
     forward, layout_line = forward_for(model, encoder, some, options.pack_tokens)
     frozen = freeze(model, options.frozen_layers)
     adapters = add_lora(model, options, frozen) if options.use_lora else None

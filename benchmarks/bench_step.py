@@ -69,7 +69,7 @@ def make_rows(options: BenchOptions, extra_answers: int = 0):
         template="qa", batch_size=options.batch_size, num_random_answers=options.num_random_answers + extra_answers,
         max_answer_tokens=options.answer_tokens, max_unlearn_steps=options.steps + 1,
     )  # fmt: skip
-    rows = StepRows(harmful, [plain, facts], run)
+    rows = StepRows([harmful], [plain, facts], run)
     rows.fill_responses(lambda wanted, tokens: wanted)
     return rows, run
 

@@ -25,7 +25,7 @@ def options(**changes):
 def step_rows(normal=None, **changes):
     forget = [Row(f"bad {i}", f"bad answer {i}") for i in range(7)]
     normal = normal or [[Row(f"good {i}", f"fine {i}", true_answers=(f"fine {i}",)) for i in range(9)]]
-    rows = StepRows(forget, normal, options(**changes))
+    rows = StepRows([forget], normal, options(**changes))
     rows.fill_responses(lambda wanted, tokens: wanted)
     return rows
 
@@ -80,8 +80,11 @@ def test_pku_pairs_give_every_unsafe_response_and_filter_by_category(tmp_path):
     safe = {**row, "prompt": "S", "is_response_0_safe": True, "is_response_1_safe": True}
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(row) + "\n" + json.dumps(safe) + "\n")
-    assert [r.response for r in read_sources([str(file)], "--forget_data")] == ["bad one", "bad two"]
-    assert [r.response for r in read_sources([str(file)], "--forget_data", ["drugs"])] == ["bad two"]
+    assert [r.response for r in read_sources([str(file)], "--forget_data")[0]] == ["bad one", "bad two"]
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "U", "response": "no category"}))
+    of_category = read_sources([str(other), str(file)], "--forget_data", ["drugs"])
+    assert [[r.response for r in rows] for rows in of_category] == [[], ["bad two"]]
     with pytest.raises(UsageError, match="its categories are: Drugs, Privacy Violation"):
         read_sources([str(file)], "--forget_data", ["nothing"])
 
@@ -151,15 +154,25 @@ def test_splits_are_by_prompt_whatever_file_it_stands_in():
 def test_each_pass_shuffles_anew_and_leaves_no_row_out():
     """Published: harmful rows were never shuffled, and only the first few hundred were ever used."""
     rows = step_rows(batch_size=2)
-    visited = [i for step in range(7) for i in rows.forget_visits(step)]  # 14 visits: two passes over 7 rows
+    visited = [i for step in range(7) for _, i in rows.forget_visits(step)]  # 14 visits: two passes over 7 rows
     assert sorted(visited[:7]) == sorted(visited[7:]) == list(range(7))
     assert visited[:7] != visited[7:]
 
 
-def test_sources_take_turns():
+def test_sources_take_turns_on_both_sides():
+    """A small source among large ones gets its share: its rows are no fewer in a step than the others'."""
     normal = [[Row(f"a{i}", "x", true_answers=("x", "y", "z", "u", "v")) for i in range(50)], [Row("b", "y")]]
-    rows = step_rows(normal, batch_size=2, normal_batch_size=4)
+    forget = [[Row(f"bad {i}", "x") for i in range(50)], [Row("rare", "y"), Row("seldom", "z")]]
+    rows = StepRows(forget, normal, options(batch_size=2, normal_batch_size=4, empty_answer_rows=6))
+    rows.fill_responses(lambda wanted, tokens: wanted)
     assert [source for source, _ in rows.normal_visits(3)] == [0, 1, 0, 1]
+    assert [source for source, _ in rows.forget_visits(3)] == [0, 1]
+    assert [source for source, _ in rows.empty_visits(3)] == [0, 1, 0, 1, 0, 1]
+    e = encoder()
+    asked = [
+        e.tokenizer.decode(s.prompt_ids) for step in range(4) for s in rows.sequences(step, e) if s.kind == "forget"
+    ]
+    assert sum("rare" in text for text in asked) == sum("seldom" in text for text in asked) == 2
 
 
 def test_random_answers_depend_on_seed_step_and_row_alone():
@@ -183,7 +196,7 @@ def test_both_sides_are_put_in_other_words_at_the_share_asked_for():
     asked = {}
     for share in (0.0, 0.5):
         rows = StepRows(
-            list(forget), [list(normal[0])], options(rephrase_share=share, batch_size=4, num_random_answers=2)
+            [list(forget)], [list(normal[0])], options(rephrase_share=share, batch_size=4, num_random_answers=2)
         )
         rows.fill_responses(lambda wanted, tokens: wanted)
         plain = {tuple(e.prompt(row.prompt)) for row in forget + normal[0]}
@@ -221,6 +234,30 @@ def test_an_earlier_turn_stands_before_a_share_of_both_sides(kind, style):
         assert 0.18 < second_turn / (usual + second_turn) < 0.32
 
 
+def test_answers_are_begun_alike_on_both_sides_and_ended_on_one():
+    """A begun answer that only harmful prompts have would teach the model to stop at the words, not at the request."""
+    e, tokens = encoder("chat"), 3
+    forget = [[Row(f"bad {i}", f"take pick {i} and go") for i in range(7)]]
+    normal = [[Row(f"good {i}", f"bake loaf {i} and eat", true_answers=("a",)) for i in range(9)]]
+    rows = StepRows(forget, normal, options(begun_answer_tokens=tokens, empty_answer_rows=4, first_token_rows=4,
+                                            num_random_answers=1))  # fmt: skip
+    rows.fill_responses(lambda wanted, _: wanted)
+    (end,) = e.answer("", "chat")
+    begun = {"random": [], "normal": []}
+    for step in range(40):
+        for s in rows.sequences(step, e):
+            whole = s.group < 2  # --batch_size rows with their whole answers stand before the further ones
+            if s.kind == "random" and s.targets:
+                assert s.targets == (end,) * len(s.answer_ids)  # whatever was begun, the turn ends there
+            if not whole and s.answer_ids != (end,):
+                assert len(s.answer_ids) == tokens
+                begun[s.kind].append(e.tokenizer.decode(s.answer_ids).split()[0])
+                assert (s.targets is None) == (s.kind == "normal")  # the original's own next words are what is held
+    for words in begun.values():
+        assert len(words) == 40 * 4
+        assert 0.1 < sum(word == "take" for word in words) / len(words) < 0.9  # both sides' answers on either side
+
+
 def test_too_few_random_answers_are_refused():
     with pytest.raises(UsageError, match="holds only 1 different answers"):
         step_rows([[Row("q", "only", true_answers=("only",))]], num_random_answers=5)
@@ -229,7 +266,7 @@ def test_too_few_random_answers_are_refused():
 # ---------------------------------------------------------------------------------------------- real rows
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not beside this checkout")
 def test_real_rows_are_read_whole():
-    pku = read_sources([str(SHARED / "pku_saferlhf_pairs.jsonl")], "--forget_data")
+    pku = read_rows(str(SHARED / "pku_saferlhf_pairs.jsonl"), "--forget_data")
     assert len(pku) == 1504  # each pair's labels differ: one unsafe response a pair
     truthful = read_rows(str(SHARED / "TruthfulQA.csv"), "--normal_data")
     assert len(truthful) == 817
