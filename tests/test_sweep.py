@@ -63,6 +63,16 @@ def test_the_shipped_grid_is_one():
     assert len(sweep.combinations(str(ROOT / "configs/sweep.yaml"))) == 4
 
 
+@pytest.mark.parametrize("name", ["demo", "opt-1.3b", "chat-7b-lora"])
+def test_a_shipped_config_is_read_whole(name):
+    """One that a renamed option or a bad value breaks would fail only on the GPU machine that it is made for."""
+    found = parse(UnlearnOptions, [f"--config={ROOT / f'configs/{name}.yaml'}"])
+    assert found.method == "selective"
+    for data in (*found.forget_data, *found.normal_data):
+        assert (ROOT / data).is_file() or data in ("data/harmbench.jsonl", *UnlearnOptions().forget_data,
+                                                   *UnlearnOptions().normal_data)  # made or fetched # fmt: skip
+
+
 def test_a_method_gives_what_is_not_named(tmp_path):
     """The recipe lies below the file, the file below the command line; yao is the defaults themselves."""
     file = tmp_path / "c.yaml"
