@@ -85,16 +85,19 @@ class CommonOptions:
         return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
 
 
-# What `--method` gives. yao is the defaults themselves. selective holds and empties many first answer tokens, puts
-# requests in other words and templates on both sides, and bounds the forgetting; docs/LOG.md tells how it was found.
+# What `--method` gives. yao is the defaults themselves. selective holds and empties the first words of many answers,
+# begun for the model on both sides, puts requests in other words and templates, and bounds the forgetting; docs/LOG.md
+# tells how it was found.
 RECIPES = {
     "selective": {
         "bad_weight": 0.3,
         "forget_ceiling": 6,
+        "random_weight": 3.0,
         "normal_weight": 16.0,
         "first_token_weight": 0.75,
         "first_token_rows": 15,
         "empty_answer_rows": 9,
+        "begun_answer_tokens": 5,
         "empty_answer_share": 1.0,
         "num_random_answers": 1,
         "batch_size": 1,
