@@ -92,9 +92,9 @@ RECIPES = {
     "selective": {
         "bad_weight": 0.3,
         "forget_ceiling": 6,
-        "random_weight": 3.0,
-        "normal_weight": 16.0,
-        "first_token_weight": 0.75,
+        "random_weight": 2.0,
+        "normal_weight": 28.0,
+        "first_token_weight": 0.43,
         "first_token_rows": 15,
         "empty_answer_rows": 9,
         "begun_answer_tokens": 5,
