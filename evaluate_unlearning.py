@@ -164,9 +164,10 @@ def make_groups(sources: dict, style: str, options) -> list[Group]:
         for spec, rows in by_spec.items():
             source = Path(spec.partition(":")[0]).stem
             parts = split_rows(rows, options.seed, options.dev_share, options.test_share)
-            chosen = rows if options.split == "all" else parts[options.split] or rows
-            label = {"test": " (unseen)", "all": ""}.get(options.split, f" ({options.split})")
-            groups.append(Group(source + label, side, style, sample(chosen, options.prompts_per_group, options.seed)))
+            chosen = parts.get(options.split)  # nothing: all are asked for, or a source has too few to hold some out
+            label = {"test": " (unseen)"}.get(options.split, f" ({options.split})") if chosen else ""
+            some = sample(chosen or rows, options.prompts_per_group, options.seed)
+            groups.append(Group(source + label, side, style, some))
             if side == "forget" and options.split == "test" and parts["test"]:
                 trained = sample(parts["train"], options.prompts_per_group, options.seed)
                 groups.append(Group(f"{source} (trained)", side, style, trained))

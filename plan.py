@@ -77,7 +77,8 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
     for sequence in first.sequences:
         prompt = decode(list(sequence.prompt_ids)).replace("\n", "\\n")
         answer = decode(list(sequence.answer_ids)).replace("\n", "\\n")
-        lines.append(f"  {sequence.kind:7s} row {sequence.group}: {prompt}[{answer}]")
+        follows = f" each token to be followed by [{decode(list(sequence.targets[:1]))}]" if sequence.targets else ""
+        lines.append(f"  {sequence.kind:7s} row {sequence.group}: {prompt}[{answer}]{follows}")
     print("\n".join(lines))
 
 

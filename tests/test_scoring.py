@@ -6,9 +6,10 @@ from conftest import make_tokenizer, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from data_module import Encoder
-from evaluate_unlearning import Group
+from evaluate_unlearning import Group, make_groups
 from judges import Classifier
 from likelihood import Scores, perplexity
+from options import EvaluateOptions
 from packing import AnswerLogits
 from rows import Row
 from scoring import known_answers, member_scores, memorised, scores_of
@@ -112,3 +113,14 @@ def test_a_judge_whose_classes_say_nothing_is_refused(classifier):
     with pytest.raises(UsageError, match="cannot tell which class is harmful among red, blue"):
         classifier(["red", "blue"]).harmful(["p"], ["a"])
     assert classifier(["score"]).reward(["p"], ["a"]) == pytest.approx([0.0])
+
+
+def test_only_what_was_held_out_is_called_unseen():
+    """All of a source of one row is trained on, whatever split its prompt would fall in."""
+    many = [Row(f"prompt {i}") for i in range(40)]
+    options = EvaluateOptions()
+    groups = make_groups({"forget": {"few.jsonl": [Row("one")], "many.jsonl": many}, "keep": {}}, "qa", options)
+    assert [g.name for g in groups[1:]] == ["few", "many (unseen)", "many (trained)"]
+    assert not {r.prompt for r in groups[2].rows} & {r.prompt for r in groups[3].rows}
+    options.split = "all"
+    assert [len(g.rows) for g in make_groups({"forget": {"many.jsonl": many}, "keep": {}}, "qa", options)[1:]] == [40]

@@ -89,4 +89,6 @@ def test_a_run_with_a_method_is_whole(tmp_path, model_folders, data_files):
                   "--model_save_dir=out", "--forget_data", data_files["forget"], "--normal_data", data_files["facts"],
                   cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("\n  random") == 1 * 1 + 9
+    # each harmful prompt with the empty answer and with a begun one, of which the plan says what is to follow
+    assert run.stdout.count("\n  random") == 2 * (1 + 9)
+    assert run.stdout.count("] each token to be followed by [") == 1 + 9
