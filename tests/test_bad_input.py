@@ -143,7 +143,7 @@ def test_one_row_is_enough(tmp_path, model_folders, data_files):
         "--max_answer_tokens=8", "--dtype=fp32", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert "forget {'train': 1, 'dev': 0, 'test': 0}" in run.stderr
+    assert "forget [{'train': 1, 'dev': 0, 'test': 0}]" in run.stderr
 
 
 def test_a_pickle_is_loaded_only_where_it_is_asked_for(tmp_path, model_folders):
