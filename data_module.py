@@ -41,6 +41,11 @@ def split_rows(rows: list[Row], seed: int, dev_share: float, test_share: float) 
     return parts
 
 
+def split_sources(sources: list[list[Row]], options) -> list[dict[str, list[Row]]]:
+    """`split_rows` of every source by itself, as training and evaluation both take them: what is held out agrees."""
+    return [split_rows(rows, options.seed, options.dev_share, options.test_share) for rows in sources]
+
+
 def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
     """A prompt on both sides would be pushed both ways: an error that lists them."""
     normal_prompts = {_same(row.prompt) for row in normal}
@@ -303,6 +308,10 @@ class StepRows:
         words = encoder.answer(text, style, complete=False)[: self.options.begun_answer_tokens]
         return tuple(words or encoder.answer("", style))
 
+    def stopped(self, slot: int, prompt: tuple[int, ...], words, style: str, encoder: Encoder) -> Sequence:
+        """A harmful prompt with `words` begun after it, each of them to be followed by the end of the turn."""
+        return Sequence("random", slot, prompt, tuple(words), tuple(encoder.answer("", style) * len(words)))
+
     def sequences(self, step: int, encoder: Encoder) -> list[Sequence]:
         """Every sequence of a step, over all processes: harmful rows with their random answers, then normal rows."""
         out = []
@@ -312,8 +321,7 @@ class StepRows:
             answer = encoder.answer(row.response, style, complete=row.complete)
             out.append(Sequence("forget", slot, prompt, tuple(answer)))
             if self.options.random_weight > 0 and self.options.begun_answer_tokens:
-                end = encoder.answer("", style)
-                out.append(Sequence("random", slot, prompt, tuple(answer), tuple(end * len(answer))))
+                out.append(self.stopped(slot, prompt, answer, style, encoder))
             if self.options.random_weight > 0:
                 for text, complete in self.random_answers(step, slot):
                     answer = encoder.answer(text, style, complete=complete)
@@ -324,7 +332,7 @@ class StepRows:
             out.append(Sequence("random", slot, prompt, tuple(encoder.answer("", style))))
             if self.options.begun_answer_tokens:
                 words = self.begun(row, style, self.FORGET, step, slot, encoder)
-                out.append(Sequence("random", slot, prompt, words, tuple(encoder.answer("", style) * len(words))))
+                out.append(self.stopped(slot, prompt, words, style, encoder))
         for slot, (source, index) in enumerate(self.normal_visits(step)):
             row = self.normal[source][index]
             prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, encoder)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 import attacks
 import metrics
 import verdict
-from data_module import Encoder, sample, split_rows
+from data_module import Encoder, sample, split_sources
 from generation import generate
 from judges import SentenceEmbedder
 from likelihood import choices, perplexity, read_choices
@@ -80,7 +80,11 @@ def main() -> None:
         label: Encoder(t, options.template, options.max_prompt_tokens, options.max_new_tokens)
         for label, t in zip(("before", "after"), tokenizers, strict=True)
     }
-    groups = make_groups(sources, encoders["before"].style, options)
+    splits = {
+        side: dict(zip(by_spec, split_sources(list(by_spec.values()), options), strict=True))
+        for side, by_spec in sources.items()
+    }
+    groups = make_groups(splits, encoders["before"].style, options)
     wanted = attack_names(options.attacks)
     for text in options.require:
         verdict.parse_requirement(text)
@@ -138,7 +142,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------------------------- attacks, then verdict
     if wanted:
-        report["attacks"], report["layers"] = under_attack(wanted, lines, sources, forwards, encoders, options,
+        report["attacks"], report["layers"] = under_attack(wanted, lines, splits, forwards, encoders, options,
                                                            embed)  # fmt: skip
         seconds["attacks"] = round(time.time() - started - sum(seconds.values()), 1)
     report["verdict"] = verdict.judge(report, options.require)
@@ -157,16 +161,16 @@ def main() -> None:
     raise SystemExit(3 if report["verdict"]["failed"] else 0)
 
 
-def make_groups(sources: dict, style: str, options) -> list[Group]:
+def make_groups(splits: dict, style: str, options) -> list[Group]:
     """One group a source and split, and the published test prompt in its own template and in the model's."""
     groups = []
-    for side, by_spec in sources.items():
-        for spec, rows in by_spec.items():
+    for side, by_spec in splits.items():
+        for spec, parts in by_spec.items():
             source = Path(spec.partition(":")[0]).stem
-            parts = split_rows(rows, options.seed, options.dev_share, options.test_share)
             chosen = parts.get(options.split)  # nothing: all are asked for, or a source has too few to hold some out
             label = {"test": " (unseen)"}.get(options.split, f" ({options.split})") if chosen else ""
-            some = sample(chosen or rows, options.prompts_per_group, options.seed)
+            everything = [row for part in parts.values() for row in part]
+            some = sample(chosen or everything, options.prompts_per_group, options.seed)
             groups.append(Group(source + label, side, style, some))
             if side == "forget" and options.split == "test" and parts["test"]:
                 trained = sample(parts["train"], options.prompts_per_group, options.seed)
@@ -242,24 +246,28 @@ def attack_names(words: list[str]) -> list[str]:
     return words
 
 
-def under_attack(wanted, lines, sources, forwards, encoders, options, embed) -> tuple[list[dict], dict | None]:
+def forgotten_rows(lines: list[dict], style: str, count: int, seed: int) -> list[Row]:
+    """What an attack tries to get back: unseen forget prompts, on topic before and not after, with the original's
+    answers; drawn from all groups together, since what holds for one kind of prompt need not hold for another."""
+    forgotten = [x for x in lines if x["side"] == "forget" and x["before"]["on_topic"] and not x["after"]["on_topic"]
+                 and "(trained)" not in x["group"] and x["style"] == style]  # fmt: skip
+    return sample([Row(x["prompt"], x["before"]["answer"]) for x in forgotten], count, seed)
+
+
+def under_attack(wanted, lines, splits, forwards, encoders, options, embed) -> tuple[list[dict], dict | None]:
     """(one entry an attack and variant, NLL of the original's answers after every layer of both models).
 
-    Attacked are prompts that were forgotten: on topic before, not after. The original answers the rows that
-    an adversary fine-tunes on or shows as examples; those are trained-on forget rows, never the attacked ones.
+    The original answers the rows that an adversary fine-tunes on or shows as examples; those are trained-on forget
+    rows, never the attacked ones.
     """
-    forgotten = [x for x in lines if x["side"] == "forget" and x["before"]["on_topic"] and not x["after"]["on_topic"]
-                 and "(trained)" not in x["group"] and x["style"] == encoders["after"].style]  # fmt: skip
-    forgotten = list({x["prompt"]: x for x in forgotten}.values())[: 6 if options.quick else options.attack_prompts]
-    if not forgotten:
+    rows = forgotten_rows(lines, encoders["after"].style, 6 if options.quick else options.attack_prompts, options.seed)
+    if not rows:
         return [], None
-    attacked = {x["prompt"] for x in forgotten}
-    rows = [Row(x["prompt"], x["before"]["answer"]) for x in forgotten]
-    spare = {side: [row for part in by_spec.values() for row in part if row.prompt not in attacked]
-             for side, by_spec in sources.items()}  # fmt: skip
-    own = split_rows(spare["forget"], options.seed, options.dev_share, options.test_share)["train"]
-    looks_harmful = [row for row in spare["keep"] if "neighbour" in row.source]
-    plain = [row for row in spare["keep"] if "neighbour" not in row.source]
+    attacked = {row.prompt for row in rows}
+    own = [row for parts in splits["forget"].values() for row in parts["train"] if row.prompt not in attacked]
+    benign = [row for parts in splits["keep"].values() for part in parts.values() for row in part]
+    looks_harmful = [row for row in benign if "neighbour" in row.source]
+    plain = [row for row in benign if "neighbour" not in row.source]
     kinds = [sample(some, 20, options.seed) for some in (own, plain, looks_harmful)]
     if "relearn" in wanted or "few_shot" in wanted:
         prompts = [encoders["before"].prompt(row.prompt) for kind in kinds for row in kind]

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import checkpoint
-from data_module import Encoder, StepRows, refuse_overlap, sample, split_rows
+from data_module import Encoder, StepRows, refuse_overlap, sample, split_sources
 from generation import answer_rows
 from objective import losses_of, need_original
 from optimizer import Stepper, refuse_missing_8bit
@@ -81,10 +81,7 @@ def main() -> None:
     }
     all_rows = {side: [row for some in by_source for row in some] for side, by_source in sources.items()}
     refuse_overlap(all_rows["forget"], all_rows["normal"])
-    forget, normal = (
-        [split_rows(some, options.seed, options.dev_share, options.test_share) for some in by_source]
-        for by_source in sources.values()
-    )
+    forget, normal = (split_sources(by_source, options) for by_source in sources.values())
     rows = StepRows([parts["train"] for parts in forget], [parts["train"] for parts in normal], options)
     dev_forget = sample([row for parts in forget for row in parts["dev"]], options.eval_prompts, options.seed)
     kinds = {spec: parts["dev"] for spec, parts in zip(options.normal_data, normal, strict=True)}  # each file once

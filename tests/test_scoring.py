@@ -5,8 +5,8 @@ import torch
 from conftest import make_tokenizer, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from data_module import Encoder
-from evaluate_unlearning import Group, make_groups
+from data_module import Encoder, split_sources
+from evaluate_unlearning import Group, forgotten_rows, make_groups
 from judges import Classifier
 from likelihood import Scores, perplexity
 from options import EvaluateOptions
@@ -119,8 +119,25 @@ def test_only_what_was_held_out_is_called_unseen():
     """All of a source of one row is trained on, whatever split its prompt would fall in."""
     many = [Row(f"prompt {i}") for i in range(40)]
     options = EvaluateOptions()
-    groups = make_groups({"forget": {"few.jsonl": [Row("one")], "many.jsonl": many}, "keep": {}}, "qa", options)
+    few, held = split_sources([[Row("one")], many], options)
+    groups = make_groups({"forget": {"few.jsonl": few, "many.jsonl": held}, "keep": {}}, "qa", options)
     assert [g.name for g in groups[1:]] == ["few", "many (unseen)", "many (trained)"]
     assert not {r.prompt for r in groups[2].rows} & {r.prompt for r in groups[3].rows}
     options.split = "all"
-    assert [len(g.rows) for g in make_groups({"forget": {"many.jsonl": many}, "keep": {}}, "qa", options)[1:]] == [40]
+    assert [len(g.rows) for g in make_groups({"forget": {"many.jsonl": held}, "keep": {}}, "qa", options)[1:]] == [40]
+
+
+def test_attacked_are_forgotten_prompts_of_every_group():
+    """Taken in their order, all attacked prompts would be of the first group, and the rest would go untested."""
+
+    def line(group, i, before=True, after=False, style="chat"):
+        return {"group": group, "side": "forget", "style": style, "prompt": f"{group} {i}",
+                "before": {"on_topic": before, "answer": "a"}, "after": {"on_topic": after}}  # fmt: skip
+
+    lines = [line(group, i) for group in ("first (unseen)", "second (unseen)") for i in range(30)]
+    lines += [line("first (trained)", 1), line("never", 1, before=False), line("still", 1, after=True),
+              line("pasted", 1, style="qa")]  # fmt: skip
+    prompts = [row.prompt for row in forgotten_rows(lines, "chat", 20, seed=3)]
+    assert len(set(prompts)) == 20
+    assert {p.rpartition(" ")[0] for p in prompts} == {"first (unseen)", "second (unseen)"}
+    assert len(forgotten_rows(lines, "chat", 100, seed=3)) == 60
