@@ -287,7 +287,9 @@ def under_attack(wanted, lines, splits, forwards, encoders, options, embed) -> t
             cosine = iter((flat * vectors.repeat_interleave(len(attack.answers[0]), 0)).sum(-1).tolist())
             back = [any([metrics.on_topic(next(cosine), text) for text in texts]) for texts in attack.answers]
             examples = [texts[0] for texts, hit in zip(attack.answers, back, strict=True) if hit][:3]
-            found.append({"name": name, "variant": attack.variant, "back": metrics.rate(back), "examples": examples})
+            found.append(
+                {"name": attack.name, "variant": attack.variant, "back": metrics.rate(back), "examples": examples}
+            )
     layers = None
     if "probe" in wanted:
         layers = {

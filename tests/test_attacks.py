@@ -1,13 +1,16 @@
 """Attacks on tiny models: each gives an answer a prompt, and does to weights and prompts what it says."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_model
 
-from attacks import WRAPPERS, Attacker, layer_lens, round_trip
+import evaluate_unlearning
+from attacks import WRAPPERS, Attack, Attacker, layer_lens, round_trip
 from data_module import Encoder
+from options import EvaluateOptions
 from rows import Row
 from verdict import figures, judge, parse_requirement
 
@@ -85,8 +88,9 @@ def test_figures_and_verdict_by_hand():
               group("d", "keep", 0.5, 0.5, 10, similarity=0.7)]  # fmt: skip
     report = {
         "groups": groups,
-        "attacks": [{"name": "prefill", "back": rate(0.2)}, {"name": "relearn", "back": rate(0.1)}],
-    }
+        "attacks": [{"name": "prefill", "back": rate(0.2)}, {"name": "relearn", "back": rate(0.1)},
+                    {"name": "control", "back": rate(1.0)}],
+    }  # fmt: skip
     found = figures(report)
     assert found["forget.on_topic"] == pytest.approx((0.1 * 10 + 0.4 * 30) / 40)  # unseen prompts, pooled
     assert found["keep.on_topic_ratio"] == pytest.approx(0.75)  # the worse of 0.6 / 0.8 and 1
@@ -97,3 +101,20 @@ def test_figures_and_verdict_by_hand():
     verdict = judge(report, ["forget.on_topic<=0.4", "attack.worst<0.2"])
     assert (verdict["failed"], verdict["line"]) == (1, "1 of 2 requirements hold")
     assert parse_requirement(" keep.mc1_change >= -0.01 ") == ("keep.mc1_change", ">=", -0.01)
+
+
+def test_the_control_of_relearning_is_not_taken_for_an_attack(monkeypatch):
+    """What the never-unlearned model still answers says nothing against the unlearned one."""
+    made = [Attack("relearn", "benign rows, 8 steps", [["no"]]), Attack("control", "never unlearned", [["yes"]])]
+    monkeypatch.setattr(Attacker, "relearn", lambda self: made)
+    monkeypatch.setattr(evaluate_unlearning, "generate", lambda *_, **__: [])
+    side = {"side": "forget", "group": "a (unseen)", "style": "chat", "prompt": "p"}
+    lines = [{**side, "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}]
+    both = {label: SimpleNamespace(model=None, packed=True, style="chat") for label in ("before", "after")}
+    embed = lambda texts: torch.tensor([[float(text != "no")] for text in texts])  # noqa: E731
+    found, _ = evaluate_unlearning.under_attack(
+        ["relearn"], lines, {"forget": {}, "keep": {}}, both, both, EvaluateOptions(), embed
+    )
+    assert [a["name"] for a in found] == ["relearn", "control"]
+    assert [a["back"]["value"] for a in found] == [0.0, 1.0]
+    assert figures({"groups": [], "attacks": found})["attack.worst"] == 0.0
