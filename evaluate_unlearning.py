@@ -162,7 +162,10 @@ def main() -> None:
 
 
 def make_groups(splits: dict, style: str, options) -> list[Group]:
-    """One group a source and split, and the published test prompt in its own template and in the model's."""
+    """One group a source and split, and the published test prompt in its own template and in the model's.
+
+    `splits`: {"forget" or "keep": {source: its rows by split}}.
+    """
     groups = []
     for side, by_spec in splits.items():
         for spec, parts in by_spec.items():
