@@ -55,18 +55,18 @@ class Lock:
 # ------------------------------------------------------------------------------------------------ writing
 def write_state(
     beside: Path, state: dict[str, torch.Tensor], progress: dict, step: int, best: dict | None, guard: dict,
-    identity: dict,
+    identity: dict, past: dict,
 ) -> None:  # fmt: skip
     """Fill a folder, that holds the model already, with what the run needs to go on; the manifest comes last.
 
-    state, progress: the stepper's, whole."""
+    state, progress: the stepper's, whole; past: what the manifest of the whole run will tell of its part so far."""
     tensors = {f"optimizer.{name}": tensor for name, tensor in state.items()}
     best = dict(best or {})
     for i, tensor in enumerate(best.pop("state", None) or []):
         tensors[f"best.{i:05d}"] = tensor
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / TENSORS)
     write_json(beside / STATE, {"step": step, "best": best, "guard": guard, "schedule": progress,
-                                "identity": identity})  # fmt: skip
+                                "identity": identity, "past": past})  # fmt: skip
     files = sorted(file for file in beside.rglob("*") if file.is_file())
     write_json(beside / MANIFEST, {str(f.relative_to(beside)): {"bytes": f.stat().st_size, "sha256": sha256(f)}
                                    for f in files})  # fmt: skip
@@ -113,8 +113,8 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, dict]:
-    """Put a checkpoint's state into `stepper`; returns (step, best, guard). Raises UsageError naming what differs."""
+def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, dict, dict]:
+    """Put a checkpoint's state into `stepper`; returns (step, best, guard, past). UsageError names what differs."""
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     then, now = state["identity"], json.loads(json.dumps(identity))
     differ = [f"{part}.{key}: {then[part].get(key)!r} then, {now[part].get(key)!r} now"
@@ -131,7 +131,7 @@ def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, d
     if best is not None:
         best["state"] = [like(t, p) for t, p in zip(kept, stepper.parameters, strict=True)] if kept else None
         best["badness"] = tuple(best["badness"])
-    return state["step"], best, state["guard"]
+    return state["step"], best, state["guard"], state["past"]
 
 
 def identity_of(options: dict, rows_hash: dict[str, str], base_model: str) -> dict:

@@ -66,11 +66,12 @@ def sample(rows: list[Row], count: int, seed: int) -> list[Row]:
 
 # -------------------------------------------------------------------------------------------- tokenising
 OTHER_STYLES = ("qa", "qa_space", "raw")
+TURN = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]  # to see a chat template by
 TRAINED_STYLES = ("qa", "qa_space", "qa_space", "raw")  # people paste the published prompt with its space
 
 
 class Encoder:
-    """Puts prompts and answers into tokens. Prompt and answer are tokenised apart and joined.
+    """Puts prompts and answers into tokens. A prompt's tokens do not depend on its answer.
 
     Styles: `chat` is the tokenizer's own template; `qa` the published template, whose prompt ends
     at "Answer:" while the answer begins with its space; `qa_space` the same as people paste it, with
@@ -90,6 +91,7 @@ class Encoder:
         # what the tokenizer puts before a text (OPT: </s>); nothing where it adds nothing
         self.start = with_special[: len(with_special) - len(plain)] if with_special[-len(plain) :] == plain else []
         self._end = {style: self._end_of_turn(style) for style in ("chat", *OTHER_STYLES)}
+        self._joints = {style: self._joint(style) for style in self._end}
 
     def fit(self, config, answer_tokens: int) -> None:
         """Cut prompts so that they and an answer lie within the model's context; UsageError where none is left."""
@@ -103,15 +105,30 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def _ids_after(self, before: str, text: str) -> list[int]:
+        """Token ids of `text` as they are where it follows `before`: some tokenizers (Llama's) put a space before a
+        text that stands alone, and the first answer token would be one that no model says there."""
+        alone, joined = self._ids(before), self._ids(before + text)
+        return joined[len(alone) :] if joined[: len(alone)] == alone else self._ids(text)
+
     def _end_of_turn(self, style: str) -> int:
         """The token that ends an answer: in a chat, the first special token after the assistant's words."""
         if style == "chat" and self.tokenizer.chat_template:
-            turn = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-            after = self.tokenizer.apply_chat_template(turn, tokenize=False).rpartition("ANSWER")[2]
-            special = [i for i in self._ids(after) if i in self.tokenizer.all_special_ids]
+            after = self.tokenizer.apply_chat_template(TURN, tokenize=False).rpartition(TURN[1]["content"])[2]
+            marked = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+            special = [i for i in self._ids(after) if i in marked or i in self.tokenizer.all_special_ids]
             if special:
                 return special[0]
         return self.tokenizer.eos_token_id
+
+    def _joint(self, style: str) -> tuple[str, str]:
+        """(the end of a prompt, the space that an answer begins with after it) of a style."""
+        if style == "chat" and self.tokenizer.chat_template:
+            end = self.tokenizer.apply_chat_template(TURN[:1], tokenize=False, add_generation_prompt=True)
+            whole = self.tokenizer.apply_chat_template(TURN, tokenize=False)
+            space = whole.removeprefix(end).partition(TURN[1]["content"])[0] if whole.startswith(end) else ""
+            return end, space if space.isspace() else ""
+        return {"qa": ("Answer:", " "), "qa_space": ("Answer: ", "")}.get(style, ("?", " "))
 
     def prompt(self, text: str, style: str | None = None, earlier: tuple[tuple[str, str], ...] = ()) -> list[int]:
         """Token ids up to where the answer starts; too long a prompt loses its beginning, and is counted.
@@ -138,7 +155,8 @@ class Encoder:
     def answer(self, text: str, style: str | None = None, *, complete: bool = True, limit: int = 0) -> list[int]:
         """Token ids of an answer and the end-of-turn token; a cut answer has no end-of-turn token."""
         style, limit = style or self.style, limit or self.max_answer_tokens
-        ids = self._ids(text if style in ("chat", "qa_space") or not text else " " + text)
+        end, space = self._joints[style]
+        ids = self._ids_after(end, space + text if text else "")
         if not complete or len(ids) >= limit:
             return ids[:limit]
         return ids + [self._end[style]]
@@ -172,6 +190,11 @@ def sequence_of(kind: str, group: int, row: Row, encoder: Encoder) -> Sequence:
     """A row with its response in the encoder's own style."""
     answer = encoder.answer(row.response, complete=row.complete)
     return Sequence(kind, group, tuple(encoder.prompt(row.prompt)), tuple(answer))
+
+
+def stopped(slot: int, prompt: tuple[int, ...], words, style: str, encoder: Encoder) -> Sequence:
+    """A harmful prompt with `words` begun after it, each of them to be followed by the end of the turn."""
+    return Sequence("random", slot, prompt, tuple(words), tuple(encoder.answer("", style) * len(words)))
 
 
 def probe_sequences(prompts: list[str], encoder: Encoder) -> list[Sequence]:
@@ -308,20 +331,17 @@ class StepRows:
         words = encoder.answer(text, style, complete=False)[: self.options.begun_answer_tokens]
         return tuple(words or encoder.answer("", style))
 
-    def stopped(self, slot: int, prompt: tuple[int, ...], words, style: str, encoder: Encoder) -> Sequence:
-        """A harmful prompt with `words` begun after it, each of them to be followed by the end of the turn."""
-        return Sequence("random", slot, prompt, tuple(words), tuple(encoder.answer("", style) * len(words)))
-
     def sequences(self, step: int, encoder: Encoder) -> list[Sequence]:
         """Every sequence of a step, over all processes: harmful rows with their random answers, then normal rows."""
         out = []
         for slot, (source, index) in enumerate(self.forget_visits(step)):
             row = self.forget[source][index]
             prompt, style = self.ask(row.prompt, step, self.FORGET, slot, encoder)
-            answer = encoder.answer(row.response, style, complete=row.complete)
-            out.append(Sequence("forget", slot, prompt, tuple(answer)))
-            if self.options.random_weight > 0 and self.options.begun_answer_tokens:
-                out.append(self.stopped(slot, prompt, answer, style, encoder))
+            if row.response:  # a model that is silent already is not to be pushed away from silence
+                answer = encoder.answer(row.response, style, complete=row.complete)
+                out.append(Sequence("forget", slot, prompt, tuple(answer)))
+                if self.options.random_weight > 0 and self.options.begun_answer_tokens:
+                    out.append(stopped(slot, prompt, answer, style, encoder))
             if self.options.random_weight > 0:
                 for text, complete in self.random_answers(step, slot):
                     answer = encoder.answer(text, style, complete=complete)
@@ -332,7 +352,7 @@ class StepRows:
             out.append(Sequence("random", slot, prompt, tuple(encoder.answer("", style))))
             if self.options.begun_answer_tokens:
                 words = self.begun(row, style, self.FORGET, step, slot, encoder)
-                out.append(self.stopped(slot, prompt, words, style, encoder))
+                out.append(stopped(slot, prompt, words, style, encoder))
         for slot, (source, index) in enumerate(self.normal_visits(step)):
             row = self.normal[source][index]
             prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, encoder)

@@ -34,6 +34,7 @@ from utils import (
     load_model,
     load_tokenizer,
     pick_dtype,
+    read_json_lines,
     run_script,
     seed_everything,
     write_json,
@@ -214,7 +215,7 @@ def report_at_hand(folder: Path, options) -> tuple[dict, list[dict]] | None:
     """The report and answers in `folder`, if the same options and the same weights would make them again."""
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = read_json_lines(folder / "answers.jsonl")
         shown = {"reuse", "examples"}  # these change what is printed, not what is measured
         then, now = ({k: v for k, v in made.items() if k not in shown}
                      for made in (report["options"], dataclasses.asdict(options)))  # fmt: skip

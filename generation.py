@@ -15,7 +15,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from data_module import Encoder
 from processes import from_first, in_shares, is_split
 from rows import Row
-from utils import log, write_json_lines
+from utils import log, read_json_lines, write_json_lines
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def answer_rows(
     path = Path(cache_dir) / f"answers-{key}.jsonl" if cache_dir else None
     lines = None
     if path and path.is_file():
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = read_json_lines(path)
     lines = from_first(lines)  # another process's disk may be another one
     if lines is not None:
         answers = {line["prompt"]: (line["response"], line["complete"]) for line in lines}

@@ -225,6 +225,8 @@ class UnlearnOptions(CommonOptions):
                              "--num_random_answers above 0")  # fmt: skip
         if self.forget_ceiling and self.forget_loss != "ascent":
             raise UsageError(f"--forget_ceiling is for --forget_loss ascent; {self.forget_loss} is bounded by itself")
+        if self.kl_budget and not self.eval_every:
+            raise UsageError("--kl_budget chooses among the states that are looked at: set --eval_every as well")
         if self.random_weight > 0 and self.num_random_answers == 0:
             raise UsageError("--num_random_answers 0 needs --random_weight 0: there is no answer to train on")
         if self.bad_weight + self.random_weight + self.normal_weight == 0:
@@ -328,7 +330,8 @@ def _words_of_manifest(path: str, known: set[str]) -> list[str]:
     """The arguments of an earlier run; the folders that it wrote to are not taken over."""
     try:
         arguments = json.loads(Path(path).read_text(encoding="utf-8"))["arguments"]
-        return _words({k: v for k, v in arguments.items() if k in known and k not in ("config", "overwrite", "resume")})
+        own = ("config", "overwrite", "resume", "model_save_dir", "log_file")
+        return _words({k: v for k, v in arguments.items() if k in known and k not in own})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--from_manifest {path}: is not the run_manifest.json of a run ({error!r})") from error
 

@@ -196,6 +196,11 @@ class AnswerLogits(torch.nn.Module):
 def forward_for(model, encoder: Encoder, prompts: list[str], pack_tokens: int = 256) -> tuple[AnswerLogits, str]:
     """The model in the layout that it takes, tried on a few real prompts, and a line that says which."""
     speed_up(model)
+    window = getattr(model.config, "sliding_window", None)
+    longest = encoder.max_prompt_tokens + encoder.max_answer_tokens
+    if window and window < longest:  # the packed layout's mask would take the place of the model's own
+        line = f"padded layout: {type(model).__name__} looks back {window} tokens and a row may have {longest}"
+        return AnswerLogits(model, packed=False), line
     packed, line = can_pack(model, probe_sequences(prompts, encoder), pack_tokens, encoder.tokenizer.pad_token_id)
     return AnswerLogits(model, packed=packed), line
 

@@ -89,10 +89,15 @@ def in_shares(items: list, work) -> list:
 
 
 def split_step(everyone: list, parts: int, processes) -> list[list]:
-    """This process's sequences of a step in at most `parts` parts; a harmful row stays with its random answers."""
-    mine = [s for s in everyone if s.group % processes.num_processes == processes.process_index]
-    split = [[s for s in mine if s.group // processes.num_processes % parts == part] for part in range(parts)]
-    return [part for part in split if part]
+    """This process's sequences of a step in at most `parts` parts; a harmful row stays with its random answers.
+
+    As many parts as the process with the fewest rows can fill: a split model needs the same forwards on all of them.
+    """
+    count = processes.num_processes
+    groups = [sorted({s.group for s in everyone if s.group % count == process}) for process in range(count)]
+    parts = min(parts, *map(len, groups))
+    mine = groups[processes.process_index]
+    return [[s for s in everyone if s.group in mine[part::parts]] for part in range(parts)]
 
 
 def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:

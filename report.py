@@ -18,7 +18,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 import verdict
-from utils import write_text
+from utils import read_json_lines, write_text
 
 BEFORE_COLOUR, AFTER_COLOUR = "#b35806", "#2166ac"  # told apart by the colour-blind, and by their markers
 
@@ -200,7 +200,7 @@ def read_train_log(path: str | None) -> tuple[list[dict], list[dict]]:
     """(step events, eval events) of a run's JSON-lines log; empty where there is none."""
     if not path or not Path(path).is_file():
         return [], []
-    events = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    events = read_json_lines(path)
     return [e for e in events if e["event"] == "step"], [e for e in events if e["event"] == "eval"]
 
 

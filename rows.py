@@ -146,10 +146,8 @@ def _rows_of(record: dict, source: str, where: str) -> list[Row]:
 
     if "is_response_0_safe" in lower:
         return [
-            Row(
-                prompt, _text(lower[f"response_{i}"], where, f"response_{i}"), _pku_categories(lower, i), row_id, source
-            )
-            for i in (0, 1)
+            Row(prompt, _text(lower[f"response_{i}"], where, f"response_{i}") or None, categories, row_id, source)
+            for i, categories in ((i, _pku_categories(lower, i)) for i in (0, 1))
             if not _truth(lower[f"is_response_{i}_safe"])
         ]
     response_field = next((f for f in RESPONSE_FIELDS if lower.get(f) is not None), None)

@@ -56,7 +56,9 @@ def speed_up(model) -> None:
     if getattr(model.config, "_attn_implementation", None) == "sdpa":
         model.set_attn_implementation(NAME)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = isinstance(embeddings, torch.nn.Embedding) and head is not None and head.weight is embeddings.weight
+    # a class of the model's own may scale what it looks up (Gemma); torch's own with a norm or counts does more as well
+    plain = type(embeddings) is torch.nn.Embedding and not embeddings.scale_grad_by_freq and embeddings.max_norm is None
+    tied = plain and head is not None and head.weight is embeddings.weight
     if head is not None:
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     # several processes average what autograd itself collects, and a GPU is not slow at this

@@ -162,14 +162,17 @@ def main() -> None:
         if accelerator.is_main_process:
             with whole_folder(checkpoint.folder_of(save_dir) / f"step-{step:06d}") as beside:
                 write_model(beside, model, weights, adapters, tokenizer, options, merged=False)
-                checkpoint.write_state(beside, state, stepper.progress(), step, kept, guard, provenance.identity())
+                checkpoint.write_state(beside, state, stepper.progress(), step, kept, guard, provenance.identity(),
+                                       {"seconds": time.time() - started, "tokens": provenance.tokens,
+                                        "looks": run_log.looks[:1]})  # fmt: skip
             checkpoint.keep_newest(checkpoint.folder_of(save_dir), options.keep_checkpoints)
         accelerator.wait_for_everyone()
 
     first_step, best, guard = 0, None, {"skipped": 0, "rollbacks": 0}
     newest = checkpoint.newest_whole(checkpoint.folder_of(save_dir)) if options.resume else None
     if newest:
-        first_step, best, guard = checkpoint.read_state(newest, stepper, provenance.identity())
+        first_step, best, guard, past = checkpoint.read_state(newest, stepper, provenance.identity())
+        started, provenance.tokens, run_log.looks = started - past["seconds"], past["tokens"], past["looks"]
         run_log.event("resume", f"going on after step {first_step}, from {newest}", step=first_step)
     elif options.resume:
         log.info("--resume: no whole checkpoint in %s, so the run starts anew", checkpoint.folder_of(save_dir))
@@ -256,6 +259,11 @@ def main() -> None:
 
     # -------------------------------------------------------------------------- the best state, saved whole
     if options.kl_budget:
+        if best["step"] == 0:
+            raise RunError(
+                f"no state that was looked at is within --kl_budget {options.kl_budget:g}, so nothing is saved: "
+                "raise it, or lower --lr or --eval_every"
+            )
         if best["state"] is not None and best["step"] != step:
             stepper.restore(best["state"])
         log.info("the state after step %d is kept: best within --kl_budget %g", best["step"], options.kl_budget)
@@ -315,14 +323,15 @@ def add_lora(model, options, frozen: str | None):
 
 
 def look(step, watch: Watch, forward, reference, stepper, best, options, run_log) -> dict:
-    """Evaluate on the development split, log it, and return the best state so far."""
+    """Evaluate on the development split, log it, and return the best state so far; the untouched original is the
+    one to go back to after a fault, and gives way to whatever is within the budget."""
     give_back_memory()
     found = watch.look(forward, reference)
     shown = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if v is not None)
     run_log.event("eval", f"after step {step}: {shown}", step=step, **found)
     within = (found["dev_kl"] or 0.0) <= options.kl_budget
     badness = watch.badness(found)
-    if best is None or (within and badness <= best["badness"]):
+    if best is None or (within and (best["step"] == 0 or badness <= best["badness"])):
         best = {"step": step, "badness": badness, "state": stepper.snapshot() if options.kl_budget else None}
     return {**best, "last_kl": found["dev_kl"]}
 

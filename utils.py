@@ -106,6 +106,11 @@ def write_json_lines(path: str | Path, rows) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_json_lines(path: str | Path) -> list:
+    """What `write_json_lines` wrote. Only a newline ends a line: an answer may hold other separators (U+2028)."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | Path):
     """A folder to fill beside `path`; it takes that name only once the block has ended well."""
@@ -323,6 +328,7 @@ def fingerprint(model) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
+        flat = flat.cpu() if flat.device.type == "mps" else flat  # which has no fp64
         digest.update(f"{name} {tuple(tensor.shape)} {flat.double().sum().item():.6e}".encode())
         digest.update(flat[:16].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

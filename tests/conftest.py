@@ -66,6 +66,10 @@ def tiny_model(family: str, vocabulary: int = 600):
         config = transformers.GPTNeoXConfig(hidden_size=32, intermediate_size=64, **small)
     elif family == "qwen2":
         config = transformers.Qwen2Config(hidden_size=32, intermediate_size=64, num_key_value_heads=2, **small)
+    elif family in ("gemma", "gemma3"):  # tied; gemma3: its layers but every sixth look back 64 tokens
+        kind = transformers.GemmaConfig if family == "gemma" else transformers.Gemma3TextConfig
+        window = {} if family == "gemma" else {"sliding_window": 64}
+        config = kind(hidden_size=32, intermediate_size=64, num_key_value_heads=2, head_dim=8, **window, **small)
     elif family == "bloom":
         config = transformers.BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4)
     torch.manual_seed(0)

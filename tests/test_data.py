@@ -7,6 +7,8 @@ import re
 import pandas as pd
 import pytest
 from conftest import SHARED, make_tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from data_module import Encoder, StepRows, refuse_overlap, split_of, split_rows
 from options import UnlearnOptions
@@ -54,6 +56,51 @@ def test_every_style_ends_with_the_end_of_turn_token_and_a_cut_answer_does_not()
     # the published prompt as people paste it, its trailing space a part of the prompt
     assert e.tokenizer.decode(e.prompt("Q", "qa_space")).endswith("### Answer: ")
     assert e.tokenizer.decode(e.answer("Yes.", "qa_space")).startswith("Yes")
+
+
+def test_the_end_of_turn_may_be_a_token_that_was_only_added():
+    """Phi-3's <|end|> is special, but none of the tokenizer's named ones: answers would have run on past it."""
+    tokenizer = make_tokenizer("chat")
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    e, end = Encoder(tokenizer, "auto", 512, 128), tokenizer.convert_tokens_to_ids("<|end|>")
+    assert e.answer("Yes.")[-1] == end
+    assert end in e.stop_ids()
+
+
+@pytest.mark.parametrize(("space", "first"), [("", ["T", "he"]), (" ", ["▁The"])])
+def test_an_answer_begins_as_it_would_after_its_prompt(space, first):
+    """Tokenizers of Llama's kind put a space before a text that stands alone: after "\\n" no model says "▁The" first.
+    Where the template writes a space there (Mistral's), it does."""
+    words = ["<unk>", "<s>", "</s>", "\n", "he", "▁T", "▁The", "▁s", "▁sk", "▁sky", *"▁The:skyQ"]
+    merges = [("h", "e"), ("▁", "T"), ("▁T", "he"), ("▁", "s"), ("▁s", "k"), ("▁sk", "y")]
+    bpe = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges, unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    asked, said = "m['content'] + ':" + ("" if space else "\\n") + "'", f"'{space}' + m['content'] + eos_token"
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{{{{ {asked} if m['role'] == 'user' else {said} }}}}{{% endfor %}}"
+    )
+    e = Encoder(tokenizer, "auto", 512, 128)
+    assert tokenizer.convert_ids_to_tokens(e.answer("The sky")) == [*first, "▁sky", "</s>"]
+    assert e.answer("") == [tokenizer.eos_token_id]
+
+
+def test_a_model_that_is_silent_is_not_pushed_away_from_silence():
+    """An empty harmful answer is the end of the turn alone; ascent on it would teach the model to speak."""
+    forget = [Row("bad 0", ""), Row("bad 1", "take the pick")]
+    normal = [[Row(f"good {i}", f"fine {i}", true_answers=(f"fine {i}",)) for i in range(9)]]
+    rows, e = StepRows([forget], normal, options(begun_answer_tokens=3)), encoder("chat")
+    rows.fill_responses(lambda wanted, tokens: wanted)
+    asked = {"forget": set(), "random": set(), "normal": set()}
+    for s in (s for step in range(4) for s in rows.sequences(step, e)):
+        asked[s.kind].add(e.tokenizer.decode(s.prompt_ids).split("\n")[1])
+    assert asked["forget"] == {"bad 1<|im_end|>"}
+    assert asked["random"] == {"bad 0<|im_end|>", "bad 1<|im_end|>"}
 
 
 def test_a_long_prompt_loses_its_beginning_and_is_counted():

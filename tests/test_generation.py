@@ -6,7 +6,8 @@ from conftest import make_tokenizer, tiny_model
 from scipy.stats import chisquare
 
 from data_module import Encoder
-from generation import _Draw, generate
+from generation import _Draw, answer_rows, generate
+from rows import Row
 
 
 def test_draws_follow_the_softmax_at_the_temperature():
@@ -39,3 +40,15 @@ def test_a_shared_beginning_changes_no_answer(family, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr("generation._shared_beginning", lambda model, prompts: (0, None))
             assert generate(model, encoder, chat, **settings) == shared
+
+
+def test_kept_answers_are_read_back_as_they_were(tmp_path, monkeypatch):
+    """U+2028 and its like end a line for Python, not for a file of JSON lines: the second run read half an object."""
+    encoder, rows = Encoder(make_tokenizer("chat"), "auto", 200, 40), [Row("Two\u2028lines?"), Row("One?")]
+    said = {"Two\u2028lines?": ("First.\u2028Then\x85last.", True), "One?": ("", False)}
+    settings = {"fingerprint": "f", "tokens": 9, "temperature": 0.0, "seed": 1, "batch_size": 2, "cache_dir": tmp_path}
+    model = tiny_model("llama")
+    for asked in (lambda *_, **__: [said[prompt] for prompt in sorted(said)], None):  # the second time, nobody is asked
+        monkeypatch.setattr("generation.generate", asked)
+        found = answer_rows(rows, model, encoder, **settings)
+        assert [(row.response, row.complete) for row in found] == [said[row.prompt] for row in rows]

@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import make_tokenizer, tiny_model
 
-from data_module import Sequence
+from data_module import Encoder, Sequence
 from losses import answer_terms, gradient_ascent, random_mismatch
-from packing import AnswerLogits, can_pack, packed_batch, padded_batch
+from packing import AnswerLogits, can_pack, forward_for, packed_batch, padded_batch
 from reference import Reference
 
 PAD = 1
@@ -104,6 +104,21 @@ def test_a_model_that_cannot_is_padded_and_says_so():
     able, line = can_pack(tiny_model("bloom"), some_sequences(), 100, PAD)  # ALiBi: positions come from the mask
     assert not able
     assert line.startswith("padded layout")
+
+
+def test_a_window_shorter_than_a_row_is_padded_and_says_so():
+    """Packed rows bring their own mask, in which a token looks back as far as it likes: other logits in long rows."""
+    tokenizer = make_tokenizer("chat")
+    model, prompts = tiny_model("gemma3", len(tokenizer)).eval(), ["How do I open a lock?"]
+    for prompt_tokens, packs in ((100, False), (40, True)):
+        forward, line = forward_for(model, Encoder(tokenizer, "auto", prompt_tokens, 20), prompts)
+        assert forward.packed == packs, line
+        assert packs or "looks back 64 tokens and a row may have 120" in line
+    # and this is what it would have been: the same row of 100 tokens in both layouts
+    row = [Sequence("normal", 0, tuple(range(5, 95)), tuple(range(95, 105)))]
+    padded = AnswerLogits(model, packed=False)(padded_batch(row, PAD))  # (N, V)
+    packed = AnswerLogits(model, packed=True)(packed_batch(row, 256, PAD))
+    assert (padded - packed).abs().max() > 0.1 * padded.std()
 
 
 def test_reference_is_the_original_and_stays_it():

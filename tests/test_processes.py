@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -10,6 +11,7 @@ from conftest import ROOT, run_cli, share_of_update
 from test_run import SMALL, data_words, events
 
 import processes
+from data_module import Sequence
 from options import UnlearnOptions
 from utils import UsageError
 
@@ -54,6 +56,23 @@ def test_two_processes_give_the_run_of_one(alone, tmp_path, model_folders, split
         run_two("unlearn_harm.py", *words, "--shard", "--save_every=2", "--resume", cwd=tmp_path, port=29619)
         assert events(tmp_path / "out.jsonl", "resume")[0]["step"] == 2
         assert share_of_update(model_folders["llama"], cwd / "out", tmp_path / "out") <= 0.01
+
+
+@pytest.mark.parametrize(("slots", "count", "parts"), [(3, 2, 2), (4, 2, 2), (7, 3, 3), (5, 1, 9)])
+def test_every_process_goes_through_a_step_in_as_many_parts(slots, count, parts):
+    """A split model waits for all processes in every forward: one more on one of them would wait for good."""
+    # slot 1 has no harmful answer, and harmful and normal rows are numbered apart
+    pairs = [(kind, slot) for kind in ("forget", "random", "normal") for slot in range(slots)]
+    everyone = [Sequence(kind, slot, (slot,), (slot,)) for kind, slot in pairs if (kind, slot) != ("forget", 1)]
+    shares = [processes.split_step(everyone, parts, SimpleNamespace(num_processes=count, process_index=p))
+              for p in range(count)]  # fmt: skip
+    assert {len(share) for share in shares} == {min(parts, slots // count)}
+    flat = [s for share in shares for part in share for s in part]
+    assert all(part for share in shares for part in share)
+    assert sorted(map(repr, flat)) == sorted(map(repr, everyone)), "a row is lost or repeated"
+    for share in shares:  # a harmful row stays with its random answers
+        owners = [{s.group for s in part} for part in share]
+        assert sum(map(len, owners)) == len(set().union(*owners))
 
 
 def test_two_processes_share_an_evaluation(alone, tmp_path):

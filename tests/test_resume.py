@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_run import SMALL, data_words, events
 
 import unlearn_harm
+from utils import RunError
 
 # one more than --eval_every divides, so that checkpoints fall on and beside looks
 RUN = [*SMALL, "--max_unlearn_steps=9", "--save_every=2", "--eval_every=4", "--kl_budget=0.5", "--log_file=out.log"]
@@ -48,6 +49,7 @@ def dying(*args, **kwargs):
 {module}.{name} = dying
 sys.argv = ["unlearn_harm.py", *sys.argv[1:]]
 import unlearn_harm
+from utils import RunError
 unlearn_harm.run_script(unlearn_harm.main)
 """
 
@@ -70,6 +72,9 @@ def test_a_killed_run_ends_in_the_same_weights(whole, tmp_path):
     last = run_cli("unlearn_harm.py", *words, "--resume", cwd=tmp_path)
     assert last.returncode == 0, last.stderr
     assert same_weights(cwd / "out", tmp_path / "out")
+    told, then = (json.loads((run / "out/run_manifest.json").read_text()) for run in (tmp_path, cwd))
+    for name in ("before", "after", "tokens"):
+        assert told[name] == then[name], name
     assert {e["step"] for e in events(tmp_path / "out.jsonl", "resume")} == {2, 4}
     assert sorted(f.name for f in (tmp_path / "out-checkpoints").iterdir()) == ["step-000006", "step-000008"]
 
@@ -150,6 +155,7 @@ def test_a_manifest_repeats_the_run(whole, tmp_path, data_files):
                   cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert same_weights(cwd / "out", tmp_path / "again")
+    assert not (tmp_path / "out.log").exists(), "the log of the run that is repeated would be written over"
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "Bad?", "response": "No."}\n')
     run = run_cli("unlearn_harm.py", f"--from_manifest={cwd / 'out/run_manifest.json'}", f"--forget_data={other}",
@@ -164,6 +170,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 sys.path.insert(0, {root!r})
 sys.argv = ["unlearn_harm.py", *sys.argv[1:]]
 import unlearn_harm
+from utils import RunError
 unlearn_harm.run_script(unlearn_harm.main)
 """
 
@@ -198,6 +205,7 @@ def vanishing(beside, state, progress, step, *rest):
 checkpoint.write_state = vanishing
 sys.argv = ["unlearn_harm.py", *sys.argv[1:]]
 import unlearn_harm
+from utils import RunError
 unlearn_harm.run_script(unlearn_harm.main)
 """
 
@@ -228,13 +236,12 @@ def test_a_collapse_of_the_retain_side_rolls_back(tmp_path, monkeypatch, model_f
              *map(str, data_words(data_files)), "--lr=0.05", "--kl_budget=0.01", "--lr_schedule=constant",
              "--eval_every=3", "--normal_weight=0", "--save_every=0"]  # fmt: skip
     monkeypatch.setattr("sys.argv", words)
-    unlearn_harm.main()
+    with pytest.raises(RunError, match="no state that was looked at is within --kl_budget"):
+        unlearn_harm.main()
     said = (tmp_path / "out.log").read_text()
     assert "is far past --kl_budget: back to the state after step 0, with half the learning rate (x 0.5)" in said
     assert [e["lr"] for e in events(tmp_path / "out.jsonl", "step")] == [0.05] * 3 + [0.025] * 3 + [0.0125] * 3
-    assert "the state after step 0 is kept" in said
-    start, kept = weights(model_folders["llama"]), weights(tmp_path / "out")
-    assert all(torch.equal(start[name], kept[name]) for name in kept)
+    assert not (tmp_path / "out").exists(), "the original itself would have been saved as the unlearned model"
 
 
 def test_three_faults_in_a_row_roll_back_with_half_the_rate(tmp_path, monkeypatch, model_folders, data_files):
@@ -245,7 +252,7 @@ def test_three_faults_in_a_row_roll_back_with_half_the_rate(tmp_path, monkeypatc
     monkeypatch.setattr("sys.argv", words)
     unlearn_harm.main()
     assert (
-        "3 steps in a row were not finite: back to the state after step 0, with half the learning rate"
+        "3 steps in a row were not finite: back to the state after step 4, with half the learning rate"
         in (tmp_path / "out.log").read_text()
     )
     rates = [e["lr"] for e in events(tmp_path / "out.jsonl", "step")]

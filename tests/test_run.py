@@ -246,6 +246,7 @@ def test_what_a_run_looks_at_does_not_change_what_it_learns(tmp_path, model_fold
     (["--max_unlearn_steps=2.5"], "must be a whole number"),
     (["--template=haiku"], "--template: invalid choice: 'haiku'"),
     (["--bad_weight=0", "--random_weight=0", "--normal_weight=0"], "all three weights are 0"),
+    (["--kl_budget=0.1"], "--kl_budget chooses among the states that are looked at: set --eval_every as well"),
     (["--config=none.yaml"], "--config none.yaml: cannot be read"),
     (["--forget_data=none.jsonl"], "--forget_data none.jsonl: no such file"),
     (["--forget_data=a b c"], "--forget_data a b c: neither a"),

@@ -18,10 +18,11 @@ def loss_and_gradients(model):
     return {name: parameter.grad.float() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "qwen2", "gemma"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_are_those_of_the_plain_model(family, frozen):
-    """Tied and untied heads, grouped keys, an embedding whose padding row (a token that occurs) gets no gradient."""
+    """Tied and untied heads, grouped keys, embeddings that are scaled after they are looked up (Gemma), and one whose
+    padding row (a token that occurs) gets no gradient."""
     plain = tiny_model(family)
     plain.get_input_embeddings().padding_idx = some_sequences(4)[0].prompt_ids[0]
     plain.get_input_embeddings().weight.requires_grad_(not frozen)
