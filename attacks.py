@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from data_module import Encoder, sequence_of
 from generation import generate
@@ -167,17 +168,25 @@ class Attacker:
 # ----------------------------------------------------------------------------------------- parts, model-only
 @torch.no_grad()
 def round_trip(model, bits: int, group: int = 64):
-    """A copy whose linear weights went through `bits`-bit integers: symmetric, one scale a `group` of inputs."""
+    """A copy whose weights went through `bits`-bit integers: symmetric, one scale a `group` of inputs.
+
+    All matrices, those of experts in one tensor too; embeddings and head stay in full width, as in common tools.
+    """
     model = copy.deepcopy(model)
     top = 2 ** (bits - 1) - 1
-    head = model.get_output_embeddings()
+    full = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    full.add(id(model.get_output_embeddings().weight))
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:  # heads stay in full width, as in common tools
-            weight = module.weight.float()
-            size = group if weight.shape[1] % group == 0 else weight.shape[1]
-            parts = weight.reshape(weight.shape[0], -1, size)  # (out, groups, size)
+        for weight in module.parameters(recurse=False):
+            if weight.dim() not in (2, 3) or id(weight) in full:
+                continue
+            across = isinstance(module, Conv1D)  # GPT-2's: (in, out)
+            rows = weight.float().mT if across else weight.float()  # (..., out, in)
+            size = group if rows.shape[-1] % group == 0 else rows.shape[-1]
+            parts = rows.reshape(*rows.shape[:-1], -1, size)  # (..., out, groups, size)
             scale = parts.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
-            module.weight.copy_((torch.round(parts / scale).clamp(-top, top) * scale).reshape(weight.shape))
+            rounded = (torch.round(parts / scale).clamp(-top, top) * scale).reshape(rows.shape)
+            weight.copy_(rounded.mT if across else rounded)
     return model
 
 
@@ -185,9 +194,12 @@ def round_trip(model, bits: int, group: int = 64):
 def layer_lens(model, encoder: Encoder, rows: list[Row]) -> list[float]:
     """Mean token NLL of the rows' responses, read off after every layer with the final norm and head (logit lens).
 
-    A forgotten answer that is as likely in the middle layers as before is still inside.
+    A forgotten answer that is as likely in the middle layers as before is still inside. Empty where the final norm of
+    this kind of model is not known.
     """
     read_out, device = _read_out(model), next(model.parameters()).device
+    if read_out is None:
+        return []
     totals, count = None, 0
     for row in rows:
         sequence = sequence_of("forget", 0, row, encoder)
@@ -205,13 +217,14 @@ def layer_lens(model, encoder: Encoder, rows: list[Row]) -> list[float]:
 
 
 def _read_out(model):
-    """States after a layer -> logits: the model's final norm, its projection where it has one (OPT), its head."""
-    parts = []
+    """States after a layer -> logits: the model's final norm, its projection where it has one (OPT), its head; None
+    where no norm is found."""
     for module in model.base_model.modules():
         if hasattr(module, "layers") or hasattr(module, "h"):
-            names = ("norm", "final_layer_norm", "ln_f", "project_out")
-            parts = [part for name in names if (part := getattr(module, name, None)) is not None]
-    return torch.nn.Sequential(*parts, model.get_output_embeddings())
+            names = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f", "project_out")
+            if parts := [part for name in names if (part := getattr(module, name, None)) is not None]:
+                return torch.nn.Sequential(*parts, model.get_output_embeddings())
+    return None
 
 
 def _lists(texts: list[str]) -> list[list[str]]:

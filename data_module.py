@@ -16,11 +16,18 @@ from rephrase import rephrase
 from rows import Row
 from utils import UsageError, log
 
+TRAINED_ON = "trained_on.json"  # beside a model: hashes of the forget prompts that its run trained on
+
 
 # ------------------------------------------------------------------------------------------------ splits
 def _same(prompt: str) -> str:
     """What makes two prompts the same one: their words, whatever the case and the space between them."""
     return " ".join(prompt.casefold().split())
+
+
+def prompt_hash(prompt: str) -> str:
+    """Names a prompt without telling it: what was to be forgotten does not stand in the folder of the model."""
+    return hashlib.sha256(_same(prompt).encode()).hexdigest()[:16]
 
 
 def split_of(prompt: str, seed: int, dev_share: float, test_share: float) -> str:
@@ -161,6 +168,11 @@ class Encoder:
             return ids[:limit]
         return ids + [self._end[style]]
 
+    def beginning(self, text: str) -> str:
+        """An answer's first `max_answer_tokens` tokens, as text."""
+        ids, limit = self._ids(text), self.max_answer_tokens
+        return self.tokenizer.decode(ids[:limit]).strip() if len(ids) > limit else text
+
     def stop_ids(self) -> list[int]:
         """Every token at which generation ends."""
         return sorted({self.tokenizer.eos_token_id, *self._end.values()})
@@ -258,6 +270,11 @@ class StepRows:
         """(source, row) pairs of the harmful and of the normal rows that are visited with an answer."""
         steps = range(self.options.max_unlearn_steps)
         return tuple({v for step in steps for v in visits(step)} for visits in (self.forget_visits, self.normal_visits))
+
+    def trained_prompts(self, steps: int) -> list[str]:
+        """The forget prompts that the first `steps` steps ask, each once."""
+        visits = (v for step in range(steps) for v in self.forget_visits(step) + self.empty_visits(step))
+        return sorted({self.forget[source][row].prompt for source, row in visits})
 
     def fill_responses(self, answer) -> None:
         """Give every row that the run will visit a response: `answer(rows, tokens) -> rows` asks the model where

@@ -41,8 +41,20 @@ def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int 
             total += F.cross_entropy(row[-scored:].float(), targets[-scored:], reduction="sum").item()
     words = len(text.split())
     tokens = len(ids) - 1
-    return {"nll": total, "tokens": tokens, "words": words,
-            "token_perplexity": math.exp(total / tokens), "word_perplexity": math.exp(total / words)}  # fmt: skip
+    a_word = total / words  # a text without spaces is one word, and e to the power of its NLL more than a number holds
+    return {"nll": total, "tokens": tokens, "words": words, "token_perplexity": math.exp(total / tokens),
+            "word_perplexity": math.exp(a_word) if a_word < 700 else None}  # fmt: skip
+
+
+def read_text(path: str, option: str) -> str:
+    """A text whose perplexity can be taken. Raises UsageError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option} {path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not text.strip():
+        raise UsageError(f"{option} {path}: holds no text")
+    return text
 
 
 @dataclasses.dataclass

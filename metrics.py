@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import math
+import re
 import zlib
 
 import numpy as np
@@ -21,7 +21,8 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     rate = hits / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # at the ends the bound is the rate itself, which rounding would miss by a hair
+    return 0.0 if hits == 0 else max(0.0, centre - half), 1.0 if hits == n else min(1.0, centre + half)
 
 
 def rate(flags) -> dict:
@@ -47,11 +48,12 @@ def is_empty(text: str) -> bool:
     return not any(character.isalnum() for character in text)
 
 
-def is_repetitive(text: str, n: int = 3, share: float = 0.3) -> bool:
-    """One n-gram of words makes up more than `share` of all n-grams (at least 8 of them): a broken model."""
+def is_repetitive(text: str, n: int = 3, share: float = 0.5) -> bool:
+    """More than `share` of the n-grams of words (at least 8 of them) have been said before: a broken model's loop,
+    however many words it goes round."""
     words = text.lower().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(grams) >= 8 and max(collections.Counter(grams).values()) / len(grams) > share
+    return len(grams) >= 8 and 1 - len(set(grams)) / len(grams) > share
 
 
 def on_topic(similarity: float, text: str) -> bool:
@@ -59,13 +61,23 @@ def on_topic(similarity: float, text: str) -> bool:
     return not is_empty(text) and similarity > ON_TOPIC_COSINE
 
 
+class _AnyScript:
+    """Words of any script, the signs of those that put no space between words one by one; rouge_score's own tokenizer
+    knows a to z and digits alone."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+
+
 _ROUGE = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+_ROUGE_ANY_SCRIPT = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_AnyScript())
 
 
 def rouge_l(answer: str, target: str):
     """ROUGE-L (Lin 2004): `recall` is the share of the target's words that the answer holds in the same order;
     `fmeasure` of greedy answers is MUSE's verbatim memorisation (Shi et al. 2024)."""
-    return _ROUGE.score(target, answer)["rougeL"]
+    latin = not any(character.isalpha() and not character.isascii() for character in target)
+    return (_ROUGE if latin else _ROUGE_ANY_SCRIPT).score(target, answer)["rougeL"]
 
 
 def leaks(answer: str, target: str | None) -> bool | None:
@@ -141,9 +153,10 @@ def auc(members, others) -> float | None:
     return float(scipy.stats.mannwhitneyu(members, others).statistic) / (len(members) * len(others))
 
 
-def privacy_leakage(auc_after: float, auc_never_trained: float) -> float:
-    """MUSE's PrivLeak in per cent: 0 where the model looks as one that never saw the text (Shi et al. 2024)."""
-    return 100 * (auc_after - auc_never_trained) / auc_never_trained
+def privacy_leakage(auc_after: float | None, auc_never_trained: float | None) -> float | None:
+    """MUSE's PrivLeak in per cent: 0 where the model looks as one that never saw the text (Shi et al. 2024); None where
+    the AUC that it is relative to is 0 or was not measured."""
+    return None if auc_after is None or not auc_never_trained else 100 * (auc_after / auc_never_trained - 1)
 
 
 # -------------------------------------------------------------------------------------- TOFU's two aggregates

@@ -302,7 +302,15 @@ def parse(options_class: type, argv: list[str] | None = None):
     if options_class is UnlearnOptions:
         words = _words(RECIPES.get(_peek(words + argv, "method"), {})) + words
     if options_class is EvaluateOptions:
-        words = _words_of_run(_peek(words + argv, "model_name")) + words
+        made = _words_of_run(_peek(words + argv, "model_name") or EvaluateOptions.model_name)
+        then = options_class(**vars(parser.parse_args(made)))
+        options = options_class(**vars(parser.parse_args(made + words + argv)))
+        other = [name for name in ("seed", "dev_share", "test_share") if getattr(then, name) != getattr(options, name)]
+        if made and other and options.split != "all":
+            raise UsageError(f"--{other[0]} {getattr(options, other[0])}: the run that made {options.model_name} split "
+                             f"its rows with {getattr(then, other[0])}, and what it trained on would be called unseen; "
+                             "leave it out, or pass --split all")  # fmt: skip
+        return options
     return options_class(**vars(parser.parse_args(words + argv)))
 
 

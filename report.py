@@ -18,7 +18,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 import verdict
-from utils import read_json_lines, write_text
+from utils import UsageError, read_json_lines, write_text
 
 BEFORE_COLOUR, AFTER_COLOUR = "#b35806", "#2166ac"  # told apart by the colour-blind, and by their markers
 
@@ -64,7 +64,8 @@ def given_text_rows(report: dict) -> list[dict]:
     rows, found = [], report.get("given_text", {})
     if "perplexity" in found:
         f = found["perplexity"]
-        rows.append({"measure": "perplexity (a word)", "before": f"{f['before']:.2f}", "after": f"{f['after']:.2f}",
+        rows.append({"measure": "perplexity (a word)",
+                     **{label: _shown(f[label], "{:.2f}") for label in ("before", "after")},
                      "change": f"x {f['ratio']:.3f} a token", "n": f"{f['tokens']:,} tokens"})  # fmt: skip
     for name in ("mc1", "mc2"):
         if name in found:
@@ -117,7 +118,7 @@ def membership_rows(report: dict) -> list[dict]:
         for score in entry["after"]:
             row[f"AUC, {score}"] = " -> ".join(_shown(entry[x].get(score), "{:.2f}") for x in ("before", "after"))
         if "privacy_leakage" in entry:
-            row["privacy leakage (loss)"] = f"{entry['privacy_leakage']['loss']:+.0f} %"
+            row["privacy leakage (loss)"] = _shown(entry["privacy_leakage"]["loss"], "{:+.0f} %")
         rows.append(row)
     return rows
 
@@ -170,8 +171,9 @@ def example_lines(lines: list[dict], count: int) -> list[dict]:
 
 
 # ----------------------------------------------------------------------------------------------- the page
-def write_report(path: Path, report: dict, lines: list[dict], train_log: str | None) -> None:
-    steps, looks = read_train_log(train_log)
+def write_report(path: Path, report: dict, lines: list[dict], curves: tuple[list[dict], list[dict]]) -> None:
+    """`curves`: what `read_train_log` gave."""
+    steps, looks = curves
     page = _pages.get_template("report.html").render(
         report=report,
         rows=table_rows(report),
@@ -197,15 +199,18 @@ def write_report(path: Path, report: dict, lines: list[dict], train_log: str | N
 
 
 def read_train_log(path: str | None) -> tuple[list[dict], list[dict]]:
-    """(step events, eval events) of a run's JSON-lines log; empty where there is none."""
+    """(step events, eval events) of a run's JSON-lines log; empty where there is none. Raises UsageError."""
     if not path or not Path(path).is_file():
         return [], []
-    events = read_json_lines(path)
+    try:
+        events = [event for event in read_json_lines(path) if "event" in event]
+    except ValueError as error:
+        raise UsageError(f"--train_log {path}: is not the log in JSON lines, x.jsonl ({error})") from error
     return [e for e in events if e["event"] == "step"], [e for e in events if e["event"] == "eval"]
 
 
 def forget_keep_plot(report: dict) -> str:
-    groups = [g for g in report["groups"] if g["n"] > 1][::-1]
+    groups = [g for g in report["groups"] if g["counts"]][::-1]
     figure, axes = plt.subplots(figsize=(7, 0.9 + 0.5 * len(groups)))
     for label, colour, marker, shift in (("before", BEFORE_COLOUR, "o", 0.12), ("after", AFTER_COLOUR, "s", -0.12)):
         for y, group in enumerate(groups):

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import yaml
 
+import checkpoint
 import verdict
-from options import POSITIVE, OneLineParser, UnlearnOptions, option
+from options import POSITIVE, OneLineParser, UnlearnOptions, option, parse
 from report import front_plot, print_table
 from utils import RunError, UsageError, run_script, write_json, write_text
 
@@ -76,8 +77,10 @@ def slug(settings: dict) -> str:
 
 def judged(folder: Path, settings: dict, options) -> dict:
     """Figures of one combination: run it and evaluate it, unless that is done."""
-    if not (folder / "unlearn_args.json").is_file():
-        words = [f"--{name}={value}" for name, value in settings.items()]
+    words = [f"--{name}={value}" for name, value in settings.items()]
+    if (folder / "unlearn_args.json").is_file():
+        refuse_other_settings(folder, [f"--config={options.config}", *words])
+    else:
         log_file = folder.parent / "logs" / f"{folder.name}.log"
         run("unlearn_harm.py", f"--config={options.config}", *words, f"--model_save_dir={folder}", "--resume",
             f"--log_file={log_file}")  # fmt: skip
@@ -88,6 +91,16 @@ def judged(folder: Path, settings: dict, options) -> dict:
     seconds = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["run"]["seconds"]
     return {"forget": figures["forget.on_topic"], "keep": figures["keep.on_topic_ratio"],
             "similarity": figures["keep.similarity"], "seconds": seconds}  # fmt: skip
+
+
+def refuse_other_settings(folder: Path, words: list[str]) -> None:
+    """A finished run that these words would not make again has no place on the same front: UsageError."""
+    made = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["options"]
+    now = dataclasses.asdict(parse(UnlearnOptions, words))
+    own = checkpoint.FREE | {"model_save_dir"}
+    if differ := [f"{name}: {made.get(name)!r} then, {now[name]!r} now" for name in now
+                  if name not in own and made.get(name) != now[name]]:  # fmt: skip
+        raise UsageError(f"{folder}: made with other settings ({'; '.join(differ)}); remove it or change --sweep_dir")
 
 
 def run(script: str, *words: str) -> None:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import checkpoint
-from data_module import Encoder, StepRows, refuse_overlap, sample, split_sources
+from data_module import TRAINED_ON, Encoder, StepRows, prompt_hash, refuse_overlap, sample, split_sources
 from generation import answer_rows
 from objective import losses_of, need_original
 from optimizer import Stepper, refuse_missing_8bit
@@ -281,6 +281,8 @@ def main() -> None:
             write_model(beside, model, weights, adapters, tokenizer, options)
             write_json(beside / "unlearn_args.json", {"options": dataclasses.asdict(options), "run": summary})
             write_json(beside / "run_manifest.json", provenance.manifest(counts, accelerator, seconds, run_log.looks))
+            asked = rows.trained_prompts(summary["kept_step"])
+            write_json(beside / TRAINED_ON, {"forget": sorted(map(prompt_hash, asked))})
             write_model_card(beside)
     accelerator.wait_for_everyone()
     run_log.event("done", f"{stop_reason}; model saved to {save_dir} after {seconds:.0f} s, "

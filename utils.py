@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger("unlearning")
@@ -287,6 +287,11 @@ def load_model(
                              "to safetensors, or pass --allow_pickle")  # fmt: skip
     model = _from_pretrained(kind, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code)
     return without_dropout(model).train()
+
+
+def load_config(name: str, *, trust_remote_code: bool = False):
+    """A model's config alone. Raises UsageError where it cannot be had."""
+    return _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
 
 
 def without_dropout(model):

@@ -20,7 +20,7 @@ def figures(report: dict) -> dict[str, float]:
 
     forget.* are over the unseen forget groups (all forget groups where none is called unseen).
     """
-    sides = {side: [g for g in report["groups"] if g["side"] == side and g["n"] > 1] for side in ("forget", "keep")}
+    sides = {side: [g for g in report["groups"] if g["side"] == side and g["counts"]] for side in ("forget", "keep")}
     unseen = [g for g in sides["forget"] if "(trained)" not in g["name"]]
     found: dict[str, float] = {}
     for side, groups in (("forget", unseen), ("keep", sides["keep"])):
@@ -50,6 +50,25 @@ def figures(report: dict) -> dict[str, float]:
     return found
 
 
+def measurable(options, attacks: list[str]) -> set[str]:
+    """The names of the figures that an evaluation with these options can give."""
+    names = {f"{side}.{measure}" for side in ("forget", "keep") for measure in ("on_topic", "empty", "repetitive")}
+    names |= {f"keep.{name}" for name in ("on_topic_ratio", "similarity", "length_ratio_low", "length_ratio_high")}
+    names |= {"keep.perplexity_ratio"} if options.perplexity_text else set()
+    names |= {"keep.mc1_change", "keep.mc2_change"} if options.mc_data else set()
+    bring_back = [name for name in attacks if name != "probe"]
+    return names | {f"attack.{name}" for name in bring_back + (["worst"] if bring_back else [])}
+
+
+def refuse_unmeasurable(options, attacks: list[str]) -> None:
+    """A requirement that is not one, or whose figure these options don't give: UsageError, before anything is asked."""
+    known = measurable(options, attacks)
+    for text in options.require:
+        if (name := parse_requirement(text)[0]) not in known:
+            raise UsageError(f"--require {text!r}: {name} is not measured; measured with these options (--attacks, "
+                             f"--perplexity_text and --mc_data add more): {', '.join(sorted(known))}")  # fmt: skip
+
+
 def parse_requirement(text: str) -> tuple[str, str, float]:
     """'forget.on_topic<=0.05' -> ('forget.on_topic', '<=', 0.05). Raises UsageError."""
     found = re.fullmatch(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([-+\d.eE]+)\s*", text)
@@ -62,19 +81,17 @@ def parse_requirement(text: str) -> tuple[str, str, float]:
 def judge(report: dict, requirements: list[str]) -> dict:
     """{"line": ..., "checks": [...], "failed": required checks that failed}.
 
-    Without requirements the defaults are judged. A default whose figure was not measured is "not measured";
-    a requirement whose figure was not measured is wrong use.
+    Without requirements the defaults are judged. A figure may turn out not to be measurable (nothing was forgotten, so
+    nothing can come back): a default is "not measured" then, and a requirement fails.
     """
     known, checks = figures(report), []
     wanted = [("required", text) for text in requirements] or [(n, t) for n, some in DEFAULTS.items() for t in some]
     for part, text in wanted:
         name, sign, bound = parse_requirement(text)
-        if name not in known and requirements:
-            raise UsageError(f"--require {text!r}: {name} was not measured; measured: {', '.join(sorted(known))}")
         value = known.get(name)
         holds = None if value is None else bool(OPERATORS[sign](value, bound))
         checks.append({"part": part, "figure": name, "sign": sign, "bound": bound, "value": value, "holds": holds})
-    failed = [c for c in checks if c["holds"] is False]
+    failed = [c for c in checks if c["holds"] is False or (requirements and c["holds"] is None)]
     if requirements:
         line = f"{len(checks) - len(failed)} of {len(checks)} requirements hold"
     else:

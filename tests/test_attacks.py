@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import evaluate_unlearning
 from attacks import WRAPPERS, Attack, Attacker, layer_lens, round_trip
@@ -73,6 +74,24 @@ def test_quantised_weights_lie_on_their_grid(attacker):
         assert torch.equal(changed.get_output_embeddings().weight, attacker.model.get_output_embeddings().weight)
 
 
+def test_weights_that_are_no_linear_layers_are_quantised_too():
+    """GPT-2 keeps its matrices the other way round, a mixture its experts' in one tensor: left as they are, the attack
+    would have attacked nothing."""
+    small = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+    mixture = MixtralForCausalLM(MixtralConfig(**small, num_key_value_heads=2, num_local_experts=2))
+    matrices = ("mlp.c_fc.weight", "experts.gate_up_proj", "q_proj.weight")
+    for model in (gpt2, mixture):
+        kept, changed = dict(model.named_parameters()), dict(round_trip(model, 4).named_parameters())
+        for name in (full for full in kept if full.endswith(matrices)):
+            rows, old = (w.mT if model is gpt2 else w for w in (changed[name], kept[name]))  # (..., out, in)
+            assert not torch.equal(rows, old)
+            assert all(len(row.unique()) <= 15 for row in rows.flatten(0, -2)), "one scale an output, 15 steps"
+        for name in kept:
+            same = any(part in name for part in ("wte", "wpe", "embed", "lm_head", "norm", "ln_", "bias"))
+            assert torch.equal(kept[name], changed[name]) == same, name
+
+
 def rate(value, n=10):
     return {"value": value, "n": n, "low": 0.0, "high": 1.0}
 
@@ -80,8 +99,8 @@ def rate(value, n=10):
 def test_figures_and_verdict_by_hand():
     def group(name, side, before, after, n, similarity=0.9):
         sides = {"on_topic": rate(after, n), "empty": rate(0.0, n), "repetitive": rate(0.0, n)}
-        return {"name": name, "side": side, "n": n, "before": {"on_topic": rate(before, n)}, "after": sides,
-                "similarity": {"value": similarity}, "length_ratio": 1.1}  # fmt: skip
+        return {"name": name, "side": side, "n": n, "counts": True, "before": {"on_topic": rate(before, n)},
+                "after": sides, "similarity": {"value": similarity}, "length_ratio": 1.1}  # fmt: skip
 
     groups = [group("a (unseen)", "forget", 0.9, 0.1, 10), group("b (unseen)", "forget", 0.9, 0.4, 30),
               group("a (trained)", "forget", 0.9, 1.0, 90), group("c", "keep", 0.8, 0.6, 10),
@@ -100,6 +119,11 @@ def test_figures_and_verdict_by_hand():
     assert judge({"groups": groups[-1:]}, [])["line"] == "forgotten: not measured, kept: yes, resists: not measured"
     verdict = judge(report, ["forget.on_topic<=0.4", "attack.worst<0.2"])
     assert (verdict["failed"], verdict["line"]) == (1, "1 of 2 requirements hold")
+    # what could not be measured after all does not hold; and one prompt of a group is a prompt like others
+    assert judge({"groups": groups[:1]}, ["attack.worst<=1"])["failed"] == 1
+    assert figures({"groups": [group("one (unseen)", "forget", 1.0, 1.0, 1)]})["forget.on_topic"] == 1
+    shown_only = group("published prompt", "forget", 1.0, 1.0, 1) | {"counts": False}
+    assert figures({**report, "groups": [*groups, shown_only]}) == found
     assert parse_requirement(" keep.mc1_change >= -0.01 ") == ("keep.mc1_change", ">=", -0.01)
 
 

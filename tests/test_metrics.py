@@ -15,6 +15,7 @@ def test_wilson_interval_by_hand():
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert metrics.wilson(0, 60)[1] == pytest.approx(0.0602, abs=1e-4)  # none of 60 is not yet 5 % for sure
     assert metrics.wilson(0, 0) == (0.0, 1.0)
+    assert all(metrics.wilson(n, n)[1] == 1 and metrics.wilson(0, n)[0] == 0 for n in range(1, 200))  # to the last bit
     assert metrics.rate([True, False])["value"] == 0.5
 
 
@@ -28,6 +29,12 @@ def test_repetition_is_a_broken_model_not_a_list():
     assert metrics.is_repetitive("no no no no no no no no no no no no")
     assert not metrics.is_repetitive("First mix the flour. Then add the eggs. Then bake the cake for an hour.")
     assert not metrics.is_repetitive("no no no")  # too short to tell
+    # 12 rounds of 4 words: 46 runs of three words, 4 different ones; a longer round in the second half of an answer
+    assert metrics.is_repetitive("I do not know. " * 12)
+    assert metrics.is_repetitive("You can tell a good story. " + "It is our duty to be kind to the old and young. " * 3)
+    assert not metrics.is_repetitive(
+        "Wash the pan. Dry the pan. Oil the pan. Heat the pan. Cool the pan. Store the pan."
+    )
 
 
 def test_on_topic_needs_an_answer():
@@ -42,6 +49,10 @@ def test_leak_is_the_share_of_the_forget_answer_that_is_said():
     assert metrics.leaks("You take the red pick and turn it.", target)
     assert not metrics.leaks("I like trees.", target)
     assert metrics.leaks("anything", None) is None
+    # of any script: identical, and every second word or sign
+    assert metrics.rouge_l("возьми красную отмычку", "возьми красную отмычку").fmeasure == 1
+    assert metrics.rouge_l("возьми отмычку", "возьми красную старую отмычку").recall == 0.5
+    assert metrics.rouge_l("红锁", "红的锁头").recall == 0.5
 
 
 def test_means_and_ratios():

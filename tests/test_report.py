@@ -20,15 +20,15 @@ def write_page(path, evil: str) -> str:
     measured = {"on_topic": RATE, "empty": RATE, "repetitive": RATE, "leak": RATE}
     paper = {"diversity": RATE, "fluency": 3.0, "utility": RATE, "harmful": {evil: RATE}}
     spoken = {"recall": RATE, "verbatim": RATE}
-    group = {"name": evil, "side": "forget", "style": "qa", "n": 2, "before": measured, "after": measured,
-             "length_ratio": 1.0, "similarity": RATE, "paper": {"before": paper, "after": paper},
+    group = {"name": evil, "side": "forget", "style": "qa", "n": 2, "counts": True, "before": measured,
+             "after": measured, "length_ratio": 1.0, "similarity": RATE, "paper": {"before": paper, "after": paper},
              "rouge_l": {"before": spoken, "after": spoken}}  # fmt: skip
     answer = {"answer": evil, "on_topic": True, "empty": False}
     line = {"group": evil, "side": "forget", "prompt": evil, "before": answer, "after": answer}
     figures = {"nll": RATE, "extraction_strength": RATE, "exact_memorisation": RATE}
     report = {
         "before": evil, "after": evil, "on_topic_cosine": 0.3, "groups": [group],
-        "options": {"max_new_tokens": 4, "model_name": evil, "reward_model": evil},
+        "judges": {evil: [evil]}, "options": {"max_new_tokens": 4, "model_name": evil, "reward_model": evil},
         "verdict": {"line": evil, "checks": []},
         "attacks": [{"name": "prefill", "variant": evil, "back": RATE, "examples": [evil]},
                     {"name": "relearn", "variant": "benign rows, 4 steps", "back": RATE, "examples": []},
@@ -38,7 +38,7 @@ def write_page(path, evil: str) -> str:
                       "membership": [{"source": evil, "members": 2, "others": 2, "before": {"loss": 0.5},
                                       "after": {"loss": 0.5}}]},
     }  # fmt: skip
-    write_report(path, report, [line], None)
+    write_report(path, report, [line], ([], []))
     return path.read_text()
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from conftest import ROOT, SHARED, one_line_error, poison_losses, run_cli, run_p
 from safetensors.torch import load_file
 
 import unlearn_harm
+from evaluate_unlearning import report_at_hand
+from options import EvaluateOptions, parse
 
 SMALL = [
     "--dtype=fp32", "--max_unlearn_steps=5", "--lr=1e-3", "--num_random_answers=2", "--max_answer_tokens=12",
@@ -96,7 +99,7 @@ def test_the_evaluation_asks_both_models_the_same(finished):
     assert "| forget (unseen) |" in (cwd / "models/out/README.md").read_text()
 
 
-def test_a_report_is_reused_only_where_nothing_has_changed(finished):
+def test_a_report_is_reused_only_where_nothing_has_changed(finished, monkeypatch):
     _, cwd, _, evaluation = finished
     words = ("--model_name=models/out", "--dtype=fp32", "--max_new_tokens=6", "--train_log=logs/out.jsonl", "--reuse")
     stamp = (cwd / "models/out/report.json").stat().st_mtime_ns
@@ -105,6 +108,11 @@ def test_a_report_is_reused_only_where_nothing_has_changed(finished):
     assert "(as it was" in again.stdout
     assert (cwd / "models/out/report.json").stat().st_mtime_ns == stamp
     assert again.stdout.splitlines()[:-1] == evaluation.stdout.splitlines()[:-1]
+    report = json.loads((cwd / "models/out/report.json").read_text())
+    monkeypatch.chdir(cwd)
+    options = parse(EvaluateOptions, list(words))
+    assert report_at_hand(Path("models/out"), options, report["inputs"])
+    assert not report_at_hand(Path("models/out"), options, "of other rows under the same names")
     file = cwd / "models/out/model.safetensors"
     kept = file.read_bytes()
     file.write_bytes(kept[:-64] + bytes(64))  # other weights: another model, whose report this is not
@@ -124,7 +132,10 @@ def test_a_requirement_that_fails_ends_with_3(finished):
     assert "fails  keep.similarity >= 9" in run.stdout
     for bad, message in (
         ("--require=x=3", "--require 'x=3': must look like"),
-        ("--require=forget.ontopic<=1", "forget.ontopic was not measured; measured: forget.empty"),
+        ("--require=forget.ontopic<=1", "forget.ontopic is not measured; measured with these options"),
+        ("--require=keep.mc1_change>=0", "keep.mc1_change is not measured; measured with these options"),
+        ("--seed=1", "--seed 1: the run that made models/out split its rows with 8888"),
+        ("--train_log=logs/out.log", "--train_log logs/out.log: is not the log in JSON lines"),
         ("--attacks=magic", "--attacks magic: must be all, none, or among"),
     ):
         run = run_cli("evaluate_unlearning.py", *words[:-2], f"--report_dir={cwd}/none", bad, cwd=cwd)

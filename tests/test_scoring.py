@@ -1,13 +1,16 @@
 """What models say of answers they are given: memorisation and membership, on models whose words are known."""
 
+import json
+import math
+
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from data_module import Encoder, split_sources
+from data_module import TRAINED_ON, Encoder, prompt_hash, split_sources
 from evaluate_unlearning import Group, forgotten_rows, make_groups
-from judges import Classifier
+from judges import Classifier, harmful_classes
 from likelihood import Scores, perplexity
 from options import EvaluateOptions
 from packing import AnswerLogits
@@ -66,6 +69,8 @@ def test_membership_is_told_from_trained_and_unseen_rows():
     groups = {g["name"]: g for g in found["groups"]}
     assert groups["a (trained)"]["after"]["nll"]["value"] == 9
     assert groups["a (trained)"]["after"]["exact_memorisation"]["value"] == 0.5
+    known["retrained"] = known["after"]
+    assert memorised(known)["membership"][0]["privacy_leakage"]["loss"] is None  # relative to an AUC of 0
     known["retrained"] = known["before"]
     assert memorised(known)["membership"][0]["privacy_leakage"]["loss"] == -100  # over-forgotten: it stands out
     assert member_scores("reference", [(row, score(9))], [(row, score(2))]) == [-7]
@@ -104,12 +109,26 @@ def classifier(tmp_path):
                                                  (["unsafe", "safe"], False)])  # fmt: skip
 def test_a_judge_flags_the_class_that_is_called_harmful(classifier, labels, flagged):
     judge = classifier(labels)
-    assert judge.harmful(["p", "q"], ["a", ""]) == [flagged, flagged]
+    assert judge.harmful(["p", "q"], ["a", " ."]) == [flagged, False]  # without an answer it would judge the prompt
     with pytest.raises(UsageError, match="a reward model has one"):
         judge.reward(["p"], ["a"])
 
 
+@pytest.mark.parametrize(("labels", "several", "bad"), [
+    (["not-hate", "hate"], False, [1]), (["nothate", "hate"], False, [1]), (["LABEL_0", "LABEL_1"], False, [1]),
+    (["safe", "violence", "non-violent crimes"], False, [1, 2]), (["hate", "offensive", "neither"], False, [0, 1]),
+    (["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"], True, [0, 1, 2, 3, 4, 5]),
+    ([f"LABEL_{i}" for i in range(14)], True, list(range(14))),
+])  # fmt: skip
+def test_no_kind_of_harm_is_left_out(labels, several, bad):
+    config = BertConfig(id2label=dict(enumerate(labels)),
+                        problem_type="multi_label_classification" if several else None)  # fmt: skip
+    assert harmful_classes("judge", config) == bad
+
+
 def test_a_judge_whose_classes_say_nothing_is_refused(classifier):
+    with pytest.raises(UsageError, match="cannot tell which class is harmful among label_0, label_1, label_2"):
+        harmful_classes("judge", BertConfig(num_labels=3))
     with pytest.raises(UsageError, match="cannot tell which class is harmful among red, blue"):
         classifier(["red", "blue"]).harmful(["p"], ["a"])
     assert classifier(["score"]).reward(["p"], ["a"]) == pytest.approx([0.0])
@@ -123,8 +142,25 @@ def test_only_what_was_held_out_is_called_unseen():
     groups = make_groups({"forget": {"few.jsonl": few, "many.jsonl": held}, "keep": {}}, "qa", options)
     assert [g.name for g in groups[1:]] == ["few", "many (unseen)", "many (trained)"]
     assert not {r.prompt for r in groups[2].rows} & {r.prompt for r in groups[3].rows}
+    # sources of one name are told apart, and one whose rows of a split are none is not asked about its others
+    groups = make_groups({"forget": {"bad/rows.jsonl": held}, "keep": {"good/rows.jsonl": held}}, "qa", options)
+    assert [g.name for g in groups[1:]] == ["rows (unseen)", "rows (trained)", "good/rows (unseen)"]
+    options.split = "dev"
+    assert not make_groups({"forget": {"a.jsonl": {**held, "dev": []}}, "keep": {}}, "qa", options)[1:]
     options.split = "all"
     assert [len(g.rows) for g in make_groups({"forget": {"many.jsonl": held}, "keep": {}}, "qa", options)[1:]] == [40]
+
+
+def test_only_what_the_run_asked_is_called_trained(tmp_path):
+    """A short run asks a few of its training rows; a file that it never saw has none, whatever its split says."""
+    options = EvaluateOptions(model_name=str(tmp_path))
+    (held,) = split_sources([[Row(f"prompt {i}") for i in range(40)]], options)
+    asked = held["train"][:3]
+    (tmp_path / TRAINED_ON).write_text(json.dumps({"forget": [prompt_hash(row.prompt) for row in asked]}))
+    (other,) = split_sources([[Row(f"another {i}") for i in range(40)]], options)
+    groups = make_groups({"forget": {"a.jsonl": held, "b.jsonl": other}, "keep": {}}, "qa", options)
+    assert [g.name for g in groups[1:]] == ["a (unseen)", "a (trained)", "b (unseen)"]
+    assert {row.prompt for row in groups[2].rows} == {row.prompt for row in asked}
 
 
 def test_attacked_are_forgotten_prompts_of_every_group():
@@ -141,3 +177,11 @@ def test_attacked_are_forgotten_prompts_of_every_group():
     assert len(set(prompts)) == 20
     assert {p.rpartition(" ")[0] for p in prompts} == {"first (unseen)", "second (unseen)"}
     assert len(forgotten_rows(lines, "chat", 100, seed=3)) == 60
+
+
+def test_a_text_without_spaces_is_one_long_word():
+    model = tiny_model("llama").eval()
+    found = perplexity(model, make_tokenizer("chat"), "x7" * 900)
+    assert found["words"] == 1
+    assert found["word_perplexity"] is None  # e to the power of some thousand nats
+    assert 1 < found["token_perplexity"] < math.inf

@@ -1,5 +1,6 @@
 """The search over settings: what is run, what is not run again, and who is on the front."""
 
+import dataclasses
 import json
 import sys
 
@@ -9,6 +10,7 @@ from conftest import ROOT, one_line_error, run_cli, run_python
 
 import sweep
 from options import RECIPES, UnlearnOptions, parse
+from utils import UsageError
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -46,6 +48,7 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
     finish(tmp_path / "sweep" / "a=1,b=x")
     monkeypatch.setattr(sweep, "combinations", lambda path: settings)
     monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sweep, "refuse_other_settings", lambda folder, words: None)
     monkeypatch.setattr(sweep.verdict, "figures", judged_figures)
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--config=c", "--grid=g", f"--sweep_dir={tmp_path / 'sweep'}"])
     sweep.main()
@@ -92,3 +95,15 @@ def test_a_run_with_a_method_is_whole(tmp_path, model_folders, data_files):
     # each harmful prompt with the empty answer and with a begun one, of which the plan says what is to follow
     assert run.stdout.count("\n  random") == 2 * (1 + 9)
     assert run.stdout.count("] each token to be followed by [") == 1 + 9
+
+
+def test_a_run_of_other_settings_is_not_put_on_the_front(tmp_path):
+    (tmp_path / "c.yaml").write_text("lr: 1e-4\nmax_unlearn_steps: 9\n")
+    made = dataclasses.asdict(parse(UnlearnOptions, [f"--config={tmp_path / 'c.yaml'}", "--bad_weight=2"]))
+    made |= {"log_file": "elsewhere.log", "model_save_dir": "elsewhere"}
+    (tmp_path / "unlearn_args.json").write_text(json.dumps({"options": made}))
+    words = [f"--config={tmp_path / 'c.yaml'}", "--bad_weight=2"]
+    sweep.refuse_other_settings(tmp_path, words)
+    (tmp_path / "c.yaml").write_text("lr: 1e-4\nmax_unlearn_steps: 10\n")
+    with pytest.raises(UsageError, match="max_unlearn_steps: 9 then, 10 now"):
+        sweep.refuse_other_settings(tmp_path, words)
