@@ -25,6 +25,13 @@ def data_words(files):
     return ["--forget_data", files["forget"], "--normal_data", files["facts"], files["plain"]]
 
 
+def keys_of(found) -> set[str]:
+    """Every key of nested objects."""
+    if isinstance(found, dict):
+        return set(found) | set().union(*map(keys_of, found.values()))
+    return set().union(*map(keys_of, found)) if isinstance(found, list) else set()
+
+
 def events(path, kind):
     return [e for e in map(json.loads, path.read_text().splitlines()) if e["event"] == kind]
 
@@ -94,6 +101,9 @@ def test_the_evaluation_asks_both_models_the_same(finished):
     for group in report["groups"]:
         figure = group["after"]["on_topic"]
         assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+    glossary = (ROOT / "docs/fields.md").read_text()
+    assert not [key for key in keys_of({k: v for k, v in report.items() if k != "options"}) | keys_of(lines)
+                if f"`{key}`" not in glossary and f'"{key}"' not in glossary]  # fmt: skip
     assert "on topic before" in evaluation.stdout
     assert "before: " in evaluation.stdout
     assert "| forget (unseen) |" in (cwd / "models/out/README.md").read_text()
