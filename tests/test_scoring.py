@@ -9,7 +9,8 @@ from conftest import make_tokenizer, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from data_module import TRAINED_ON, Encoder, prompt_hash, split_sources
-from evaluate_unlearning import Group, forgotten_rows, make_groups
+from evaluate_unlearning import forgotten_rows
+from groups import Group, make_groups
 from judges import Classifier, harmful_classes
 from likelihood import Scores, perplexity
 from options import EvaluateOptions
