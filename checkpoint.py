@@ -117,9 +117,7 @@ def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, d
     """Put a checkpoint's state into `stepper`; returns (step, best, guard, past). UsageError names what differs."""
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     then, now = state["identity"], json.loads(json.dumps(identity))
-    differ = [f"{part}.{key}: {then[part].get(key)!r} then, {now[part].get(key)!r} now"
-              for part in now for key in sorted(then[part].keys() | now[part].keys())
-              if then[part].get(key) != now[part].get(key)]  # fmt: skip
+    differ = [f"{part}.{line}" for part in now for line in differences(then[part], now[part])]
     if differ:
         raise UsageError(f"--resume: {path} was made by another run ({'; '.join(differ)}); "
                          "give the same options and data, or start anew with --overwrite")  # fmt: skip
@@ -132,6 +130,12 @@ def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, d
         best["state"] = [like(t, p) for t, p in zip(kept, stepper.parameters, strict=True)] if kept else None
         best["badness"] = tuple(best["badness"])
     return state["step"], best, state["guard"], state["past"]
+
+
+def differences(then: dict, now: dict) -> list[str]:
+    """One line for each name whose value is another one, or that one of the two lacks."""
+    return [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
+            for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]  # fmt: skip
 
 
 def identity_of(options: dict, rows_hash: dict[str, str], base_model: str) -> dict:

@@ -98,7 +98,8 @@ class Encoder:
         # what the tokenizer puts before a text (OPT: </s>); nothing where it adds nothing
         self.start = with_special[: len(with_special) - len(plain)] if with_special[-len(plain) :] == plain else []
         self._end = {style: self._end_of_turn(style) for style in ("chat", *OTHER_STYLES)}
-        self._joints = {style: self._joint(style) for style in self._end}
+        joints = {style: self._joint(style) for style in self._end}
+        self._joints = {style: (end, self._ids(end), space) for style, (end, space) in joints.items()}
 
     def fit(self, config, answer_tokens: int) -> None:
         """Cut prompts so that they and an answer lie within the model's context; UsageError where none is left."""
@@ -112,10 +113,11 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _ids_after(self, before: str, text: str) -> list[int]:
-        """Token ids of `text` as they are where it follows `before`: some tokenizers (Llama's) put a space before a
-        text that stands alone, and the first answer token would be one that no model says there."""
-        alone, joined = self._ids(before), self._ids(before + text)
+    def _ids_after(self, before: str, alone: list[int], text: str) -> list[int]:
+        """Token ids of `text` as they are where it follows `before`, whose own ids are `alone`: some tokenizers
+        (Llama's) put a space before a text that stands alone, and the first answer token would be one that no model
+        says there."""
+        joined = self._ids(before + text)
         return joined[len(alone) :] if joined[: len(alone)] == alone else self._ids(text)
 
     def _end_of_turn(self, style: str) -> int:
@@ -162,8 +164,8 @@ class Encoder:
     def answer(self, text: str, style: str | None = None, *, complete: bool = True, limit: int = 0) -> list[int]:
         """Token ids of an answer and the end-of-turn token; a cut answer has no end-of-turn token."""
         style, limit = style or self.style, limit or self.max_answer_tokens
-        end, space = self._joints[style]
-        ids = self._ids_after(end, space + text if text else "")
+        end, end_ids, space = self._joints[style]
+        ids = self._ids_after(end, end_ids, space + text if text else "")
         if not complete or len(ids) >= limit:
             return ids[:limit]
         return ids + [self._end[style]]
@@ -271,10 +273,10 @@ class StepRows:
         steps = range(self.options.max_unlearn_steps)
         return tuple({v for step in steps for v in visits(step)} for visits in (self.forget_visits, self.normal_visits))
 
-    def trained_prompts(self, steps: int) -> list[str]:
-        """The forget prompts that the first `steps` steps ask, each once."""
+    def trained_prompts(self, steps: int) -> set[str]:
+        """The forget prompts that the first `steps` steps ask."""
         visits = (v for step in range(steps) for v in self.forget_visits(step) + self.empty_visits(step))
-        return sorted({self.forget[source][row].prompt for source, row in visits})
+        return {self.forget[source][row].prompt for source, row in visits}
 
     def fill_responses(self, answer) -> None:
         """Give every row that the run will visit a response: `answer(rows, tokens) -> rows` asks the model where

@@ -145,11 +145,12 @@ def _rows_of(record: dict, source: str, where: str) -> list[Row]:
     row_id = str(lower.get("id", "") if lower.get("id") is not None else "")
 
     if "is_response_0_safe" in lower:
-        return [
-            Row(prompt, _text(lower[f"response_{i}"], where, f"response_{i}") or None, categories, row_id, source)
-            for i, categories in ((i, _pku_categories(lower, i)) for i in (0, 1))
-            if not _truth(lower[f"is_response_{i}_safe"])
-        ]
+        rows = []
+        for i in (0, 1):
+            if not _truth(lower[f"is_response_{i}_safe"]):
+                response = _text(lower[f"response_{i}"], where, f"response_{i}") or None
+                rows.append(Row(prompt, response, _pku_categories(lower, i), row_id, source))
+        return rows
     response_field = next((f for f in RESPONSE_FIELDS if lower.get(f) is not None), None)
     response = _text(lower[response_field], where, response_field) if response_field else None
     correct = str(lower.get("correct answers") or "")

@@ -97,9 +97,8 @@ def refuse_other_settings(folder: Path, words: list[str]) -> None:
     """A finished run that these words would not make again has no place on the same front: UsageError."""
     made = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["options"]
     now = dataclasses.asdict(parse(UnlearnOptions, words))
-    own = checkpoint.FREE | {"model_save_dir"}
-    if differ := [f"{name}: {made.get(name)!r} then, {now[name]!r} now" for name in now
-                  if name not in own and made.get(name) != now[name]]:  # fmt: skip
+    names = now.keys() - checkpoint.FREE - {"model_save_dir"}
+    if differ := checkpoint.differences(*({name: some.get(name) for name in names} for some in (made, now))):
         raise UsageError(f"{folder}: made with other settings ({'; '.join(differ)}); remove it or change --sweep_dir")
 
 
