@@ -33,7 +33,7 @@ models/demo/unlearn_args.json: configs/demo.yaml data/harmful.jsonl data/benign.
 
 test: $(VENV)/.installed
 	$(PYTHON) setup_demo.py
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(PYTHON) setup_demo.py

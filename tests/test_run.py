@@ -140,6 +140,11 @@ def test_a_requirement_that_fails_ends_with_3(finished):
     assert run.returncode == 3, run.stderr
     assert "1 of 2 requirements hold" in run.stdout
     assert "fails  keep.similarity >= 9" in run.stdout
+
+
+@pytest.mark.parametrize("finished", ["llama"], indirect=True)
+def test_what_an_evaluation_refuses(finished):
+    _, cwd, _, _ = finished
     for bad, message in (
         ("--require=x=3", "--require 'x=3': must look like"),
         ("--require=forget.ontopic<=1", "forget.ontopic is not measured; measured with these options"),
@@ -148,7 +153,7 @@ def test_a_requirement_that_fails_ends_with_3(finished):
         ("--train_log=logs/out.log", "--train_log logs/out.log: is not the log in JSON lines"),
         ("--attacks=magic", "--attacks magic: must be all, none, or among"),
     ):
-        run = run_cli("evaluate_unlearning.py", *words[:-2], f"--report_dir={cwd}/none", bad, cwd=cwd)
+        run = run_cli("evaluate_unlearning.py", "--model_name=models/out", "--report_dir=none", bad, cwd=cwd)
         assert message in one_line_error(run)
     assert not (cwd / "none").exists()
 
