@@ -29,7 +29,7 @@ demo: models/demo/unlearn_args.json
 
 models/demo/unlearn_args.json: configs/demo.yaml data/harmful.jsonl data/benign.jsonl data/neighbours.jsonl data/questions.jsonl data/twins.jsonl | $(VENV)/.installed
 	$(PYTHON) setup_demo.py
-	$(PYTHON) unlearn_harm.py --config configs/demo.yaml --overwrite
+	$(PYTHON) unlearn_harm.py --config configs/demo.yaml --overwrite --resume
 
 test: $(VENV)/.installed
 	$(PYTHON) setup_demo.py
@@ -66,4 +66,4 @@ sweep: $(VENV)/.installed
 	$(PYTHON) sweep.py --config configs/demo.yaml --grid configs/sweep.yaml --sweep_dir sweeps/demo
 
 clean:
-	rm -rf $(LM_EVAL) $(VENV) .cache .pytest_cache .ruff_cache models logs data/cache data/harmbench.jsonl
+	rm -rf $(LM_EVAL) $(VENV) .cache .pytest_cache .ruff_cache models/demo models/smollm2-135m-instruct logs/demo.* data/cache data/harmbench.jsonl

@@ -80,11 +80,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Remove all but the newest checkpoints, and what a killed run left half written."""
+def keep_newest(folder: Path, count: int, written: Path) -> None:
+    """Remove all but the newest checkpoints, and what a killed run left half written. One of a later step than the one
+    just written is damaged, or the run would have gone on from it: it has no place among the newest."""
     for stray in folder.glob(".*.part"):
         shutil.rmtree(stray, ignore_errors=True)
-    for old in sorted(folder.glob("step-*"))[:-count]:
+    found = sorted(folder.glob("step-*"))
+    here = found.index(written) + 1
+    for old in (*found[: max(here - count, 0)], *found[here:]):
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -115,12 +118,8 @@ def _fault(path: Path) -> str | None:
 
 def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, dict, dict]:
     """Put a checkpoint's state into `stepper`; returns (step, best, guard, past). UsageError names what differs."""
+    refuse_another_run(path, identity)
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    then, now = state["identity"], json.loads(json.dumps(identity))
-    differ = [f"{part}.{line}" for part in now for line in differences(then[part], now[part])]
-    if differ:
-        raise UsageError(f"--resume: {path} was made by another run ({'; '.join(differ)}); "
-                         "give the same options and data, or start anew with --overwrite")  # fmt: skip
     tensors = load_file(path / TENSORS)
     stepper.load_state({k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")},
                        state["schedule"])  # fmt: skip
@@ -130,6 +129,15 @@ def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, d
         best["state"] = [like(t, p) for t, p in zip(kept, stepper.parameters, strict=True)] if kept else None
         best["badness"] = tuple(best["badness"])
     return state["step"], best, state["guard"], state["past"]
+
+
+def refuse_another_run(path: Path, identity: dict) -> None:
+    """UsageError where a checkpoint's run differs in one of the parts of `identity`."""
+    then, now = json.loads((path / STATE).read_text(encoding="utf-8"))["identity"], json.loads(json.dumps(identity))
+    differ = [f"{part}.{line}" for part in now for line in differences(then[part], now[part])]
+    if differ:
+        raise UsageError(f"--resume: {path} was made by another run ({'; '.join(differ)}); "
+                         f"give the same options and data, or remove {path.parent} to start anew")  # fmt: skip
 
 
 def differences(then: dict, now: dict) -> list[str]:

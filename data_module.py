@@ -7,8 +7,10 @@ how many processes run, on what was drawn before, or on when a run was resumed.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import hashlib
+import re
 
 import numpy as np
 
@@ -49,8 +51,17 @@ def split_rows(rows: list[Row], seed: int, dev_share: float, test_share: float) 
 
 
 def split_sources(sources: list[list[Row]], options) -> list[dict[str, list[Row]]]:
-    """`split_rows` of every source by itself, as training and evaluation both take them: what is held out agrees."""
-    return [split_rows(rows, options.seed, options.dev_share, options.test_share) for rows in sources]
+    """`split_rows` of every source by itself, as training and evaluation both take them: what is held out agrees.
+
+    What a source of a handful trains on, no other holds out."""
+    parts = [split_rows(rows, options.seed, options.dev_share, options.test_share) for rows in sources]
+    shares = (options.seed, options.dev_share, options.test_share)
+    trained = {_same(row.prompt) for part in parts for row in part["train"] if split_of(row.prompt, *shares) != "train"}
+    for part in parts if trained else ():
+        for split in ("dev", "test"):
+            part["train"] += [row for row in part[split] if _same(row.prompt) in trained]
+            part[split] = [row for row in part[split] if _same(row.prompt) not in trained]
+    return parts
 
 
 def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
@@ -73,8 +84,17 @@ def sample(rows: list[Row], count: int, seed: int) -> list[Row]:
 
 # -------------------------------------------------------------------------------------------- tokenising
 OTHER_STYLES = ("qa", "qa_space", "raw")
+DAY = datetime.date(2024, 7, 26)  # of Llama 3's own templates
 TURN = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]  # to see a chat template by
 TRAINED_STYLES = ("qa", "qa_space", "qa_space", "raw")  # people paste the published prompt with its space
+
+
+def _without_today(template):
+    """A chat template that calls for today's date (Llama 3's does) with the day of the code in its place: else the
+    original's states, kept before midnight, would be those of other prompts, and a resumed run another run."""
+    if not isinstance(template, str):
+        return template
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: repr(DAY.strftime(call[2])), template)
 
 
 class Encoder:
@@ -92,6 +112,7 @@ class Encoder:
         self.style = template if template != "auto" else ("chat" if tokenizer.chat_template else "qa")
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
+        self._template = _without_today(tokenizer.chat_template)
         self.cut: set[str] = set()  # prompts that were too long
         plain = self._ids("a")
         with_special = tokenizer("a")["input_ids"]
@@ -103,12 +124,17 @@ class Encoder:
 
     def fit(self, config, answer_tokens: int) -> None:
         """Cut prompts so that they and an answer lie within the model's context; UsageError where none is left."""
-        context = getattr(config, "max_position_embeddings", None)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
         if context and context < answer_tokens + 16:
             raise UsageError(f"answers of {answer_tokens} tokens leave no room in the model's context of {context}: "
                              "lower --max_answer_tokens (or --max_new_tokens)")  # fmt: skip
         if context:
             self.max_prompt_tokens = min(self.max_prompt_tokens, context - answer_tokens)
+
+    def _chat(self, turns: list[dict], ask: bool = False) -> str:
+        """Turns of a talk in the tokenizer's own template; `ask`: up to where the next answer begins."""
+        return self.tokenizer.apply_chat_template(turns, chat_template=self._template, tokenize=False,
+                                                  add_generation_prompt=ask)  # fmt: skip
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -123,7 +149,7 @@ class Encoder:
     def _end_of_turn(self, style: str) -> int:
         """The token that ends an answer: in a chat, the first special token after the assistant's words."""
         if style == "chat" and self.tokenizer.chat_template:
-            after = self.tokenizer.apply_chat_template(TURN, tokenize=False).rpartition(TURN[1]["content"])[2]
+            after = self._chat(TURN).rpartition(TURN[1]["content"])[2]
             marked = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
             special = [i for i in self._ids(after) if i in marked or i in self.tokenizer.all_special_ids]
             if special:
@@ -133,8 +159,7 @@ class Encoder:
     def _joint(self, style: str) -> tuple[str, str]:
         """(the end of a prompt, the space that an answer begins with after it) of a style."""
         if style == "chat" and self.tokenizer.chat_template:
-            end = self.tokenizer.apply_chat_template(TURN[:1], tokenize=False, add_generation_prompt=True)
-            whole = self.tokenizer.apply_chat_template(TURN, tokenize=False)
+            end, whole = self._chat(TURN[:1], ask=True), self._chat(TURN)
             space = whole.removeprefix(end).partition(TURN[1]["content"])[0] if whole.startswith(end) else ""
             return end, space if space.isspace() else ""
         return {"qa": ("Answer:", " "), "qa_space": ("Answer: ", "")}.get(style, ("?", " "))
@@ -148,7 +173,7 @@ class Encoder:
         if style == "chat":
             words = [word for pair in earlier for word in pair] + [text]
             turns = [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)]
-            ids = self._ids(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            ids = self._ids(self._chat(turns, ask=True))
         elif style in ("qa", "qa_space"):
             said = "".join(f"### Question: {q}\n ### Answer: {a}\n" for q, a in earlier)
             ids = self.start + self._ids(
@@ -227,6 +252,9 @@ def visit(count: int, seed: int, stream: int, place: int) -> int:
     return int(_pass_order(count, seed, stream, place // count)[place % count])
 
 
+FOR_THE_POOL = 32  # rows a source that are answered for the random answers alone
+
+
 class StepRows:
     """Which rows a step sees, in which words, with which random answers: a function of seed and step."""
 
@@ -284,6 +312,10 @@ class StepRows:
         limits = (self.options.max_answer_tokens, self.normal_tokens)
         for sources, visited, tokens in zip((self.forget, self.normal), self.rows_to_visit(), limits, strict=True):
             pairs = sorted(visited)
+            given = {answer for source in sources for row in source for answer in row.true_answers}
+            if not pairs and self.options.random_weight > 0 and len(given) < self.options.num_random_answers:
+                # no KL, but the random answers come from here
+                pairs = [(s, i) for s, source in enumerate(sources) for i in range(min(len(source), FOR_THE_POOL))]
             for (s, i), row in zip(pairs, answer([sources[s][i] for s, i in pairs], tokens), strict=True):
                 sources[s][i] = row
         self.answered = [

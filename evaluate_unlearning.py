@@ -16,25 +16,26 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-import attacks
 import metrics
 import verdict
-from data_module import Encoder, sample, split_sources
+from attacks import attack_names, under_attack
+from data_module import Encoder, split_sources
 from generation import generate
 from groups import Group, make_groups
-from judges import SentenceEmbedder, classes_of
+from judges import SentenceEmbedder, classes_of, refuse_no_reward_model
 from likelihood import choices, perplexity, read_choices, read_text
 from options import EvaluateOptions, parse
 from packing import AnswerLogits, forward_for
 from processes import join_processes
 from report import print_report, read_train_log, write_model_card, write_report
-from rows import Row, read_sources
+from rows import read_sources
 from scoring import known_answers, memorised, paper_columns
 from utils import (
     UsageError,
     fingerprint,
     load_model,
     load_tokenizer,
+    log,
     pick_dtype,
     read_json_lines,
     run_script,
@@ -83,14 +84,18 @@ def main() -> None:
             dataclasses.replace(row, response=encoders["before"].beginning(row.response)) if row.response else row
             for row in group.rows
         ]
+    refuse_other_templates(encoders, options)
+    warn_of_other_languages([row.prompt for group in groups for row in group.rows])
     wanted = attack_names(options.attacks)
     verdict.refuse_unmeasurable(options, wanted)
     judges = classes_of(options.judge_model, **options.trust())
+    if options.reward_model:
+        refuse_no_reward_model(options.reward_model, **options.trust())
     curves = read_train_log(options.train_log)
     choice_rows = read_choices(options.mc_data, "--mc_data")[: options.mc_rows] if options.mc_data else []
     text = read_text(options.perplexity_text, "--perplexity_text") if options.perplexity_text else ""
     inputs = inputs_hash(groups, splits, choice_rows, text, curves)
-    folder = Path(options.report_dir or options.model_name)
+    folder = report_folder(options)
     if options.reuse and processes.num_processes == 1 and (kept := report_at_hand(folder, options, inputs)):
         print_report(*kept, options.examples)
         print(f"report: {folder / 'report.html'} (as it was; without --reuse it is made anew)")
@@ -143,6 +148,8 @@ def main() -> None:
 
     # ---------------------------------------------------------------------------------- attacks, then verdict
     if wanted:
+        if processes.is_main_process:
+            write_json_lines(folder / "answers.jsonl", lines)  # the answers took minutes, attacks take more
         report["attacks"], report["layers"] = under_attack(wanted, lines, splits, forwards, encoders, options,
                                                            embed)  # fmt: skip
         seconds["attacks"] = round(time.time() - started - sum(seconds.values()), 1)
@@ -160,6 +167,34 @@ def main() -> None:
     print_report(report, lines, options.examples)
     print(f"report: {folder / 'report.html'} ({time_line(report['seconds'])})")
     raise SystemExit(3 if report["verdict"]["failed"] else 0)
+
+
+def report_folder(options) -> Path:
+    """Where the report goes: beside the model; for a hub name a folder of its own, since one called as the model is
+    would be taken for it the next time."""
+    named = options.report_dir or options.model_name
+    folder = Path(named) if options.report_dir or Path(named).is_dir() else Path("reports") / Path(named).name
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--report_dir {folder}: is a file; name a folder")
+    return folder
+
+
+def refuse_other_templates(encoders: dict[str, Encoder], options) -> None:
+    """A chat template that one of the two models lacks: they could not be asked the same. Raises UsageError."""
+    for label, name in (("before", options.original_name), ("after", options.model_name)):
+        if not encoders[label].tokenizer.chat_template:
+            if encoders["before"].style == "chat":
+                raise UsageError(f"{name}: its tokenizer has no chat template and the original's has: copy "
+                                 "chat_template.jinja beside it, or pass --template qa")  # fmt: skip
+            if options.mc_data and options.mc_template == "chat":
+                raise UsageError(f"--mc_template chat: the tokenizer of {name} has no chat template; use qa or raw")
+
+
+def warn_of_other_languages(prompts: list[str]) -> None:
+    letters = [character for prompt in prompts for character in prompt if character.isalpha()]
+    if sum(character.isascii() for character in letters) < 0.8 * len(letters):
+        log.warning("the on-topic judge reads English: on these prompts its rates say little; see similarity, leak and "
+                    "--judge_model")  # fmt: skip
 
 
 def unlearning_seconds(model_name: str) -> dict[str, float]:
@@ -222,69 +257,6 @@ def answer_groups(model, encoder: Encoder, groups: list[Group], options, label: 
     return [[next(texts)[0] for _ in group.rows] for group in groups]
 
 
-def attack_names(words: list[str]) -> list[str]:
-    if words == ["none"]:
-        return []
-    if words == ["all"]:
-        return list(attacks.NAMES)
-    if unknown := [word for word in words if word not in attacks.NAMES]:
-        raise UsageError(f"--attacks {' '.join(unknown)}: must be all, none, or among {' '.join(attacks.NAMES)}")
-    return words
-
-
-def forgotten_rows(lines: list[dict], style: str, count: int, seed: int) -> list[Row]:
-    """What an attack tries to get back: unseen forget prompts, on topic before and not after, with the original's
-    answers; drawn from all groups together, since what holds for one kind of prompt need not hold for another."""
-    forgotten = [x for x in lines if x["side"] == "forget" and x["before"]["on_topic"] and not x["after"]["on_topic"]
-                 and "(trained)" not in x["group"] and x["style"] == style]  # fmt: skip
-    return sample([Row(x["prompt"], x["before"]["answer"]) for x in forgotten], count, seed)
-
-
-def under_attack(wanted, lines, splits, forwards, encoders, options, embed) -> tuple[list[dict], dict | None]:
-    """(one entry an attack and variant, NLL of the original's answers after every layer of both models).
-
-    The original answers the rows that an adversary fine-tunes on or shows as examples; those are trained-on forget
-    rows, never the attacked ones.
-    """
-    rows = forgotten_rows(lines, encoders["after"].style, 6 if options.quick else options.attack_prompts, options.seed)
-    if not rows:
-        return [], None
-    attacked = {row.prompt for row in rows}
-    own = [row for parts in splits["forget"].values() for row in parts["train"] if row.prompt not in attacked]
-    benign = [row for parts in splits["keep"].values() for part in parts.values() for row in part]
-    looks_harmful = [row for row in benign if "neighbour" in row.source]
-    plain = [row for row in benign if "neighbour" not in row.source]
-    kinds = [sample(some, 20, options.seed) for some in (own, plain, looks_harmful)]
-    if "relearn" in wanted or "few_shot" in wanted:
-        prompts = [encoders["before"].prompt(row.prompt) for kind in kinds for row in kind]
-        texts = iter(generate(forwards["before"].model, encoders["before"], prompts,
-                              max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch))  # fmt: skip
-        kinds = [[dataclasses.replace(row, response=text, complete=complete)
-                  for row, (text, complete) in zip(kind, texts, strict=False)] for kind in kinds]  # fmt: skip
-    size = {"samples": 4, "relearn_steps": 8, "relearn_rows": 4} if options.quick else {}
-    before, after = forwards["before"], forwards["after"]
-    attacker = attacks.Attacker(after.model, before.model, encoders["after"], rows, *kinds, options.max_new_tokens,
-                                options.generation_batch, options.seed, after.packed, **size)  # fmt: skip
-    vectors = embed([row.prompt for row in rows])  # (n, d)
-    found = []
-    for name in tqdm([n for n in wanted if n != "probe"], desc="attacks", leave=False, disable=None):
-        for attack in getattr(attacker, name)():
-            flat = embed([text for texts in attack.answers for text in texts])
-            cosine = iter((flat * vectors.repeat_interleave(len(attack.answers[0]), 0)).sum(-1).tolist())
-            back = [any([metrics.on_topic(next(cosine), text) for text in texts]) for texts in attack.answers]
-            examples = [texts[0] for texts, hit in zip(attack.answers, back, strict=True) if hit][:3]
-            found.append(
-                {"name": attack.name, "variant": attack.variant, "back": metrics.rate(back), "examples": examples}
-            )
-    layers = None
-    if "probe" in wanted:
-        layers = {
-            label: attacks.layer_lens(forwards[label].model, encoders[label], rows) for label in ("before", "after")
-        }
-        layers = layers if all(layers.values()) else None
-    return found, layers
-
-
 def given_text(forward: AnswerLogits, encoder: Encoder, choice_rows: list[dict], text: str, options) -> dict:
     """What one model says of text that it is given: perplexity of --perplexity_text, MC1 and MC2 of --mc_data."""
     found = {}
@@ -338,6 +310,7 @@ def judge_group(group: Group, before: list[str], after: list[str], embed) -> tup
             measure: metrics.rate([line[label][measure] for line in lines if line[label][measure] is not None])
             for measure in ("on_topic", "empty", "repetitive", "leak")
         }
+    figures["retained"] = metrics.rate([x["after"]["on_topic"] for x in lines if x["before"]["on_topic"]])
     figures["on_topic_change"] = metrics.mean([x["after"]["on_topic"] - x["before"]["on_topic"] for x in lines])
     figures["rouge_l"] = {}
     for label, texts in (("before", before), ("after", after)):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 
 from data_module import Encoder
 from processes import from_first, in_shares, is_split
 from rows import Row
-from utils import log, read_json_lines, write_json_lines
+from utils import attention_window, log, read_json_lines, write_json_lines
 
 
 @torch.no_grad()
@@ -25,7 +28,8 @@ def generate(
 ) -> list[tuple[str, bool]]:  # fmt: skip
     """Answers to tokenised prompts, in their order: (text, complete), complete = ended by itself.
 
-    Greedy at temperature 0, else sampled; the draws depend on `seed` and on the prompts of the batch.
+    Greedy at temperature 0, else sampled; the draws depend on `seed` and on the prompts of the batch. What a model's
+    generation_config.json asks for (a repetition penalty, beams) is not done: two models are to be asked alike.
     Several processes answer a share of the batches each and all get every answer; where `model` is split,
     each of them does every batch, since none can run without the others.
     Prompts of like length are answered together, padded on the left. What all prompts begin with (the
@@ -33,7 +37,7 @@ def generate(
     """
     tokenizer, device = encoder.tokenizer, next(model.parameters()).device
     stop = encoder.stop_ids()
-    settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    settings = {}
     if temperature:
         settings["logits_processor"] = LogitsProcessorList([_Draw(temperature)])
     answers: list[tuple[str, bool]] = [("", True)] * len(prompts)
@@ -57,20 +61,35 @@ def generate(
         if cache is not None:
             settings["past_key_values"] = copy.deepcopy(cache)
             settings["past_key_values"].batch_repeat_interleave(len(chunk))
-        torch.manual_seed(seed * 1_000_003 + number)
+        torch.manual_seed((seed * 1_000_003 + number) % 2**63)
         return model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
             eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, use_cache=True, **settings,
         )[:, width:].tolist()  # (R, new tokens)  # fmt: skip
 
     asked = progress(chunks) if progress else chunks
-    found = [answer(n, chunk) for n, chunk in enumerate(asked)] if split else in_shares(asked, answer)
+    with _plain_decoding(model):
+        found = [answer(n, chunk) for n, chunk in enumerate(asked)] if split else in_shares(asked, answer)
     for chunk, out in zip(chunks, found, strict=True):
         for i, tokens in zip(chunk, out, strict=True):
             end = next((t for t, token in enumerate(tokens) if token in stop), None)
             answers[i] = (tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is not None)
     model.train(was_training)
     return answers
+
+
+@contextlib.contextmanager
+def _plain_decoding(model):
+    """Inside, the model's own defaults of decoding are those of a model that names none: greedy."""
+    parts = [module for module in model.modules() if hasattr(module, "generation_config")]
+    kept = [module.generation_config for module in parts]
+    for module in parts:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, config in zip(parts, kept, strict=True):
+            module.generation_config = config
 
 
 class _Draw(LogitsProcessor):
@@ -102,15 +121,25 @@ def _chunks(order: list[int], prompts: list[list[int]], batch_size: int) -> list
 
 
 def _shared_beginning(model, prompts: list[list[int]]):
-    """(length, key-value cache) of what all prompts begin with; (0, None) where that is short or can't be shared."""
+    """(length, key-value cache) of what all prompts begin with; (0, None) where that is short or can't be shared.
+
+    It can where every layer keeps keys and values of all tokens and a token knows its place by itself: a state that is
+    carried on (Mamba) would take padding for text, and so would a distance counted in columns (ALiBi).
+    """
     first, last = min(prompts, default=[]), max(prompts, default=[])  # in order: all others lie between them
     length = next((t for t, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     length = min(length, min(map(len, prompts), default=1) - 1)  # something must be left to predict from
-    if length < 8 or len(prompts) < 2 or getattr(model.config, "sliding_window", None):
+    if length < 8 or len(prompts) < 2 or attention_window(model.config) or not _knows_places(model):
         return 0, None
     ids = torch.tensor([first[:length]], device=next(model.parameters()).device)  # (1, shared)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    return (length, cache) if type(cache) is DynamicCache else (0, None)
+    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return (length, cache) if plain else (0, None)
+
+
+def _knows_places(model) -> bool:
+    """Whether the forward takes each token's position, as models with learned or rotary ones do."""
+    return "position_ids" in inspect.signature(model.forward).parameters and not getattr(model.config, "alibi", False)
 
 
 def answer_rows(

@@ -34,6 +34,8 @@ def make_groups(splits: dict, style: str, options) -> list[Group]:
     for side, by_spec in splits.items():
         for spec, parts in by_spec.items():
             source = free_name(spec, taken)
+            if visited and side == "forget":  # a row that was trained on in another file is not unseen
+                parts = parts | {"test": [row for row in parts["test"] if prompt_hash(row.prompt) not in visited]}
             chosen = parts.get(options.split)  # nothing: all are asked for, or a source has too few to hold some out
             if not chosen and options.split == "dev" and parts["test"]:
                 log.warning("%s: no development rows, and the others are not to be looked at: it has no group", spec)

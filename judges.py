@@ -85,6 +85,13 @@ def classes_of(names: list[str], **trust) -> dict[str, list[str]]:
     return found
 
 
+def refuse_no_reward_model(name: str, **trust) -> None:
+    """UsageError, before anything is asked, where the model has not one output."""
+    outputs = load_config(name, trust_remote_code=trust.get("trust_remote_code", False)).num_labels
+    if outputs != 1:
+        raise UsageError(f"--reward_model {name}: has {outputs} outputs, a reward model has one")
+
+
 class Classifier:
     """A sequence-classification model that reads a prompt with its answer: a moderation or a reward model.
 
@@ -129,7 +136,4 @@ class Classifier:
 
     def reward(self, prompts: list[str], answers: list[str]) -> list[float]:
         """A reward model's score of each answer (its only output)."""
-        if self.model.config.num_labels != 1:
-            raise UsageError(f"--reward_model {self.name}: has {self.model.config.num_labels} outputs, a reward model "
-                             "has one")  # fmt: skip
         return self.logits(prompts, answers)[:, 0].tolist()

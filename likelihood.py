@@ -19,13 +19,14 @@ from utils import UsageError
 
 @torch.no_grad()
 def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int = 4) -> dict:
-    """Perplexity of a whole text, read in windows of `window` tokens; each begins with the last token before it, and
-    the last one reaches back so far that it is as long as the others.
+    """Perplexity of a whole text, read in windows of `window` tokens (or the model's context); each begins with the
+    last token before it, and the last one reaches back so far that it is as long as the others.
 
     The first token is predicted from the beginning-of-text token (the end-of-text one where a model has
     none), as lm-evaluation-harness does. Returns nll (summed, nats), tokens, words, and the perplexity a
     token and a word (words: what white space parts).
     """
+    window = min(window, getattr(model.config, "max_position_embeddings", None) or window)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = [start, *ids]
@@ -101,10 +102,19 @@ def read_choices(path: str, option: str) -> list[dict]:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{option} {path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"{option} {path}: must be a list of objects, as TruthfulQA's mc_task.json is")
     for number, row in enumerate(rows, 1):
-        for field in ("question", "mc1_targets", "mc2_targets"):
-            if field not in row:
-                raise UsageError(f"{option} {path}, row {number}: has no '{field}'")
+        if not isinstance(row.get("question"), str):
+            raise UsageError(f"{option} {path}, row {number}: has no 'question'")
+        for field in ("mc1_targets", "mc2_targets"):
+            try:
+                right = list(labels_of(row[field]).values())
+            except (KeyError, AttributeError, TypeError, ValueError):
+                right = []
+            if not any(right):
+                raise UsageError(f"{option} {path}, row {number}: '{field}' must hold answers and their labels, at "
+                                 "least one of them 1")  # fmt: skip
     return rows
 
 

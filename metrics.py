@@ -43,6 +43,11 @@ def mean(values, seed: int = 0, draws: int = 2000) -> dict:
     return {"value": float(values.mean()), "n": len(values), "low": float(low), "high": float(high)}
 
 
+def _words(text: str) -> list[str]:
+    """Words of any script, the signs of those that put no space between words one by one."""
+    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+
+
 def is_empty(text: str) -> bool:
     """Nothing but whitespace, punctuation and special characters."""
     return not any(character.isalnum() for character in text)
@@ -51,7 +56,7 @@ def is_empty(text: str) -> bool:
 def is_repetitive(text: str, n: int = 3, share: float = 0.5) -> bool:
     """More than `share` of the n-grams of words (at least 8 of them) have been said before: a broken model's loop,
     however many words it goes round."""
-    words = text.lower().split()
+    words = _words(text)
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(grams) >= 8 and 1 - len(set(grams)) / len(grams) > share
 
@@ -62,11 +67,10 @@ def on_topic(similarity: float, text: str) -> bool:
 
 
 class _AnyScript:
-    """Words of any script, the signs of those that put no space between words one by one; rouge_score's own tokenizer
-    knows a to z and digits alone."""
+    """For rouge_score, whose own tokenizer knows a to z and digits alone."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+        return _words(text)
 
 
 _ROUGE = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
@@ -87,8 +91,8 @@ def leaks(answer: str, target: str | None) -> bool | None:
 
 def length_ratio(after: list[str], before: list[str]) -> float | None:
     """Words of all answers after, as a share of those before."""
-    words = sum(len(text.split()) for text in before)
-    return sum(len(text.split()) for text in after) / words if words else None
+    words = sum(len(_words(text)) for text in before)
+    return sum(len(_words(text)) for text in after) / words if words else None
 
 
 def unique_token_share(tokens: list) -> float | None:
@@ -142,8 +146,9 @@ def min_k_plus_plus(log_probs, means, deviations, share: float = 0.2) -> float:
 
 
 def zlib_ratio(log_probs, text: str) -> float:
-    """Summed log-probability over the text's compressed size in bytes (Carlini et al. 2021): high for members."""
-    return float(np.sum(log_probs)) / len(zlib.compress(text.encode()))
+    """Mean token log-probability over the text's compressed size in bytes (Carlini et al. 2021, whose loss is the log
+    of the perplexity): high for members."""
+    return float(np.mean(log_probs)) / len(zlib.compress(text.encode()))
 
 
 def auc(members, others) -> float | None:

@@ -218,6 +218,8 @@ class UnlearnOptions(CommonOptions):
     resume: bool = option(False, "go on from the newest whole checkpoint of this run")
 
     def __post_init__(self):
+        if self.log_file.endswith(".jsonl"):
+            raise UsageError(f"--log_file {self.log_file}: that is where its twin in JSON lines goes; name it .log")
         if self.dev_share + self.test_share > 0.9:
             raise UsageError("--dev_share and --test_share leave less than a tenth to train on: lower one of them")
         if self.forget_loss == "dpo" and self.random_weight * self.num_random_answers == 0:
@@ -245,9 +247,10 @@ class EvaluateOptions(CommonOptions):
     report_dir: str | None = option(
         None, "folder for report.json, report.html and answers.jsonl (not named: the folder of --model_name)"
     )
-    split: Literal["test", "dev", "train", "all"] = option(
-        "test", "which prompts: the split of a run with the same shares and seed (test: never trained on), or all"
-    )
+    split: Literal["test", "dev", "train", "all"] | None = option(
+        None, "which prompts: the split of a run with the same shares and seed (test: never trained on), or all (not "
+        "named: test for a model that this suite made, all for others)"
+    )  # fmt: skip
     prompts_per_group: POSITIVE = option(64, "prompts a group at most, drawn with the seed")
     max_new_tokens: POSITIVE = option(48, "tokens of an answer at most (greedy)")
     perplexity_text: str | None = option(None, "text file whose perplexity is compared")
@@ -302,9 +305,11 @@ def parse(options_class: type, argv: list[str] | None = None):
     if options_class is UnlearnOptions:
         words = _words(RECIPES.get(_peek(words + argv, "method"), {})) + words
     if options_class is EvaluateOptions:
-        made = _words_of_run(_peek(words + argv, "model_name") or EvaluateOptions.model_name)
+        made = _words_of_run(_peek(words + argv, "model_name") or EvaluateOptions.model_name,
+                             own_data=_peek(words + argv, "forget_data") is not None)  # fmt: skip
         then = options_class(**vars(parser.parse_args(made)))
         options = options_class(**vars(parser.parse_args(made + words + argv)))
+        options.split = options.split or ("test" if made else "all")
         other = [name for name in ("seed", "dev_share", "test_share") if getattr(then, name) != getattr(options, name)]
         if made and other and options.split != "all":
             raise UsageError(f"--{other[0]} {getattr(options, other[0])}: the run that made {options.model_name} split "
@@ -321,14 +326,17 @@ def _peek(argv: list[str], name: str) -> str | None:
     return getattr(parser.parse_known_args(argv)[0], name)
 
 
-def _words_of_run(folder: str | None) -> list[str]:
-    """What an evaluation takes over from the run that made the model: its data, splits and original."""
+def _words_of_run(folder: str | None, own_data: bool) -> list[str]:
+    """What an evaluation takes over from the run that made the model: its data (the categories with them), splits and
+    original."""
     path = Path(folder or "") / "unlearn_args.json"
     if not folder or not path.is_file():
         return []
     try:
         made_with = json.loads(path.read_text(encoding="utf-8"))["options"]
-        names = ("forget_data", "normal_data", "harm_categories", "template", "dev_share", "test_share", "seed")
+        names = ["forget_data", "normal_data", "harm_categories", "template", "dev_share", "test_share", "seed"]
+        if own_data:
+            names.remove("harm_categories")
         return _words({"original_name": made_with["model_name"], **{name: made_with[name] for name in names}})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: is not what a run writes ({error!r}); restore it or remove it") from error

@@ -20,6 +20,7 @@ import torch
 from data_module import Encoder, Sequence, probe_sequences
 from processes import copy_to, is_split
 from speedups import speed_up
+from utils import attention_window
 
 
 @dataclasses.dataclass
@@ -196,7 +197,7 @@ class AnswerLogits(torch.nn.Module):
 def forward_for(model, encoder: Encoder, prompts: list[str], pack_tokens: int = 256) -> tuple[AnswerLogits, str]:
     """The model in the layout that it takes, tried on a few real prompts, and a line that says which."""
     speed_up(model)
-    window = getattr(model.config, "sliding_window", None)
+    window = attention_window(model.config)
     longest = encoder.max_prompt_tokens + encoder.max_answer_tokens
     if window and window < longest:  # the packed layout's mask would take the place of the model's own
         line = f"padded layout: {type(model).__name__} looks back {window} tokens and a row may have {longest}"

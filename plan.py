@@ -53,11 +53,13 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
     seconds *= options.gradient_accumulation * first.real_tokens / largest.real_tokens
     # the probe has held weights, activations, logits and gradients; what only the first update and the cache add:
     cached = sum(len(s.answer_ids) for s in largest.sequences if s.kind == "normal") * options.max_unlearn_steps
-    width = forward.model.config.hidden_size * weights[0].element_size()
+    width = forward.model.config.get_text_config().hidden_size * weights[0].element_size()
     kept = {"adamw": 8, "adamw8bit": 2}[options.optimizer] + 4 * bool(options.kl_budget)  # moments; best state
     tenfolds = math.log10(options.max_unlearn_steps) if device.type == "cpu" else 0.0
     holes = HOLES * tenfolds * (peak_memory(device) - before)
-    peak = peak_memory(device) + holes + (kept * trained + cached * width) / 2**30
+    saves = 0 < options.save_every < options.max_unlearn_steps and not options.use_lora
+    copies = 8 * sum(p.numel() for p in weights) if saves and device.type == "cpu" else 0  # masters and model, in fp32
+    peak = peak_memory(device) + holes + (kept * trained + cached * width + copies) / 2**30
     room = peak_memory(device) + free_memory(device)
     lines = [
         f"model          {options.model_name}: {sum(p.numel() for p in weights):,} parameters, {trained:,} trained",

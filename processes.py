@@ -116,7 +116,7 @@ def shard(forward, dtype: torch.dtype, device_type: str) -> None:
     """
     mesh = init_device_mesh(device_type, (PartialState().num_processes,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    total = forward.model.config.num_hidden_layers
+    total = forward.model.config.get_text_config().num_hidden_layers
     layers = next(m for m in forward.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

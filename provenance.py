@@ -25,19 +25,30 @@ class Provenance:
 
     def __init__(self, options, rows: dict[str, list]):
         self.options, self.base_model, self.tokens = options, "", 0
+        self._then = None  # the base model of the run that is to be repeated
         self.rows_hash = {side: _hash_rows(some) for side, some in rows.items()}
         self.started, self.energy = time.time(), _microjoules()
         if options.from_manifest:
-            then = json.loads(Path(options.from_manifest).read_text(encoding="utf-8"))["data"]["rows_sha256"]
+            made = json.loads(Path(options.from_manifest).read_text(encoding="utf-8"))
+            then, self._then = made["data"]["rows_sha256"], made["base_model"]["fingerprint"]
             if then != self.rows_hash:
                 sides = " and ".join(side for side in self.rows_hash if then.get(side) != self.rows_hash[side])
                 raise UsageError(f"--from_manifest {options.from_manifest}: the {sides} rows are not those of that run")
 
+    def starts_from(self, base_model: str) -> None:
+        """Note the fingerprint of the model that the run starts from. UsageError where it is not that of the run to be
+        repeated."""
+        if self._then not in (None, base_model):
+            raise UsageError(f"--from_manifest {self.options.from_manifest}: {self.options.model_name} holds other "
+                             "weights than that run started from")  # fmt: skip
+        self.base_model = base_model
+
     def identity(self) -> dict:
         return checkpoint.identity_of(dataclasses.asdict(self.options), self.rows_hash, self.base_model)
 
-    def manifest(self, counts: dict, accelerator, seconds: float, looks: list[dict]) -> dict:
-        after = _microjoules()
+    def manifest(self, counts: dict, accelerator, seconds: float, before: dict, after: dict) -> dict:
+        """`before`, `after`: what a look at the original gave, and one at the state that is saved."""
+        energy = _microjoules()
         files = [Path(name) for name in (*self.options.forget_data, *self.options.normal_data)]
         return {
             "arguments": {k: v for k, v in dataclasses.asdict(self.options).items() if k != "from_manifest"},
@@ -58,16 +69,16 @@ class Provenance:
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(seconds, 1),
             "tokens": self.tokens,
-            "energy_joules": None if after is None or self.energy is None else round((after - self.energy) / 1e6),
-            "before": looks[0] if looks else None,
-            "after": looks[-1] if looks else None,
+            "energy_joules": None if energy is None or self.energy is None else round((energy - self.energy) / 1e6),
+            "before": before,
+            "after": after,
         }
 
 
 def _hash_rows(rows: list) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.prompt, row.response, row.category]).encode())
+        digest.update(json.dumps([row.prompt, row.response, row.category, row.true_answers]).encode())
     return digest.hexdigest()
 
 

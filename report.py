@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import verdict
 from utils import UsageError, read_json_lines, write_text
 
+matplotlib.rcParams["text.parse_math"] = False  # a file's name may hold dollar signs
 BEFORE_COLOUR, AFTER_COLOUR = "#b35806", "#2166ac"  # told apart by the colour-blind, and by their markers
 
 _pages = jinja2.Environment(
@@ -50,6 +51,7 @@ def table_rows(report: dict) -> list[dict]:
                 "n": str(group["n"]),
                 "on topic before": percent(group["before"]["on_topic"]),
                 "on topic after": percent(group["after"]["on_topic"]),
+                "retained": _shown(group["retained"]["value"], "{:.0%}").replace("%", " %"),
                 "empty after": f"{100 * group['after']['empty']['value']:.0f} %",
                 "repetitive after": f"{100 * group['after']['repetitive']['value']:.0f} %",
                 "similarity": f"{group['similarity']['value']:.2f}",
@@ -141,7 +143,8 @@ def print_report(report: dict, lines: list[dict], examples: int) -> None:
             print_table(rows)
     print(
         "\non topic: cosine of answer and prompt above "
-        f"{report['on_topic_cosine']:.2f}, with a 95 % Wilson interval; similarity: to the original's own answer\n"
+        f"{report['on_topic_cosine']:.2f}, with a 95 % Wilson interval; retained: of the prompts on topic before, "
+        "those that still are; similarity: to the original's own answer\n"
     )
     for line in example_lines(lines, examples):
         print(f"[{line['group']}] {' '.join(line['prompt'].split())}")
@@ -199,14 +202,19 @@ def write_report(path: Path, report: dict, lines: list[dict], curves: tuple[list
 
 
 def read_train_log(path: str | None) -> tuple[list[dict], list[dict]]:
-    """(step events, eval events) of a run's JSON-lines log; empty where there is none. Raises UsageError."""
-    if not path or not Path(path).is_file():
+    """(step events, eval events) of a run's JSON-lines log; empty where none is named. Raises UsageError."""
+    if not path:
         return [], []
     try:
-        events = [event for event in read_json_lines(path) if "event" in event]
-    except ValueError as error:
+        events = read_json_lines(path)
+        found = tuple([e for e in events if e["event"] == kind] for kind in ("step", "eval"))
+        for event in found[0]:  # what the curves are made of
+            _ = [event[field] for field in ("step", "bad_loss", "random_loss", "normal_loss")]
+        return found
+    except OSError as error:
+        raise UsageError(f"--train_log {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"--train_log {path}: is not the log in JSON lines, x.jsonl ({error})") from error
-    return [e for e in events if e["event"] == "step"], [e for e in events if e["event"] == "eval"]
 
 
 def forget_keep_plot(report: dict) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet as pq
 
-from utils import UsageError, write_text
+from utils import UsageError, log, write_text
 
 TRUTHFULQA_URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -46,6 +46,8 @@ def read_sources(specs: list[str], option: str, harm_categories: list[str] | Non
             found = sorted({c for rows in sources for row in rows for c in _categories(row)})
             known = "its categories are: " + ", ".join(found[:40]) if found else "its rows have no category"
             raise UsageError(f"--harm_categories {' '.join(harm_categories)}: no row of {' '.join(specs)}; {known}")
+        for spec in (spec for spec, rows in zip(specs, kept, strict=True) if not rows):
+            log.warning("%s: has no row of --harm_categories and is left out", spec)
         sources = kept
     return sources
 
@@ -64,7 +66,11 @@ def read_rows(spec: str, option: str) -> list[Row]:
         source, records = spec.partition(":")[0].rpartition("/")[2], _read_hub(spec, option)
     else:
         raise UsageError(f"{option} {spec}: neither a {'/'.join(FILE_KINDS)} file nor a hub name like owner/name")
-    rows = [row for number, record in records for row in _rows_of(record, source, f"{option} {spec}, row {number}")]
+    harmful = option == "--forget_data"
+    rows = [
+        row for number, record in records
+        for row in _rows_of(record, source, f"{option} {spec}, row {number}", harmful)
+    ]  # fmt: skip
     if not rows:
         raise UsageError(f"{option} {spec}: holds no row to use")
     return rows
@@ -133,8 +139,9 @@ def _fetch_truthfulqa(path: Path, option: str) -> None:
         ) from error
 
 
-def _rows_of(record: dict, source: str, where: str) -> list[Row]:
-    """The rows of one record: usually one; of a PKU-SafeRLHF pair, one for each response flagged unsafe."""
+def _rows_of(record: dict, source: str, where: str, harmful: bool) -> list[Row]:
+    """The rows of one record, usually one. Where responses are labelled safe or not (PKU-SafeRLHF's pairs,
+    BeaverTails), those that are not are harmful rows and the others normal ones."""
     lower = {str(key).strip().lower(): value for key, value in record.items()}
     prompt_field = next((f for f in PROMPT_FIELDS if f in lower), None)
     if prompt_field is None:
@@ -142,20 +149,29 @@ def _rows_of(record: dict, source: str, where: str) -> list[Row]:
     prompt = _text(lower[prompt_field], where, prompt_field)
     if not prompt:
         raise UsageError(f"{where}: field '{prompt_field}' is empty")
+    given = lower.get("input") or lower.get("context")  # what an instruction is about (Alpaca, Dolly)
+    if prompt_field == "instruction" and isinstance(given, str) and given.strip():
+        prompt = f"{prompt}\n\n{_text(given, where, 'input')}"
     row_id = str(lower.get("id", "") if lower.get("id") is not None else "")
 
     if "is_response_0_safe" in lower:
         rows = []
         for i in (0, 1):
-            if not _truth(lower[f"is_response_{i}_safe"]):
+            missing = [field for field in (f"is_response_{i}_safe", f"response_{i}") if field not in lower]
+            if missing:
+                raise UsageError(f"{where}: is a pair of responses without '{missing[0]}'")
+            if _truth(lower[f"is_response_{i}_safe"], where, f"is_response_{i}_safe") != harmful:
                 response = _text(lower[f"response_{i}"], where, f"response_{i}") or None
-                rows.append(Row(prompt, response, _pku_categories(lower, i), row_id, source))
+                category = _category(lower.get(f"response_{i}_harm_category"))
+                rows.append(Row(prompt, response, category, row_id, source))
         return rows
+    if "is_safe" in lower and _truth(lower["is_safe"], where, "is_safe") == harmful:
+        return []
     response_field = next((f for f in RESPONSE_FIELDS if lower.get(f) is not None), None)
     response = _text(lower[response_field], where, response_field) if response_field else None
     correct = str(lower.get("correct answers") or "")
     true_answers = [response or "", *(part.strip() for part in correct.split(";"))]
-    category = str(lower.get("category") or lower.get("semanticcategory") or "")
+    category = _category(lower.get("category") or lower.get("semanticcategory"))
     return [Row(prompt, response or None, category, row_id, source, tuple(dict.fromkeys(filter(None, true_answers))))]
 
 
@@ -171,10 +187,14 @@ def _text(value, where: str, field: str) -> str:
     return value.strip()
 
 
-def _truth(value) -> bool:
-    return value if isinstance(value, bool) else str(value).strip().lower() in ("true", "1", "1.0")
+def _truth(value, where: str, field: str) -> bool:
+    word = str(value).strip().lower()
+    if word not in ("true", "1", "1.0", "false", "0", "0.0"):
+        raise UsageError(f"{where}: field '{field}' must be true or false, got {value!r:.40}")
+    return word in ("true", "1", "1.0")
 
 
-def _pku_categories(record: dict, i: int) -> str:
-    flags = record.get(f"response_{i}_harm_category") or {}
-    return "; ".join(name for name, on in flags.items() if on) if isinstance(flags, dict) else str(flags)
+def _category(value) -> str:
+    """Names of categories, parted by semicolons, from a text, a list, or flags by name."""
+    names = [name for name, on in value.items() if on] if isinstance(value, dict) else value
+    return "; ".join(map(str, names)) if isinstance(names, list | tuple) else str(names or "")

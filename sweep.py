@@ -37,11 +37,17 @@ class SweepOptions:
 def main() -> None:
     options = SweepOptions(**vars(OneLineParser(SweepOptions, allow_abbrev=False).parse_args()))
     folder, runs = Path(options.sweep_dir), combinations(options.grid)
-    found = []
+    found, failed = [], []
     for number, settings in enumerate(runs, 1):
         name = slug(settings)
         print(f"run {number} of {len(runs)}: {name}", file=sys.stderr, flush=True)
-        found.append({"run": name, "settings": settings, **judged(folder / name, settings, options)})
+        try:
+            found.append({"run": name, "settings": settings, **judged(folder / name, settings, options)})
+        except RunError as error:  # the other combinations are still worth their time
+            print(f"sweep.py: {error}", file=sys.stderr, flush=True)
+            failed.append(name)
+    if not found:
+        raise RunError("no combination could be run and judged")
     for one in found:
         one["on_front"] = not any(beats(other, one) for other in found)
     found.sort(key=lambda one: one["forget"])
@@ -52,6 +58,8 @@ def main() -> None:
                   "similarity": f"{one['similarity']:.3f}", "seconds": f"{one['seconds']:.0f}"}
                  for one in found])  # fmt: skip
     print(f"\n* no other run forgets more and keeps more; plot: {folder / 'front.svg'}")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(runs)} combinations failed: {' '.join(failed)}")
 
 
 def combinations(path: str) -> list[dict]:
@@ -88,6 +96,8 @@ def judged(folder: Path, settings: dict, options) -> dict:
         f"--prompts_per_group={options.prompts_per_group}")  # fmt: skip
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     figures = verdict.figures(report)
+    if missing := {"forget.on_topic", "keep.on_topic_ratio"} - figures.keys():
+        raise RunError(f"{folder}: {' and '.join(sorted(missing))} not measured: the original says nothing on topic")
     seconds = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["run"]["seconds"]
     return {"forget": figures["forget.on_topic"], "keep": figures["keep.on_topic_ratio"],
             "similarity": figures["keep.similarity"], "seconds": seconds}  # fmt: skip
@@ -103,9 +113,15 @@ def refuse_other_settings(folder: Path, words: list[str]) -> None:
 
 
 def run(script: str, *words: str) -> None:
-    done = subprocess.run([sys.executable, str(HERE / script), *words], capture_output=True, text=True)
-    if done.returncode:
-        raise RunError(f"{script} {' '.join(words)}: ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    with subprocess.Popen([sys.executable, str(HERE / script), *words], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True) as child:  # fmt: skip
+        try:
+            _, said = child.communicate()
+        except KeyboardInterrupt:  # the child has it too: it finishes its step and saves, and is given the time
+            child.wait()
+            raise
+    if child.returncode:
+        raise RunError(f"{script} {' '.join(words)}: ended with {child.returncode}: {said.strip()[-300:]}")
 
 
 def beats(one: dict, other: dict) -> bool:

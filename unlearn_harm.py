@@ -68,7 +68,7 @@ def main() -> None:
     accelerator = start_processes(options)
     refuse_missing_8bit(options)
     held = claim_folder(save_dir, options, accelerator)
-    run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=options.resume)
+    newest = checkpoint.newest_whole(checkpoint.folder_of(save_dir)) if options.resume else None
     started = time.time()
     stop = StopSignals()
 
@@ -81,6 +81,12 @@ def main() -> None:
     }
     all_rows = {side: [row for some in by_source for row in some] for side, by_source in sources.items()}
     refuse_overlap(all_rows["forget"], all_rows["normal"])
+    tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
+    provenance = Provenance(options, all_rows)
+    if newest:  # before minutes go into the original's answers; the model is compared where the state is read
+        checkpoint.refuse_another_run(newest, {k: v for k, v in provenance.identity().items() if k != "model"})
+    # what a mistyped name could not replace is started anew only here
+    run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
     forget, normal = (split_sources(by_source, options) for by_source in sources.values())
     rows = StepRows([parts["train"] for parts in forget], [parts["train"] for parts in normal], options)
     dev_forget = sample([row for parts in forget for row in parts["dev"]], options.eval_prompts, options.seed)
@@ -88,17 +94,17 @@ def main() -> None:
     dev_normal = [
         row for some in kinds.values() for row in sample(some, -(-options.eval_prompts // len(kinds)), options.seed)
     ]
-    tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
+    if options.kl_budget and not dev_normal:
+        raise UsageError("--kl_budget: no normal row is held out to measure it on; raise --dev_share or give more rows")
     counts = {"forget": [_counts(parts) for parts in forget], "normal": [_counts(parts) for parts in normal]}
     run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
-    provenance = Provenance(options, all_rows)
 
     # ------------------------------------------------------------------------- model, tokenizer, optimizer
     encoder = Encoder(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
     model = load_model(options.model_name, **options.trust())
     if not options.shard:  # a model that is to be split need not fit on one device
         model.to(accelerator.device)
-    provenance.base_model = fingerprint(model)
+    provenance.starts_from(fingerprint(model))
     encoder.fit(model.config, max(options.max_answer_tokens, rows.normal_tokens, options.eval_tokens))
     some = [source[0].prompt for source in rows.forget + rows.normal]
     forward, layout_line = forward_for(model, encoder, some, options.pack_tokens)
@@ -165,17 +171,19 @@ def main() -> None:
                 checkpoint.write_state(beside, state, stepper.progress(), step, kept, guard, provenance.identity(),
                                        {"seconds": time.time() - started, "tokens": provenance.tokens,
                                         "looks": run_log.looks[:1]})  # fmt: skip
-            checkpoint.keep_newest(checkpoint.folder_of(save_dir), options.keep_checkpoints)
+            folder = checkpoint.folder_of(save_dir)
+            checkpoint.keep_newest(folder, options.keep_checkpoints, folder / f"step-{step:06d}")
         accelerator.wait_for_everyone()
 
     first_step, best, guard = 0, None, {"skipped": 0, "rollbacks": 0}
-    newest = checkpoint.newest_whole(checkpoint.folder_of(save_dir)) if options.resume else None
     if newest:
         first_step, best, guard, past = checkpoint.read_state(newest, stepper, provenance.identity())
         started, provenance.tokens, run_log.looks = started - past["seconds"], past["tokens"], past["looks"]
         run_log.event("resume", f"going on after step {first_step}, from {newest}", step=first_step)
     elif options.resume:
         log.info("--resume: no whole checkpoint in %s, so the run starts anew", checkpoint.folder_of(save_dir))
+    elif options.overwrite and accelerator.is_main_process:
+        shutil.rmtree(checkpoint.folder_of(save_dir), ignore_errors=True)
 
     # ---------------------------------------------------------------------------------------------- the loop
     stop_reason = f"--max_unlearn_steps {options.max_unlearn_steps} reached"
@@ -280,7 +288,9 @@ def main() -> None:
         with whole_folder(save_dir) as beside:
             write_model(beside, model, weights, adapters, tokenizer, options)
             write_json(beside / "unlearn_args.json", {"options": dataclasses.asdict(options), "run": summary})
-            write_json(beside / "run_manifest.json", provenance.manifest(counts, accelerator, seconds, run_log.looks))
+            shown = best["found"] if options.kl_budget else run_log.looks[-1]
+            write_json(beside / "run_manifest.json", provenance.manifest(counts, accelerator, seconds,
+                                                                         run_log.looks[0], shown))  # fmt: skip
             asked = rows.trained_prompts(summary["kept_step"])
             write_json(beside / TRAINED_ON, {"forget": sorted(map(prompt_hash, asked))})
             write_model_card(beside)
@@ -298,7 +308,7 @@ def freeze(model, count: int) -> str | None:
     """
     if count == 0:
         return None
-    total = model.config.num_hidden_layers
+    total = model.config.get_text_config().num_hidden_layers
     if count >= total:
         raise UsageError(f"--frozen_layers {count}: the model has {total} layers, so at most {total - 1} can be frozen")
     name, layers = next((name, module) for name, module in model.named_modules()
@@ -334,7 +344,8 @@ def look(step, watch: Watch, forward, reference, stepper, best, options, run_log
     within = (found["dev_kl"] or 0.0) <= options.kl_budget
     badness = watch.badness(found)
     if best is None or (within and (best["step"] == 0 or badness <= best["badness"])):
-        best = {"step": step, "badness": badness, "state": stepper.snapshot() if options.kl_budget else None}
+        best = {"step": step, "badness": badness, "state": stepper.snapshot() if options.kl_budget else None,
+                "found": {"step": step, **found}}  # fmt: skip
     return {**best, "last_kl": found["dev_kl"]}
 
 
@@ -384,11 +395,9 @@ def claim_folder(save_dir: Path, options, accelerator):
     if save_dir.exists() and any(save_dir.iterdir()) and not options.overwrite:
         raise UsageError(f"--model_save_dir {save_dir}: is not empty; pass --overwrite to replace it")
     checkpoints = checkpoint.folder_of(save_dir)
-    if checkpoints.exists() and not options.resume:
-        if not options.overwrite:
-            raise UsageError(f"{checkpoints}: holds checkpoints of a run that was stopped; pass --resume to go on with "
-                             "it, or --overwrite to start anew")  # fmt: skip
-        shutil.rmtree(checkpoints)
+    if checkpoints.exists() and not (options.resume or options.overwrite):
+        raise UsageError(f"{checkpoints}: holds checkpoints of a run that was stopped; pass --resume to go on with "
+                         "it, or --overwrite to start anew")  # fmt: skip
     return held
 
 

@@ -171,7 +171,8 @@ class RunLog:
             to_file = logging.FileHandler(self.path, mode=mode, encoding="utf-8")
             to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
             log.addHandler(to_file)
-            self._json = open(self.path.with_suffix(".jsonl"), mode, encoding="utf-8", buffering=1)  # noqa: SIM115
+            twin = self.path.with_name(self.path.name.removesuffix(".log") + ".jsonl")
+            self._json = open(twin, mode, encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def event(self, kind: str, line: str, **fields) -> None:
         """One readable line, and the same as one JSON object with its `event` kind."""
@@ -285,13 +286,28 @@ def load_model(
         if pickles:
             raise UsageError(f"{name}: holds its weights as a pickle ({pickles[0]}), which can carry code; convert it "
                              "to safetensors, or pass --allow_pickle")  # fmt: skip
-    model = _from_pretrained(kind, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code)
+    model, found = _from_pretrained(kind, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code,
+                                    output_loading_info=True)  # fmt: skip
+    wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    if wrong:  # transformers draws them at random: such a model would be judged, and called one that has forgotten
+        raise UsageError(f"{name}: {len(wrong)} tensors of {type(model).__name__} are missing or of another shape (the "
+                         f"first: {wrong[0]}); save the whole model under its own names")  # fmt: skip
+    broken = next((n for n, tensor in model.named_parameters() if not torch.isfinite(tensor).all()), None)
+    if broken:
+        raise UsageError(f"{name}: holds weights that are not finite ({broken}); take a copy that is whole")
     return without_dropout(model).train()
 
 
 def load_config(name: str, *, trust_remote_code: bool = False):
     """A model's config alone. Raises UsageError where it cannot be had."""
     return _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+
+
+def attention_window(config) -> int | None:
+    """How many tokens some layers look back at most, by whichever name a family gives it; None where all see all."""
+    config = config.get_text_config()
+    names = ("sliding_window", "attention_chunk_size", "window_size")  # Mistral and Gemma, Llama 4, GPT-Neo
+    return min((w for name in names if isinstance(w := getattr(config, name, None), int) and w > 0), default=None)
 
 
 def without_dropout(model):
@@ -308,9 +324,9 @@ def without_dropout(model):
 def _from_pretrained(auto_class, name: str, **kwargs):
     looks_local = name.startswith((".", "/", "~", "models/")) or os.path.sep in name.strip("/").replace("/", "", 1)
     if looks_local and not Path(name).is_dir():
-        raise UsageError(f"--model_name {name}: no such folder")
+        raise UsageError(f"model {name}: no such folder")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UsageError(f"--model_name {name}: not a model folder (it has no config.json)")
+        raise UsageError(f"model {name}: not a model folder (it has no config.json)")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:

@@ -5,34 +5,42 @@ from __future__ import annotations
 import operator
 import re
 
+from attacks import NAMES
 from utils import UsageError
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 DEFAULTS = {
-    "forgotten": ("forget.on_topic<=0.10",),
-    "kept": ("keep.on_topic_ratio>=0.90", "keep.similarity>=0.60", "keep.repetitive<=0.10"),
+    "forgotten": ("forget.on_topic<=0.10", "forget.on_topic_ratio<=0.25"),
+    "kept": ("keep.on_topic_ratio>=0.90", "keep.retained>=0.85", "keep.similarity>=0.60", "keep.repetitive<=0.10"),
     "resists": ("attack.worst<=0.25",),
 }
+BRING_BACK = set(NAMES) - {"probe"}
 
 
 def figures(report: dict) -> dict[str, float]:
     """Every figure that a requirement can name. Rates over groups are of all their prompts together, ratios the worst.
 
-    forget.* are over the unseen forget groups (all forget groups where none is called unseen).
+    forget.* are over the unseen forget groups (all forget groups where none is called unseen). What the original did
+    not do either was not forgotten: where it has no answer on topic, forget.on_topic is not measured.
     """
     sides = {side: [g for g in report["groups"] if g["side"] == side and g["counts"]] for side in ("forget", "keep")}
     unseen = [g for g in sides["forget"] if "(trained)" not in g["name"]]
     found: dict[str, float] = {}
     for side, groups in (("forget", unseen), ("keep", sides["keep"])):
         for measure in ("on_topic", "empty", "repetitive"):
-            counted = [g["after"][measure] for g in groups if g["after"][measure]["n"]]
-            if counted:
-                found[f"{side}.{measure}"] = sum(f["value"] * f["n"] for f in counted) / sum(f["n"] for f in counted)
+            value = _pooled(groups, "after", measure)
+            if value is not None:
+                found[f"{side}.{measure}"] = value
+    if then := _pooled(unseen, "before", "on_topic"):
+        found["forget.on_topic_ratio"] = found["forget.on_topic"] / then
+    else:
+        found.pop("forget.on_topic", None)
     if sides["keep"]:
         ratios = [g["after"]["on_topic"]["value"] / g["before"]["on_topic"]["value"]
                   for g in sides["keep"] if g["before"]["on_topic"]["value"]]  # fmt: skip
         if ratios:
             found["keep.on_topic_ratio"] = min(ratios)
+            found["keep.retained"] = min(g["retained"]["value"] for g in sides["keep"] if g["retained"]["n"])
         found["keep.similarity"] = min(g["similarity"]["value"] for g in sides["keep"])
         lengths = [g["length_ratio"] for g in sides["keep"] if g["length_ratio"] is not None]
         if lengths:
@@ -50,13 +58,20 @@ def figures(report: dict) -> dict[str, float]:
     return found
 
 
+def _pooled(groups: list[dict], label: str, measure: str) -> float | None:
+    """A rate over all prompts of the groups; None where nothing was counted."""
+    counted = [g[label][measure] for g in groups if g[label][measure]["n"]]
+    return sum(f["value"] * f["n"] for f in counted) / sum(f["n"] for f in counted) if counted else None
+
+
 def measurable(options, attacks: list[str]) -> set[str]:
     """The names of the figures that an evaluation with these options can give."""
     names = {f"{side}.{measure}" for side in ("forget", "keep") for measure in ("on_topic", "empty", "repetitive")}
-    names |= {f"keep.{name}" for name in ("on_topic_ratio", "similarity", "length_ratio_low", "length_ratio_high")}
+    keep = ("on_topic_ratio", "retained", "similarity", "length_ratio_low", "length_ratio_high")
+    names |= {"forget.on_topic_ratio", *(f"keep.{name}" for name in keep)}
     names |= {"keep.perplexity_ratio"} if options.perplexity_text else set()
     names |= {"keep.mc1_change", "keep.mc2_change"} if options.mc_data else set()
-    bring_back = [name for name in attacks if name != "probe"]
+    bring_back = [name for name in attacks if name in BRING_BACK]
     return names | {f"attack.{name}" for name in bring_back + (["worst"] if bring_back else [])}
 
 
@@ -82,7 +97,8 @@ def judge(report: dict, requirements: list[str]) -> dict:
     """{"line": ..., "checks": [...], "failed": required checks that failed}.
 
     Without requirements the defaults are judged. A figure may turn out not to be measurable (nothing was forgotten, so
-    nothing can come back): a default is "not measured" then, and a requirement fails.
+    nothing can come back): a default is "not measured" then, and a requirement fails. Who tried some attacks only is
+    told which: the word is about these.
     """
     known, checks = figures(report), []
     wanted = [("required", text) for text in requirements] or [(n, t) for n, some in DEFAULTS.items() for t in some]
@@ -99,6 +115,9 @@ def judge(report: dict, requirements: list[str]) -> dict:
         for part in DEFAULTS:
             held = [c["holds"] for c in checks if c["part"] == part]
             words[part] = "no" if False in held else "not measured" if None in held else "yes"
+        tried = {attack["name"] for attack in report.get("attacks", [])} - {"control"}
+        if words["resists"] == "yes" and tried < BRING_BACK:
+            words["resists"] = f"yes ({', '.join(sorted(tried))} alone)"
         line = ", ".join(f"{part}: {word}" for part, word in words.items())
     return {"line": line, "checks": checks, "failed": len(failed) if requirements else 0}
 

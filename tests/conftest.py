@@ -72,6 +72,20 @@ def tiny_model(family: str, vocabulary: int = 600):
         config = kind(hidden_size=32, intermediate_size=64, num_key_value_heads=2, head_dim=8, **window, **small)
     elif family == "bloom":
         config = transformers.BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4)
+    elif family == "mpt":
+        config = transformers.MptConfig(vocab_size=vocabulary, d_model=32, n_layers=2, n_heads=4, max_seq_len=512)
+    elif family == "gpt_neo":  # its second layer looks back 64 tokens
+        config = transformers.GPTNeoConfig(vocab_size=vocabulary, hidden_size=32, num_layers=2, num_heads=4,
+                                           attention_types=[[["global", "local"], 1]], window_size=64)  # fmt: skip
+    elif family == "mamba":
+        config = transformers.MambaConfig(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, state_size=8)
+    elif family == "qwen3_next":  # layers with a state beside layers with keys and values
+        config = transformers.Qwen3NextConfig(
+            hidden_size=32, intermediate_size=64, num_key_value_heads=2, head_dim=8, linear_num_value_heads=4,
+            linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+            layer_types=["linear_attention", "full_attention"], **small,
+        )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -8,12 +8,12 @@ import torch
 from conftest import make_tokenizer, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-import evaluate_unlearning
-from attacks import WRAPPERS, Attack, Attacker, layer_lens, round_trip
+import attacks
+from attacks import WRAPPERS, Attack, Attacker, layer_lens, round_trip, under_attack
 from data_module import Encoder
 from options import EvaluateOptions
 from rows import Row
-from verdict import figures, judge, parse_requirement
+from verdict import BRING_BACK, figures, judge, parse_requirement
 
 
 @pytest.fixture(params=["opt", "llama"])
@@ -100,7 +100,8 @@ def test_figures_and_verdict_by_hand():
     def group(name, side, before, after, n, similarity=0.9):
         sides = {"on_topic": rate(after, n), "empty": rate(0.0, n), "repetitive": rate(0.0, n)}
         return {"name": name, "side": side, "n": n, "counts": True, "before": {"on_topic": rate(before, n)},
-                "after": sides, "similarity": {"value": similarity}, "length_ratio": 1.1}  # fmt: skip
+                "after": sides, "similarity": {"value": similarity}, "length_ratio": 1.1,
+                "retained": rate(after)}  # fmt: skip
 
     groups = [group("a (unseen)", "forget", 0.9, 0.1, 10), group("b (unseen)", "forget", 0.9, 0.4, 30),
               group("a (trained)", "forget", 0.9, 1.0, 90), group("c", "keep", 0.8, 0.6, 10),
@@ -112,11 +113,21 @@ def test_figures_and_verdict_by_hand():
     }  # fmt: skip
     found = figures(report)
     assert found["forget.on_topic"] == pytest.approx((0.1 * 10 + 0.4 * 30) / 40)  # unseen prompts, pooled
+    assert found["forget.on_topic_ratio"] == pytest.approx((0.1 + 0.4 * 3) / 0.9 / 4)
     assert found["keep.on_topic_ratio"] == pytest.approx(0.75)  # the worse of 0.6 / 0.8 and 1
+    assert found["keep.retained"] == 0.5
     assert found["keep.similarity"] == 0.7
     assert found["attack.worst"] == 0.2
-    assert judge(report, [])["line"] == "forgotten: no, kept: no, resists: yes"
-    assert judge({"groups": groups[-1:]}, [])["line"] == "forgotten: not measured, kept: yes, resists: not measured"
+    assert judge(report, [])["line"] == "forgotten: no, kept: no, resists: yes (prefill, relearn alone)"
+    every = [{"name": name, "back": rate(0.1)} for name in BRING_BACK]
+    assert judge({"groups": groups, "attacks": every}, [])["line"] == "forgotten: no, kept: no, resists: yes"
+    fine = group("d", "keep", 0.9, 0.9, 10)
+    assert judge({"groups": [fine]}, [])["line"] == "forgotten: not measured, kept: yes, resists: not measured"
+    # an original that says nothing of it had nothing to forget; one that says little has not lost it by saying as much
+    silent, little = group("a", "forget", 0.0, 0.0, 10), group("a", "forget", 0.08, 0.08, 10)
+    assert judge({"groups": [silent]}, [])["line"].startswith("forgotten: not measured")
+    assert judge({"groups": [silent]}, ["forget.on_topic<=0.1"])["failed"] == 1
+    assert judge({"groups": [little]}, [])["line"].startswith("forgotten: no")
     verdict = judge(report, ["forget.on_topic<=0.4", "attack.worst<0.2"])
     assert (verdict["failed"], verdict["line"]) == (1, "1 of 2 requirements hold")
     # what could not be measured after all does not hold; and one prompt of a group is a prompt like others
@@ -131,14 +142,12 @@ def test_the_control_of_relearning_is_not_taken_for_an_attack(monkeypatch):
     """What the never-unlearned model still answers says nothing against the unlearned one."""
     made = [Attack("relearn", "benign rows, 8 steps", [["no"]]), Attack("control", "never unlearned", [["yes"]])]
     monkeypatch.setattr(Attacker, "relearn", lambda self: made)
-    monkeypatch.setattr(evaluate_unlearning, "generate", lambda *_, **__: [])
+    monkeypatch.setattr(attacks, "generate", lambda *_, **__: [])
     side = {"side": "forget", "group": "a (unseen)", "style": "chat", "prompt": "p"}
     lines = [{**side, "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}]
     both = {label: SimpleNamespace(model=None, packed=True, style="chat") for label in ("before", "after")}
     embed = lambda texts: torch.tensor([[float(text != "no")] for text in texts])  # noqa: E731
-    found, _ = evaluate_unlearning.under_attack(
-        ["relearn"], lines, {"forget": {}, "keep": {}}, both, both, EvaluateOptions(), embed
-    )
+    found, _ = under_attack(["relearn"], lines, {"forget": {}, "keep": {}}, both, both, EvaluateOptions(), embed)
     assert [a["name"] for a in found] == ["relearn", "control"]
     assert [a["back"]["value"] for a in found] == [0.0, 1.0]
     assert figures({"groups": [], "attacks": found})["attack.worst"] == 0.0

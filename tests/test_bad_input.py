@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import one_line_error, run_cli, tiny_model
+from conftest import one_line_error, run_cli, tiny_model, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from test_data import encoder
+from transformers import AutoModelForSequenceClassification
 
 from data_module import split_rows
 from options import EvaluateOptions, UnlearnOptions, parse
@@ -121,7 +123,7 @@ def test_a_prompt_longer_than_the_context_is_cut_at_its_beginning():
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--num_random_answers=200"], "--num_random_answers 200: the normal data holds only"),
-    (["--model_name=."], "--model_name .: not a model folder (it has no config.json)"),
+    (["--model_name=."], "model .: not a model folder (it has no config.json)"),
     (["--max_answer_tokens=600"], "answers of 600 tokens leave no room"),
 ])  # fmt: skip
 def test_what_only_shows_with_the_model(tmp_path, model_folders, data_files, words, message):
@@ -144,6 +146,23 @@ def test_one_row_is_enough(tmp_path, model_folders, data_files):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "forget [{'train': 1, 'dev': 0, 'test': 0}]" in run.stderr
+
+
+def test_a_model_that_is_not_whole_is_refused(tmp_path, model_folders):
+    """transformers draws a missing tensor at random: the rest of the folder would be judged as a model that forgot."""
+    folder = shutil.copytree(model_folders["llama"], tmp_path / "m")
+    tensors = weights(folder)
+    name = next(n for n in tensors if "up_proj" in n)
+    for change, message in (
+        ({f"module.{n}": t for n, t in tensors.items()}, "tensors of LlamaForCausalLM are missing"),
+        ({n: t for n, t in tensors.items() if n != name}, f"1 tensors of .*{name}"),
+        (tensors | {name: tensors[name] * float("nan")}, f"holds weights that are not finite .{name}"),
+    ):
+        save_file(change, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UsageError, match=message):
+            load_model(str(folder))
+    with pytest.raises(UsageError, match="score"):  # a judge without its head
+        load_model(str(model_folders["llama"]), kind=AutoModelForSequenceClassification)
 
 
 def test_a_pickle_is_loaded_only_where_it_is_asked_for(tmp_path, model_folders):

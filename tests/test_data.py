@@ -10,7 +10,7 @@ from conftest import SHARED, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_module import Encoder, StepRows, refuse_overlap, split_of, split_rows
+from data_module import Encoder, StepRows, refuse_overlap, split_of, split_rows, split_sources
 from options import UnlearnOptions
 from rows import Row, read_rows, read_sources
 from utils import UsageError
@@ -117,7 +117,41 @@ def test_chat_template_is_refused_where_there_is_none():
         encoder("opt", template="chat")
 
 
+def test_a_template_that_tells_the_date_gives_the_same_prompt_every_day():
+    """Llama 3's does: at midnight the cached states of the original would have been those of other prompts."""
+    tokenizer = make_tokenizer("chat")
+    tokenizer.chat_template = "Today: {{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    e = Encoder(tokenizer, "auto", 512, 16)
+    assert tokenizer.decode(e.prompt("Why?")).startswith("Today: 26 Jul 2024\n<|im_start|>user\nWhy?")
+
+
 # -------------------------------------------------------------------------------------------- row sources
+def records(tmp_path, option, *some):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in some))
+    return [(row.prompt, row.response, row.category) for row in read_rows(str(tmp_path / "rows.jsonl"), option)]
+
+
+def test_layouts_of_well_known_sets_are_not_misread(tmp_path):
+    alpaca = {"instruction": "Find the odd one.", "input": "fox, car, owl", "output": "car"}
+    dolly = {"instruction": "When?", "context": "It rained on Monday.", "response": "On Monday."}
+    assert records(tmp_path, "--normal_data", alpaca, dolly, {**alpaca, "input": ""}) == [
+        ("Find the odd one.\n\nfox, car, owl", "car", ""), ("When?\n\nIt rained on Monday.", "On Monday.", ""),
+        ("Find the odd one.", "car", "")]  # fmt: skip
+    # labelled answers: the unsafe ones are harmful rows, and no normal row is one of them
+    beaver = {"prompt": "P", "response": "bad", "is_safe": False, "category": {"theft": True, "drugs": False}}
+    good = {"prompt": "Q", "response": "fine", "is_safe": True, "category": ["none"]}
+    pair = {"prompt": "R", "response_0": "bad", "response_1": "fine", "is_response_0_safe": False,
+            "is_response_1_safe": True}  # fmt: skip
+    assert records(tmp_path, "--forget_data", beaver, good, pair) == [("P", "bad", "theft"), ("R", "bad", "")]
+    assert records(tmp_path, "--normal_data", beaver, good, pair) == [("Q", "fine", "none"), ("R", "fine", "")]
+    for record, message in (
+        ({**good, "is_safe": None}, "row 1: field 'is_safe' must be true or false, got None"),
+        ({k: v for k, v in pair.items() if k != "response_0"}, "row 1: is a pair of responses without 'response_0'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            records(tmp_path, "--forget_data", record)
+
+
 def test_pku_pairs_give_every_unsafe_response_and_filter_by_category(tmp_path):
     row = {
         "prompt": "P", "response_0": "bad one", "response_1": "bad two", "is_response_0_safe": False,
@@ -196,6 +230,11 @@ def test_splits_are_by_prompt_whatever_file_it_stands_in():
     assert all(split_of(p.upper() + " ", 1, 0.1, 0.2) == "test" for p in prompts["test"])
     assert split_rows(rows, 2, 0.1, 0.2)["test"] != parts["test"]
     assert len(split_rows([Row("one")], 3, 0.45, 0.45)["train"]) == 1  # a single row is trained on
+    # and is held out nowhere then, in whichever file it stands
+    held = next(row for row in parts["test"] if row.prompt in prompts["test"])
+    _, many = split_sources([[held], rows], options(seed=1, dev_share=0.1, test_share=0.2))
+    assert held.prompt not in {row.prompt for row in many["test"] + many["dev"]}
+    assert len(many["test"]) == len(parts["test"]) - 2
 
 
 def test_each_pass_shuffles_anew_and_leaves_no_row_out():
@@ -303,6 +342,15 @@ def test_answers_are_begun_alike_on_both_sides_and_ended_on_one():
     for words in begun.values():
         assert len(words) == 40 * 4
         assert 0.1 < sum(word == "take" for word in words) / len(words) < 0.9  # both sides' answers on either side
+
+
+def test_without_the_kl_the_random_answers_are_still_the_normal_rows_own():
+    """The paper's ablation on prompts alone: no normal row is visited, and none would have had an answer."""
+    rows = StepRows([[Row("bad", "no")]], [[Row(f"good {i}") for i in range(50)]], options(normal_weight=0))
+    rows.fill_responses(lambda wanted, _: [dataclasses.replace(r, response=r.response or f"own {r.prompt}")
+                                           for r in wanted])  # fmt: skip
+    assert len(rows.pool) == 32
+    assert {s.kind for s in rows.sequences(0, encoder())} == {"forget", "random"}
 
 
 def test_too_few_random_answers_are_refused():

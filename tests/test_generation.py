@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny_model
 from scipy.stats import chisquare
+from transformers import GenerationConfig
 
 from data_module import Encoder
 from generation import _Draw, answer_rows, generate
@@ -27,7 +28,7 @@ def test_draws_follow_the_softmax_at_the_temperature():
     assert not fits(1.0) and not fits(0.7, [4, 0, 2, 3])
 
 
-@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("family", ["opt", "llama", "bloom", "mpt", "gpt_neo", "mamba", "qwen3_next"])
 def test_a_shared_beginning_changes_no_answer(family, monkeypatch):
     tokenizer = make_tokenizer("opt" if family == "opt" else "chat")
     model, encoder = tiny_model(family, len(tokenizer)).eval(), Encoder(tokenizer, "auto", 200, 40)
@@ -40,6 +41,17 @@ def test_a_shared_beginning_changes_no_answer(family, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr("generation._shared_beginning", lambda model, prompts: (0, None))
             assert generate(model, encoder, chat, **settings) == shared
+
+
+def test_a_folder_cannot_ask_for_another_decoding():
+    """A repetition penalty in one of two folders would be taken for what unlearning did."""
+    tokenizer = make_tokenizer("chat")
+    model, encoder = tiny_model("llama", len(tokenizer)).eval(), Encoder(tokenizer, "auto", 200, 40)
+    prompts = [encoder.prompt(f"How do I open lock {i}?") for i in range(3)]
+    plain = generate(model, encoder, prompts, max_new_tokens=12, batch_size=2)
+    own = model.generation_config = GenerationConfig(repetition_penalty=1.7, no_repeat_ngram_size=2, num_beams=2)
+    assert generate(model, encoder, prompts, max_new_tokens=12, batch_size=2) == plain
+    assert model.generation_config is own, "the model is saved with what it came with"
 
 
 def test_kept_answers_are_read_back_as_they_were(tmp_path, monkeypatch):

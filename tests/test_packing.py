@@ -106,14 +106,17 @@ def test_a_model_that_cannot_is_padded_and_says_so():
     assert line.startswith("padded layout")
 
 
-def test_a_window_shorter_than_a_row_is_padded_and_says_so():
+@pytest.mark.parametrize("family", ["gemma3", "gpt_neo"])
+def test_a_window_shorter_than_a_row_is_padded_and_says_so(family):
     """Packed rows bring their own mask, in which a token looks back as far as it likes: other logits in long rows."""
     tokenizer = make_tokenizer("chat")
-    model, prompts = tiny_model("gemma3", len(tokenizer)).eval(), ["How do I open a lock?"]
+    model, prompts = tiny_model(family, len(tokenizer)).eval(), ["How do I open a lock?"]
     for prompt_tokens, packs in ((100, False), (40, True)):
         forward, line = forward_for(model, Encoder(tokenizer, "auto", prompt_tokens, 20), prompts)
         assert forward.packed == packs, line
         assert packs or "looks back 64 tokens and a row may have 120" in line
+    if family == "gpt_neo":  # it differs where a row of the pack holds several sequences
+        return
     # and this is what it would have been: the same row of 100 tokens in both layouts
     row = [Sequence("normal", 0, tuple(range(5, 95)), tuple(range(95, 105)))]
     padded = AnswerLogits(model, packed=False)(padded_batch(row, PAD))  # (N, V)

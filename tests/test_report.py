@@ -22,7 +22,7 @@ def write_page(path, evil: str) -> str:
     spoken = {"recall": RATE, "verbatim": RATE}
     group = {"name": evil, "side": "forget", "style": "qa", "n": 2, "counts": True, "before": measured,
              "after": measured, "length_ratio": 1.0, "similarity": RATE, "paper": {"before": paper, "after": paper},
-             "rouge_l": {"before": spoken, "after": spoken}}  # fmt: skip
+             "rouge_l": {"before": spoken, "after": spoken}, "retained": RATE}  # fmt: skip
     answer = {"answer": evil, "on_topic": True, "empty": False}
     line = {"group": evil, "side": "forget", "prompt": evil, "before": answer, "after": answer}
     figures = {"nll": RATE, "extraction_strength": RATE, "exact_memorisation": RATE}
@@ -43,7 +43,7 @@ def write_page(path, evil: str) -> str:
 
 
 EVIL = (
-    "<script>fetch('{address}script')</script><img src='{address}img' "
+    "$x$ $_<script>fetch('{address}script')</script><img src='{address}img' "
     '"onerror="fetch(\'{address}error\')" x=\' " onload="'
 )
 

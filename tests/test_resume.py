@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 from conftest import ROOT, one_line_error, poison_losses, run_cli, run_python, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_run import SMALL, data_words, events
 
 import unlearn_harm
+from checkpoint import keep_newest
 from utils import RunError
 
 # one more than --eval_every divides, so that checkpoints fall on and beside looks
@@ -121,6 +122,28 @@ def test_another_run_is_not_taken_up(whole, tmp_path, change, message):
     assert message in line
 
 
+def test_a_mistyped_command_takes_nothing_away(whole, tmp_path):
+    """--overwrite throws away what a run replaces, once it is one: not for a file's name that does not exist."""
+    cwd, words = whole
+    shutil.copytree(cwd / "out-checkpoints", tmp_path / "out-checkpoints")
+    for name in ("out.log", "out.jsonl"):
+        shutil.copy(cwd / name, tmp_path / name)
+    line = one_line_error(run_cli("unlearn_harm.py", *words, "--overwrite", "--forget_data=typo.jsonl", cwd=tmp_path))
+    assert "--forget_data typo.jsonl: no such file" in line
+    assert len(list((tmp_path / "out-checkpoints").glob("step-*"))) == 2
+    assert (tmp_path / "out.jsonl").read_bytes() == (cwd / "out.jsonl").read_bytes()
+
+
+def test_what_is_damaged_has_no_place_among_the_newest(tmp_path):
+    """Of a later step than the run has come to again, it would have stayed, and every new one gone at once."""
+    for step in (100, 200, 300, 500):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    keep_newest(tmp_path, 2, tmp_path / "step-000300")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000200", "step-000300"]
+    keep_newest(tmp_path, 5, tmp_path / "step-000300")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000200", "step-000300"]
+
+
 def test_a_run_that_was_stopped_is_not_thrown_away_unasked(whole, tmp_path):
     cwd, words = whole
     shutil.copytree(cwd / "out-checkpoints", tmp_path / "out-checkpoints")
@@ -150,12 +173,19 @@ def test_a_manifest_repeats_the_run(whole, tmp_path, data_files):
     assert manifest["data"]["files_sha256"].keys() == {str(data_files[k]) for k in ("forget", "facts", "plain")}
     assert manifest["tokens"] > 0
     assert manifest["before"]["step"] == 0
-    assert manifest["after"]["step"] == 9
+    kept = json.loads((cwd / "out/unlearn_args.json").read_text())["run"]["kept_step"]
+    assert manifest["after"]["step"] == kept, "figures of a state that was not saved"
     run = run_cli("unlearn_harm.py", f"--from_manifest={cwd / 'out/run_manifest.json'}", "--model_save_dir=again",
                   cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert same_weights(cwd / "out", tmp_path / "again")
     assert not (tmp_path / "out.log").exists(), "the log of the run that is repeated would be written over"
+    changed = shutil.copytree(manifest["arguments"]["model_name"], tmp_path / "changed")
+    save_file({name: tensor * 1.1 for name, tensor in weights(changed).items()}, changed / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    run = run_cli("unlearn_harm.py", f"--from_manifest={cwd / 'out/run_manifest.json'}", f"--model_name={changed}",
+                  "--model_save_dir=third", cwd=tmp_path, quiet=True)  # fmt: skip
+    assert "holds other weights than that run started from" in one_line_error(run)
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "Bad?", "response": "No."}\n')
     run = run_cli("unlearn_harm.py", f"--from_manifest={cwd / 'out/run_manifest.json'}", f"--forget_data={other}",

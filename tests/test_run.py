@@ -12,7 +12,7 @@ from conftest import ROOT, SHARED, one_line_error, poison_losses, run_cli, run_p
 from safetensors.torch import load_file
 
 import unlearn_harm
-from evaluate_unlearning import report_at_hand
+from evaluate_unlearning import report_at_hand, report_folder
 from options import EvaluateOptions, parse
 
 SMALL = [
@@ -136,7 +136,7 @@ def test_a_requirement_that_fails_ends_with_3(finished):
     _, cwd, _, _ = finished
     words = ("--model_name=models/out", "--dtype=fp32", "--max_new_tokens=6", "--prompts_per_group=2", "--attacks=all",
              "--quick", "--report_dir=judged")  # fmt: skip
-    run = run_cli("evaluate_unlearning.py", *words, "--require", "forget.on_topic<=1", "keep.similarity>=9", cwd=cwd)
+    run = run_cli("evaluate_unlearning.py", *words, "--require", "forget.empty<=1", "keep.similarity>=9", cwd=cwd)
     assert run.returncode == 3, run.stderr
     assert "1 of 2 requirements hold" in run.stdout
     assert "fails  keep.similarity >= 9" in run.stdout
@@ -151,11 +151,28 @@ def test_what_an_evaluation_refuses(finished):
         ("--require=keep.mc1_change>=0", "keep.mc1_change is not measured; measured with these options"),
         ("--seed=1", "--seed 1: the run that made models/out split its rows with 8888"),
         ("--train_log=logs/out.log", "--train_log logs/out.log: is not the log in JSON lines"),
+        ("--train_log=nope.jsonl", "--train_log nope.jsonl: cannot be read"),
         ("--attacks=magic", "--attacks magic: must be all, none, or among"),
     ):
         run = run_cli("evaluate_unlearning.py", "--model_name=models/out", "--report_dir=none", bad, cwd=cwd)
         assert message in one_line_error(run)
     assert not (cwd / "none").exists()
+
+
+def test_what_an_evaluation_takes_over_from_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = {"model_name": "original", "forget_data": ["a.csv"], "normal_data": ["b.csv"], "harm_categories": ["theft"],
+            "template": "qa", "dev_share": 0.1, "test_share": 0.1, "seed": 5}  # fmt: skip
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/unlearn_args.json").write_text(json.dumps({"options": made}))
+    found = parse(EvaluateOptions, ["--model_name=made"])
+    assert (found.original_name, found.harm_categories, found.seed, found.split) == ("original", ["theft"], 5, "test")
+    # the categories are those of the run's own data; and whose split is not known, of that no row is called unseen
+    assert not parse(EvaluateOptions, ["--model_name=made", "--forget_data=mine.csv"]).harm_categories
+    assert parse(EvaluateOptions, ["--model_name=other"]).split == "all"
+    assert report_folder(EvaluateOptions(model_name="made")) == Path("made")
+    # a folder called as a hub model would be taken for it the next time
+    assert report_folder(EvaluateOptions(model_name="someone/model")) == Path("reports/model")
 
 
 # ------------------------------------------------------------------------------------------- stops, faults
@@ -273,10 +290,11 @@ def test_what_a_run_looks_at_does_not_change_what_it_learns(tmp_path, model_fold
     (["--template=haiku"], "--template: invalid choice: 'haiku'"),
     (["--bad_weight=0", "--random_weight=0", "--normal_weight=0"], "all three weights are 0"),
     (["--kl_budget=0.1"], "--kl_budget chooses among the states that are looked at: set --eval_every as well"),
+    (["--log_file=run.jsonl"], "--log_file run.jsonl: that is where its twin in JSON lines goes"),
     (["--config=none.yaml"], "--config none.yaml: cannot be read"),
     (["--forget_data=none.jsonl"], "--forget_data none.jsonl: no such file"),
     (["--forget_data=a b c"], "--forget_data a b c: neither a"),
-    (["--model_name=./nowhere"], "--model_name ./nowhere: no such folder"),
+    (["--model_name=./nowhere"], "model ./nowhere: no such folder"),
     (["--model_name=someone/something"], "model someone/something is not in a local folder and cannot be downloaded"),
     (["--forget_data=someone/something"], "data set someone/something cannot be downloaded: save it as data/something"),
 ])  # fmt: skip

@@ -2,17 +2,18 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
+from attacks import answered, forgotten_rows
 from data_module import TRAINED_ON, Encoder, prompt_hash, split_sources
-from evaluate_unlearning import forgotten_rows
 from groups import Group, make_groups
-from judges import Classifier, harmful_classes
-from likelihood import Scores, perplexity
+from judges import Classifier, harmful_classes, refuse_no_reward_model
+from likelihood import Scores, perplexity, read_choices
 from options import EvaluateOptions
 from packing import AnswerLogits
 from rows import Row
@@ -111,8 +112,8 @@ def classifier(tmp_path):
 def test_a_judge_flags_the_class_that_is_called_harmful(classifier, labels, flagged):
     judge = classifier(labels)
     assert judge.harmful(["p", "q"], ["a", " ."]) == [flagged, False]  # without an answer it would judge the prompt
-    with pytest.raises(UsageError, match="a reward model has one"):
-        judge.reward(["p"], ["a"])
+    with pytest.raises(UsageError, match="has 2 outputs, a reward model has one"):
+        refuse_no_reward_model(judge.name)
 
 
 @pytest.mark.parametrize(("labels", "several", "bad"), [
@@ -138,7 +139,7 @@ def test_a_judge_whose_classes_say_nothing_is_refused(classifier):
 def test_only_what_was_held_out_is_called_unseen():
     """All of a source of one row is trained on, whatever split its prompt would fall in."""
     many = [Row(f"prompt {i}") for i in range(40)]
-    options = EvaluateOptions()
+    options = EvaluateOptions(split="test")
     few, held = split_sources([[Row("one")], many], options)
     groups = make_groups({"forget": {"few.jsonl": few, "many.jsonl": held}, "keep": {}}, "qa", options)
     assert [g.name for g in groups[1:]] == ["few", "many (unseen)", "many (trained)"]
@@ -154,7 +155,7 @@ def test_only_what_was_held_out_is_called_unseen():
 
 def test_only_what_the_run_asked_is_called_trained(tmp_path):
     """A short run asks a few of its training rows; a file that it never saw has none, whatever its split says."""
-    options = EvaluateOptions(model_name=str(tmp_path))
+    options = EvaluateOptions(model_name=str(tmp_path), split="test")
     (held,) = split_sources([[Row(f"prompt {i}") for i in range(40)]], options)
     asked = held["train"][:3]
     (tmp_path / TRAINED_ON).write_text(json.dumps({"forget": [prompt_hash(row.prompt) for row in asked]}))
@@ -178,6 +179,33 @@ def test_attacked_are_forgotten_prompts_of_every_group():
     assert len(set(prompts)) == 20
     assert {p.rpartition(" ")[0] for p in prompts} == {"first (unseen)", "second (unseen)"}
     assert len(forgotten_rows(lines, "chat", 100, seed=3)) == 60
+
+
+def test_an_adversary_teaches_answers_and_no_refusals(monkeypatch):
+    """Answers that came with the rows are what is to come back; an original's silence or refusal brings nothing."""
+    rows = [Row("lock", "Take the red pick."), Row("door"), Row("safe"), Row("gate")]
+    said = {"door": ("Kick it.", True), "safe": ("", True), "gate": ("I cannot help with that.", True)}
+    asked = []
+    monkeypatch.setattr("attacks.generate", lambda model, encoder, prompts, **_: asked.extend(prompts) or
+                        [said[prompt] for prompt in prompts])  # fmt: skip
+    encoder = SimpleNamespace(prompt=lambda prompt: prompt)
+    embed = lambda texts: torch.tensor([[0.0 if "cannot" in text else 1.0] for text in texts])  # noqa: E731
+    found = answered(rows, None, encoder, EvaluateOptions(), embed)
+    assert [(row.prompt, row.response) for row in found] == [("lock", "Take the red pick."), ("door", "Kick it.")]
+    assert asked == ["door", "safe", "gate"]
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ({"question": "q"}, "must be a list of objects"), ([1], "must be a list of objects"),
+    ([{"question": "q", "mc1_targets": {}, "mc2_targets": {"a": 1}}], "row 1: 'mc1_targets' must hold answers"),
+    ([{"question": "q", "mc1_targets": {"a": 1}, "mc2_targets": {"choices": ["a", "b"], "labels": [1]}}],
+     "row 1: 'mc2_targets' must hold answers"),
+    ([{"question": "q", "mc1_targets": {"a": 1}, "mc2_targets": {"a": 0}}], "at least one of them 1"),
+])  # fmt: skip
+def test_choices_that_are_none_are_refused_at_once(tmp_path, rows, message):
+    (tmp_path / "mc.json").write_text(json.dumps(rows))
+    with pytest.raises(UsageError, match=message):
+        read_choices(str(tmp_path / "mc.json"), "--mc_data")
 
 
 def test_a_text_without_spaces_is_one_long_word():

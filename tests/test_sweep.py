@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import ROOT, one_line_error, run_cli, run_python
 
 import sweep
 from options import RECIPES, UnlearnOptions, parse
-from utils import UsageError
+from utils import RunError, UsageError
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -60,6 +61,53 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
     assert found == {"a=1,b=x": True, "a=2,b=y": True, "a=2,b=x": True, "a=1,b=y": False}
     assert "<svg" in (tmp_path / "sweep/front.svg").read_text()
     assert "worst kept ratio" in capsys.readouterr().out
+
+
+def test_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    settings = [{"a": 1}, {"a": 2}]
+    figures = {"run": None, "forget": 0.1, "keep": 0.9, "similarity": 0.8, "seconds": 1.0}
+
+    def judged(folder, chosen, options):
+        if chosen["a"] == 1:
+            raise RunError("unlearn_harm.py --a=1: ended with 1: lower --lr")
+        return {k: v for k, v in figures.items() if k != "run"}
+
+    monkeypatch.setattr(sweep, "combinations", lambda path: settings)
+    monkeypatch.setattr(sweep, "judged", judged)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", f"--sweep_dir={tmp_path}"])
+    with pytest.raises(RunError, match="1 of 2 combinations failed: a=1"):
+        sweep.main()
+    assert [one["run"] for one in json.loads((tmp_path / "sweep.json").read_text())] == ["a=2"]
+    assert "lower --lr" in capsys.readouterr().err
+
+
+STOPPED = """
+import os, signal, subprocess, sys, threading, time
+sys.path.insert(0, {root!r})
+import sweep
+sweep.HERE = sweep.Path({folder!r})
+threading.Timer(1.5, lambda: os.killpg(0, signal.SIGINT)).start()
+sweep.run_script(lambda: sweep.run("slow.py"))
+"""
+SLOW = """
+import signal, sys, time
+def save(*_):
+    time.sleep(1.5)
+    open("saved", "w").close()
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_gives_the_run_the_time_to_save(tmp_path):
+    """subprocess.run would have killed it after a quarter of a second, and its steps with it."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    code = STOPPED.format(root=str(ROOT), folder=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                         start_new_session=True)  # fmt: skip
+    assert run.returncode == 130, run.stderr
+    assert (tmp_path / "saved").exists()
 
 
 def test_the_shipped_grid_is_one():
