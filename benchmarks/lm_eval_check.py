@@ -123,10 +123,10 @@ def main() -> None:
     options = CheckOptions(**vars(OneLineParser(CheckOptions, allow_abbrev=False).parse_args()))
     rows = read_choices(options.mc_data, "--mc_data")[: options.rows]
     text = Path(options.text).read_text(encoding="utf-8")[: options.characters]
+    tokenizers = {name: load_tokenizer(name) for name in options.models}  # a missing folder shows now
     dtype, worst = pick_dtype(options.dtype, torch.device("cpu")), 0.0
     lines = [f"{'model':32s} {'measure':16s} {'ours':>10s} {'lm-eval':>10s} {'apart':>8s}"]
-    for name in options.models:
-        tokenizer = load_tokenizer(name)
+    for name, tokenizer in tokenizers.items():
         encoder = Encoder(tokenizer, "qa", 512, 128)
         mine = ours(load_model(name, dtype=dtype).eval(), encoder, rows, text)
         other = theirs(name, dtype, rows, text, bool(encoder.start))

@@ -11,6 +11,7 @@ import transformers
 from conftest import ROOT, SHARED, one_line_error, poison_losses, run_cli, run_python, share_of_update, weights
 from safetensors.torch import load_file
 
+import evaluate_unlearning
 import unlearn_harm
 from evaluate_unlearning import report_at_hand, report_folder
 from options import EvaluateOptions, parse
@@ -143,8 +144,11 @@ def test_a_requirement_that_fails_ends_with_3(finished):
 
 
 @pytest.mark.parametrize("finished", ["llama"], indirect=True)
-def test_what_an_evaluation_refuses(finished):
+def test_what_an_evaluation_refuses(finished, monkeypatch):
+    """Each before a model is loaded."""
     _, cwd, _, _ = finished
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(evaluate_unlearning, "load_model", None)
     for bad, message in (
         ("--require=x=3", "--require 'x=3': must look like"),
         ("--require=forget.ontopic<=1", "forget.ontopic is not measured; measured with these options"),
@@ -154,8 +158,9 @@ def test_what_an_evaluation_refuses(finished):
         ("--train_log=nope.jsonl", "--train_log nope.jsonl: cannot be read"),
         ("--attacks=magic", "--attacks magic: must be all, none, or among"),
     ):
-        run = run_cli("evaluate_unlearning.py", "--model_name=models/out", "--report_dir=none", bad, cwd=cwd)
-        assert message in one_line_error(run)
+        monkeypatch.setattr("sys.argv", ["e", "--model_name=models/out", "--report_dir=none", bad])
+        with pytest.raises(unlearn_harm.UsageError, match=re.escape(message)):
+            evaluate_unlearning.main()
     assert not (cwd / "none").exists()
 
 
