@@ -68,12 +68,7 @@ def main() -> None:
             ("keep", "normal", options.normal_data, None),
         )
     }
-    tokenizers = [load_tokenizer(n, trust_remote_code=options.trust_remote_code)
-                  for n in (options.original_name, options.model_name)]  # fmt: skip
-    encoders = {
-        label: Encoder(t, options.template, options.max_prompt_tokens, options.max_new_tokens)
-        for label, t in zip(("before", "after"), tokenizers, strict=True)
-    }
+    encoders = make_encoders(options)
     splits = {
         side: dict(zip(by_spec, split_sources(list(by_spec.values()), options), strict=True))
         for side, by_spec in sources.items()
@@ -84,7 +79,6 @@ def main() -> None:
             dataclasses.replace(row, response=encoders["before"].beginning(row.response)) if row.response else row
             for row in group.rows
         ]
-    refuse_other_templates(encoders, options)
     warn_of_other_languages([row.prompt for group in groups for row in group.rows])
     wanted = attack_names(options.attacks)
     verdict.refuse_unmeasurable(options, wanted)
@@ -179,15 +173,20 @@ def report_folder(options) -> Path:
     return folder
 
 
-def refuse_other_templates(encoders: dict[str, Encoder], options) -> None:
-    """A chat template that one of the two models lacks: they could not be asked the same. Raises UsageError."""
-    for label, name in (("before", options.original_name), ("after", options.model_name)):
-        if not encoders[label].tokenizer.chat_template:
-            if encoders["before"].style == "chat":
-                raise UsageError(f"{name}: its tokenizer has no chat template and the original's has: copy "
-                                 "chat_template.jinja beside it, or pass --template qa")  # fmt: skip
-            if options.mc_data and options.mc_template == "chat":
-                raise UsageError(f"--mc_template chat: the tokenizer of {name} has no chat template; use qa or raw")
+def make_encoders(options) -> dict[str, Encoder]:
+    """Both models are asked in the original's template. Raises UsageError where one has none."""
+    names = {"before": options.original_name, "after": options.model_name}
+    tokenizers = {label: load_tokenizer(name, trust_remote_code=options.trust_remote_code)
+                  for label, name in names.items()}  # fmt: skip
+    before = Encoder(tokenizers["before"], options.template, options.max_prompt_tokens, options.max_new_tokens)
+    for label, tokenizer in tokenizers.items():
+        if not tokenizer.chat_template and before.style == "chat":
+            raise UsageError(f"{names[label]}: its tokenizer has no chat template and the original's has: copy "
+                             "chat_template.jinja beside it, or pass --template qa")  # fmt: skip
+        if not tokenizer.chat_template and options.mc_data and options.mc_template == "chat":
+            raise UsageError(f"--mc_template chat: the tokenizer of {names[label]} has no chat template; use qa or raw")
+    return {"before": before, "after": Encoder(tokenizers["after"], before.style, options.max_prompt_tokens,
+                                               options.max_new_tokens)}  # fmt: skip
 
 
 def warn_of_other_languages(prompts: list[str]) -> None:

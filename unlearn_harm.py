@@ -84,7 +84,13 @@ def main() -> None:
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     provenance = Provenance(options, all_rows)
     if newest:  # before minutes go into the original's answers; the model is compared where the state is read
-        checkpoint.refuse_another_run(newest, {k: v for k, v in provenance.identity().items() if k != "model"})
+        try:
+            checkpoint.refuse_another_run(newest, {k: v for k, v in provenance.identity().items() if k != "model"})
+        except UsageError as error:
+            if not options.overwrite:
+                raise
+            log.warning("%s; with --overwrite, that is done", error)
+            newest = None
     # what a mistyped name could not replace is started anew only here
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
     forget, normal = (split_sources(by_source, options) for by_source in sources.values())
@@ -181,8 +187,8 @@ def main() -> None:
         started, provenance.tokens, run_log.looks = started - past["seconds"], past["tokens"], past["looks"]
         run_log.event("resume", f"going on after step {first_step}, from {newest}", step=first_step)
     elif options.resume:
-        log.info("--resume: no whole checkpoint in %s, so the run starts anew", checkpoint.folder_of(save_dir))
-    elif options.overwrite and accelerator.is_main_process:
+        log.info("--resume: no whole checkpoint of this run in %s: it starts anew", checkpoint.folder_of(save_dir))
+    if not newest and options.overwrite and accelerator.is_main_process:
         shutil.rmtree(checkpoint.folder_of(save_dir), ignore_errors=True)
 
     # ---------------------------------------------------------------------------------------------- the loop

@@ -117,9 +117,13 @@ def test_another_run_is_not_taken_up(whole, tmp_path, change, message):
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"prompt": f"Bad {i}?", "response": "No."}) + "\n" for i in range(12)))
     change = [word.format(other=other) for word in change]
-    line = one_line_error(run_cli("unlearn_harm.py", *words, "--resume", *change, cwd=tmp_path, quiet=True))
+    line = one_line_error(run_cli("unlearn_harm.py", *words, "--resume", *change, cwd=tmp_path))
     assert "--resume: out-checkpoints/step-000008 was made by another run" in line
     assert message in line
+    if "--lr=2e-3" in change:  # as make demo calls it: its own checkpoints are gone on with, others give way
+        run = run_cli("unlearn_harm.py", *words, "--resume", "--overwrite", *change, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        assert len(events(tmp_path / "out.jsonl", "step")) == 9
 
 
 def test_a_mistyped_command_takes_nothing_away(whole, tmp_path):

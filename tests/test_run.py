@@ -161,6 +161,11 @@ def test_what_an_evaluation_refuses(finished, monkeypatch):
         monkeypatch.setattr("sys.argv", ["e", "--model_name=models/out", "--report_dir=none", bad])
         with pytest.raises(unlearn_harm.UsageError, match=re.escape(message)):
             evaluate_unlearning.main()
+    (cwd / "models/out/chat_template.jinja").rename(cwd / "template")
+    monkeypatch.setattr("sys.argv", ["e", "--model_name=models/out", "--report_dir=none"])
+    with pytest.raises(unlearn_harm.UsageError, match="models/out: its tokenizer has no chat template"):
+        evaluate_unlearning.main()
+    (cwd / "template").rename(cwd / "models/out/chat_template.jinja")
     assert not (cwd / "none").exists()
 
 
