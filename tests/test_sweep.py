@@ -82,11 +82,13 @@ def test_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
 
 
 STOPPED = """
-import os, signal, subprocess, sys, threading, time
+import os, signal, sys
 sys.path.insert(0, {root!r})
 import sweep
 sweep.HERE = sweep.Path({folder!r})
-threading.Timer(1.5, lambda: os.killpg(0, signal.SIGINT)).start()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background is started without one
+signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGINT))
+signal.alarm(2)
 sweep.run_script(lambda: sweep.run("slow.py"))
 """
 SLOW = """
