@@ -44,7 +44,7 @@ from utils import (
     write_json_lines,
 )  # fmt: skip
 
-SCHEMA = 2  # of report.json
+SCHEMA = 3  # of report.json
 
 
 def main() -> None:
