@@ -52,6 +52,9 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    finally:  # left to the interpreter's end, the group's threads abort a process that is done now and then
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 class StopSignals:
