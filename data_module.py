@@ -312,8 +312,7 @@ class StepRows:
         limits = (self.options.max_answer_tokens, self.normal_tokens)
         for sources, visited, tokens in zip((self.forget, self.normal), self.rows_to_visit(), limits, strict=True):
             pairs = sorted(visited)
-            given = {answer for source in sources for row in source for answer in row.true_answers}
-            if not pairs and self.options.random_weight > 0 and len(given) < self.options.num_random_answers:
+            if not pairs and self.options.random_weight > 0 and len(self._given()) < self.options.num_random_answers:
                 # no KL, but the random answers come from here
                 pairs = [(s, i) for s, source in enumerate(sources) for i in range(min(len(source), FOR_THE_POOL))]
             for (s, i), row in zip(pairs, answer([sources[s][i] for s, i in pairs], tokens), strict=True):
@@ -326,11 +325,14 @@ class StepRows:
         if self.options.random_weight > 0:
             self._make_pool()
 
+    def _given(self) -> list[str]:
+        """The true answers that came with the normal rows, each once."""
+        return list(dict.fromkeys(a for source in self.normal for row in source for a in row.true_answers))
+
     def _make_pool(self) -> None:
         """The random answers: true ones that came with the normal rows; the model's own where fewer than K came."""
         rows = [row for source in self.normal for row in source]
-        given = list(dict.fromkeys(answer for row in rows for answer in row.true_answers))
-        self.pool = [(answer, True) for answer in given]
+        self.pool = [(answer, True) for answer in self._given()]
         if len(self.pool) < max(self.options.num_random_answers, 1):
             own = {row.response: row.complete for row in rows if row.response and not row.true_answers}
             self.pool += list(own.items())
