@@ -1,4 +1,5 @@
-"""The step on the weights: AdamW with fp32 accuracy, clipping, warm-up, and the refusal of what is not finite.
+"""The step on the weights: which of them it may move, AdamW with fp32 accuracy, clipping, warm-up, and the refusal of
+what is not finite.
 
 A bf16 weight is the upper half of an fp32 master weight; what rounding took from it is kept beside it as a 16-bit
 rest, so that both together are the master, exactly, in the memory of one fp32 number. An update goes through a
@@ -8,6 +9,7 @@ tensor part by part: the fp32 forms of a part's gradient and weights exist only 
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -19,6 +21,39 @@ from utils import UsageError
 # elements taken through fp32 at a time: on a processor 1 MiB an array, which stays in the cache
 PART = {"cpu": 1 << 18, "gpu": 1 << 24}
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+
+def freeze(model, count: int) -> str | None:
+    """Leave the first `count` layers as they are, and with them the embeddings: the backward stops above them.
+
+    Returns a regular expression for the names of what lies in these layers; None where nothing is frozen.
+    """
+    if count == 0:
+        return None
+    total = model.config.get_text_config().num_hidden_layers
+    if count >= total:
+        raise UsageError(f"--frozen_layers {count}: the model has {total} layers, so at most {total - 1} can be frozen")
+    name, layers = next((name, module) for name, module in model.named_modules()
+                        if isinstance(module, torch.nn.ModuleList) and len(module) == total)  # fmt: skip
+    for part in (*layers[:count], model.get_input_embeddings(), model.get_output_embeddings()):
+        part.requires_grad_(False)
+    return rf"{re.escape(name)}\.({'|'.join(map(str, range(count)))})\..*"
+
+
+def add_lora(model, options, frozen: str | None):
+    """Put trainable adapters into the model's layers but the frozen ones, in place; returns the wrapper that saves
+    them."""
+    import peft
+
+    targets = options.lora_targets[0] if options.lora_targets == ["all-linear"] else options.lora_targets
+    config = peft.LoraConfig(
+        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, exclude_modules=frozen,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"--lora_targets {' '.join(options.lora_targets)}: {str(error).splitlines()[0]}") from error
 
 
 class Stepper:

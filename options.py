@@ -273,6 +273,9 @@ class EvaluateOptions(CommonOptions):
         ["none"], "all, none, or names: quantise prefill rephrase few_shot sampling relearn probe"
     )
     attack_prompts: POSITIVE = option(32, "forgotten prompts that an attack tries to get back, at most")
+    relearn_lr: number(float, 0, above=True) = option(
+        1e-4, "learning rate of the relearning attack, of adapters of rank 16 on every layer"
+    )
     quick: bool = option(False, "attacks in small: 6 prompts, 4 samples, 8 relearning steps")
     require: list[str] = option(
         [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 where one fails (none named: judged by defaults)"

@@ -210,11 +210,12 @@ def forward_for(model, encoder: Encoder, prompts: list[str], pack_tokens: int = 
 def can_pack(model, sequences: list[Sequence], pack_tokens: int, pad_id: int) -> tuple[bool, str]:
     """Whether the packed forward gives this model's own logits, and a line that says so.
 
-    Compares both layouts on real sequences: the largest difference of an answer token's logits in
-    units of their spread. A model that ignores positions or the mask is off by far more than rounding.
+    Compares both layouts on real sequences: the root mean square difference of an answer token's logits, the worst
+    token's, in units of their spread. Rounding gives 0.07 in bf16; a model that ignores positions or the mask is off
+    by more than 1. (The largest difference of a single logit grows with the vocabulary and cannot tell as much.)
     """
     device = next(model.parameters()).device
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
     padded = padded_batch(sequences, pad_id).to(device)
     packed = packed_batch(sequences, pack_tokens, pad_id).to(device)
     expected = AnswerLogits(model, packed=False)(padded)[padded.logit_row].float()  # (M, V)
@@ -223,7 +224,8 @@ def can_pack(model, sequences: list[Sequence], pack_tokens: int, pad_id: int) ->
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         return False, f"padded layout: {type(model).__name__} does not take the packed one ({reason})"
-    off = ((got - expected).abs().max() / expected.std()).item() if got.shape == expected.shape else float("inf")
+    same = got.shape == expected.shape
+    off = ((got - expected).square().mean(-1).sqrt().max() / expected.std()).item() if same else float("inf")
     if off <= tolerance:
-        return True, f"packed layout: logits equal the padded layout's (largest difference {off:.1e} of their spread)"
+        return True, f"packed layout: logits equal the padded layout's (worst token off by {off:.1e} of their spread)"
     return False, f"padded layout: the packed one gives {type(model).__name__} other logits (off by {off:.1e})"

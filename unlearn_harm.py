@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 import shutil
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ import checkpoint
 from data_module import TRAINED_ON, Encoder, StepRows, prompt_hash, refuse_overlap, sample, split_sources
 from generation import answer_rows
 from objective import losses_of, need_original
-from optimizer import Stepper, refuse_missing_8bit
+from optimizer import Stepper, add_lora, freeze, refuse_missing_8bit
 from options import UnlearnOptions, parse
 from packing import forward_for
 from plan import print_plan
@@ -307,39 +306,6 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------------------------------ parts of the run
-def freeze(model, count: int) -> str | None:
-    """Leave the first `count` layers as they are, and with them the embeddings: the backward stops above them.
-
-    Returns a regular expression for the names of what lies in these layers; None where nothing is frozen.
-    """
-    if count == 0:
-        return None
-    total = model.config.get_text_config().num_hidden_layers
-    if count >= total:
-        raise UsageError(f"--frozen_layers {count}: the model has {total} layers, so at most {total - 1} can be frozen")
-    name, layers = next((name, module) for name, module in model.named_modules()
-                        if isinstance(module, torch.nn.ModuleList) and len(module) == total)  # fmt: skip
-    for part in (*layers[:count], model.get_input_embeddings(), model.get_output_embeddings()):
-        part.requires_grad_(False)
-    return rf"{re.escape(name)}\.({'|'.join(map(str, range(count)))})\..*"
-
-
-def add_lora(model, options, frozen: str | None):
-    """Put trainable adapters into the model's layers but the frozen ones, in place; returns the wrapper that saves
-    them."""
-    import peft
-
-    targets = options.lora_targets[0] if options.lora_targets == ["all-linear"] else options.lora_targets
-    config = peft.LoraConfig(
-        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, exclude_modules=frozen,
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise UsageError(f"--lora_targets {' '.join(options.lora_targets)}: {str(error).splitlines()[0]}") from error
-
-
 def look(step, watch: Watch, forward, reference, stepper, best, options, run_log) -> dict:
     """Evaluate on the development split, log it, and return the best state so far; the untouched original is the
     one to go back to after a fault, and gives way to whatever is within the budget."""
