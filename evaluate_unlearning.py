@@ -144,9 +144,10 @@ def main() -> None:
     if wanted:
         if processes.is_main_process:
             write_json_lines(folder / "answers.jsonl", lines)  # the answers took minutes, attacks take more
+        tick = time.time()
         report["attacks"], report["layers"] = under_attack(wanted, lines, splits, forwards, encoders, options,
                                                            embed)  # fmt: skip
-        seconds["attacks"] = round(time.time() - started - sum(seconds.values()), 1)
+        seconds["attacks"] = round(time.time() - tick, 1)
     report["verdict"] = verdict.judge(report, options.require)
     report["seconds"] = {**seconds, "whole": round(time.time() - started, 1), **unlearning_seconds(options.model_name)}
 
@@ -185,6 +186,8 @@ def make_encoders(options) -> dict[str, Encoder]:
                              "chat_template.jinja beside it, or pass --template qa")  # fmt: skip
         if not tokenizer.chat_template and options.mc_data and options.mc_template == "chat":
             raise UsageError(f"--mc_template chat: the tokenizer of {names[label]} has no chat template; use qa or raw")
+    if tokenizers["after"].chat_template:  # another system message would be another question
+        tokenizers["after"].chat_template = tokenizers["before"].chat_template or tokenizers["after"].chat_template
     return {"before": before, "after": Encoder(tokenizers["after"], before.style, options.max_prompt_tokens,
                                                options.max_new_tokens)}  # fmt: skip
 
@@ -218,7 +221,7 @@ def time_line(seconds: dict[str, float]) -> str:
 def load_for(name: str, options):
     device = join_processes().device
     dtype = pick_dtype(options.dtype, device)
-    return load_model(name, dtype=dtype, **options.trust()).to(device)
+    return load_model(name, dtype=dtype, **options.trust()).to(device).eval()  # Phi-3.5-MoE draws its experts else
 
 
 def inputs_hash(*read) -> str:
@@ -290,7 +293,8 @@ def judge_group(group: Group, before: list[str], after: list[str], embed) -> tup
     similarity = (vectors["before"] * vectors["after"]).sum(-1).tolist()
     lines = []
     for i, row in enumerate(group.rows):
-        line = {"group": group.name, "side": group.side, "style": group.style, "prompt": row.prompt}
+        line = {"group": group.name, "side": group.side, "counts": group.counts, "style": group.style,
+                "prompt": row.prompt}  # fmt: skip
         for label, text in (("before", before[i]), ("after", after[i])):
             cosine = float((vectors[label][i] * prompt_vectors[i]).sum())
             line[label] = {

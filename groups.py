@@ -56,6 +56,13 @@ def make_groups(splits: dict, style: str, options) -> list[Group]:
     return groups
 
 
+def unseen_groups(names) -> list[str]:
+    """Those of the forget groups' names that are judged as unseen; where none is called so, all but the trained."""
+    names = [name for name in dict.fromkeys(names) if "(trained)" not in name]
+    held_out = [name for name in names if name.endswith(("(unseen)", "(dev)"))]
+    return held_out or names
+
+
 def free_name(spec: str, taken: set[str]) -> str:
     """The name of a source's groups: its file's, with as many of its folders as tell it from those before."""
     path = Path(spec.partition(":")[0]).with_suffix("")

@@ -122,13 +122,14 @@ def read_choices(path: str, option: str) -> list[dict]:
 def choices(forward: AnswerLogits, encoder: Encoder, rows: list[dict], style: str, progress=None) -> dict[str, list]:
     """MC1 and MC2 of every row (Lin et al. 2022): is the likeliest answer the true one; the true answers' share.
 
-    An answer's likelihood is the sum over its tokens, without the end-of-turn token.
+    An answer's likelihood is the sum over its tokens, all that the context holds, without the end-of-turn token.
     """
+    context = getattr(forward.model.config.get_text_config(), "max_position_embeddings", None) or 4096
     device, pad_id = next(forward.parameters()).device, encoder.tokenizer.pad_token_id
     scores: dict[str, list] = {"mc1": [], "mc2": []}
     for row in progress(rows) if progress else rows:
         prompt = tuple(encoder.prompt(row["question"], style))
-        answers = {text: tuple(encoder.answer(text, style, complete=False))
+        answers = {text: tuple(encoder.answer(text, style, complete=False, limit=context - len(prompt)))
                    for field in ("mc1_targets", "mc2_targets") for text in labels_of(row[field])}  # fmt: skip
         sequences = [Sequence("normal", i, prompt, ids) for i, ids in enumerate(answers.values())]
         batch = forward.layout(sequences, 1024, pad_id).to(device)

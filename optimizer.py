@@ -20,6 +20,8 @@ from utils import UsageError
 
 # elements taken through fp32 at a time: on a processor 1 MiB an array, which stays in the cache
 PART = {"cpu": 1 << 18, "gpu": 1 << 24}
+# their kernels read the weights of some layers past the module, so peft refuses adapters there
+WITH_FUSED_KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
@@ -45,10 +47,19 @@ def add_lora(model, options, frozen: str | None):
     them."""
     import peft
 
-    targets = options.lora_targets[0] if options.lora_targets == ["all-linear"] else options.lora_targets
+    targets, experts, exclude = options.lora_targets, [], frozen
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+        # the experts of a mixture, stored as one tensor, are no linear layers
+        experts = [f"{module_name}.{name}" for module_name, module in model.named_modules()
+                   for name, weight in module.named_parameters(recurse=False)
+                   if weight.dim() == 3 and not type(module).__name__.startswith("Conv")]  # fmt: skip
+        experts = [name for name in experts if not (frozen and re.fullmatch(frozen, name))]
+        if model.config.model_type in WITH_FUSED_KERNELS:
+            exclude = "|".join(filter(None, (frozen, r".*\.(out_proj|conv1d)")))
     config = peft.LoraConfig(
-        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, exclude_modules=frozen,
-        task_type="CAUSAL_LM",
+        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, exclude_modules=exclude,
+        target_parameters=experts or None, task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
         return peft.get_peft_model(model, config)
@@ -68,7 +79,7 @@ class Stepper:
         self._adapters = options.use_lora
         self._rests: dict[torch.nn.Parameter, torch.Tensor] = {}  # int16; none for a parameter that lost nothing
         for parameter in model.parameters():
-            if dtype == torch.float32:
+            if dtype == torch.float32 or parameter.dtype != torch.float32:  # 4- and 8-bit codes stay what they are
                 continue
             master, parameter.data = parameter.data, parameter.data.to(dtype)
             # frozen weights too: what is saved has lost nothing; adapters are merged into the base as it was stored

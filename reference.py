@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from data_module import Sequence
-from packing import AnswerLogits, packed_batch, padded_batch
+from packing import AnswerLogits, finish_logits, packed_batch, padded_batch
 from processes import copy_to, whole
 
 
@@ -25,6 +25,7 @@ class Reference:
         """Visit `sequences` (repeats cost nothing) with the model as it is now, before the first step."""
         self._pad_id, self._pack_tokens = pad_id, pack_tokens
         self._device = next(forward.parameters()).device
+        self._config = forward.model.config
         self._vocabulary = forward.model.get_output_embeddings().weight.shape[0]
         self._states: dict[tuple, torch.Tensor] = {}
         self._model = None
@@ -63,7 +64,8 @@ class Reference:
         states = torch.cat([self._states[s.prompt_ids, s.answer_ids] for s in sequences])  # (M, D)
         weight, bias = self._head
         states = copy_to(self._device, states)
-        return F.linear(states, weight.to(states.dtype), None if bias is None else bias.to(states.dtype))  # (M, V)
+        logits = F.linear(states, weight.to(states.dtype), None if bias is None else bias.to(states.dtype))  # (M, V)
+        return finish_logits(self._config, logits)
 
     def bytes(self) -> int:
         """Memory of the kept states (the head's copy not counted)."""

@@ -87,7 +87,9 @@ def paper_rows(report: dict) -> list[dict]:
         row = {"group": group["name"], "n": str(group["n"])}
         for judge in after["harmful"]:
             rates = [f"{100 * side['harmful'][judge]['value']:.0f}" for side in (before, after)]
-            row[f"harmful, % ({Path(judge).name})"] = " -> ".join(rates)
+            short = Path(judge).name
+            alike = [other for other in after["harmful"] if Path(other).name == short]
+            row[f"harmful, % ({short if len(alike) == 1 else judge})"] = " -> ".join(rates)
         for name, value in (("diversity", "{:.2f}"), ("utility", "{:.2f}")):
             row[name] = " -> ".join(_shown(side[name]["value"], value) for side in (before, after))
         row["fluency (perplexity)"] = " -> ".join(_shown(side["fluency"], "{:.1f}") for side in (before, after))

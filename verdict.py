@@ -6,6 +6,7 @@ import operator
 import re
 
 from attacks import NAMES
+from groups import unseen_groups
 from utils import UsageError
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -24,7 +25,8 @@ def figures(report: dict) -> dict[str, float]:
     not do either was not forgotten: where it has no answer on topic, forget.on_topic is not measured.
     """
     sides = {side: [g for g in report["groups"] if g["side"] == side and g["counts"]] for side in ("forget", "keep")}
-    unseen = [g for g in sides["forget"] if "(trained)" not in g["name"]]
+    held_out = unseen_groups(g["name"] for g in sides["forget"])
+    unseen = [g for g in sides["forget"] if g["name"] in held_out]
     found: dict[str, float] = {}
     for side, groups in (("forget", unseen), ("keep", sides["keep"])):
         for measure in ("on_topic", "empty", "repetitive"):

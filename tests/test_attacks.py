@@ -143,7 +143,7 @@ def test_the_control_of_relearning_is_not_taken_for_an_attack(monkeypatch):
     made = [Attack("relearn", "benign rows, 8 steps", [["no"]]), Attack("control", "never unlearned", [["yes"]])]
     monkeypatch.setattr(Attacker, "relearn", lambda self: made)
     monkeypatch.setattr(attacks, "generate", lambda *_, **__: [])
-    side = {"side": "forget", "group": "a (unseen)", "style": "chat", "prompt": "p"}
+    side = {"side": "forget", "counts": True, "group": "a (unseen)", "style": "chat", "prompt": "p"}
     lines = [{**side, "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}]
     both = {label: SimpleNamespace(model=None, packed=True, style="chat") for label in ("before", "after")}
     embed = lambda texts: torch.tensor([[float(text != "no")] for text in texts])  # noqa: E731

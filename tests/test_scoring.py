@@ -169,7 +169,7 @@ def test_attacked_are_forgotten_prompts_of_every_group():
     """Taken in their order, all attacked prompts would be of the first group, and the rest would go untested."""
 
     def line(group, i, before=True, after=False, style="chat"):
-        return {"group": group, "side": "forget", "style": style, "prompt": f"{group} {i}",
+        return {"group": group, "side": "forget", "counts": True, "style": style, "prompt": f"{group} {i}",
                 "before": {"on_topic": before, "answer": "a"}, "after": {"on_topic": after}}  # fmt: skip
 
     lines = [line(group, i) for group in ("first (unseen)", "second (unseen)") for i in range(30)]
