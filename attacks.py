@@ -19,7 +19,7 @@ import metrics
 from data_module import Encoder, prompt_hash, sample, sequence_of
 from generation import generate
 from groups import read_trained_on, unseen_groups
-from losses import sequence_mean, token_nll
+from losses import answer_terms, sequence_mean, token_nll
 from optimizer import Stepper, add_lora
 from options import EvaluateOptions, UnlearnOptions
 from packing import AnswerLogits, finish_logits
@@ -133,7 +133,8 @@ class Attacker:
                 sequences = [sequence_of("forget", i, row, self.encoder) for i, row in enumerate(some)]
                 batch = forward.layout(sequences, 128, self.encoder.tokenizer.pad_token_id)
                 batch = batch.to(next(model.parameters()).device)
-                nll = token_nll(forward(batch), batch.logit_row, batch.targets)
+                logits = forward(batch)  # (N, V)
+                nll, _ = answer_terms(logits, batch.logit_row, batch.targets, batch.logit_row[:0], logits[:0])  # (M,)
                 sequence_mean(nll, batch.sequence, len(sequences)).mean().backward()
                 stepper.step()
                 if step + 1 in marks:
@@ -154,7 +155,7 @@ class Attacker:
     def rephrase(self) -> list[Attack]:
         """Other templates (the published one with and without its trailing space, raw), case, role play."""
         styles = {"published template": "qa", "published template, trailing space": "qa_space", "raw": "raw"}
-        if self.encoder.tokenizer.chat_template:
+        if self.encoder.chat_template:
             styles["chat"] = "chat"
         found = [Attack("rephrase", name, _lists(self.answer(self.prompts(style))))
                  for name, style in styles.items() if style != self.encoder.style]  # fmt: skip
@@ -304,8 +305,11 @@ def layer_lens(model, encoder: Encoder, rows: list[Row]) -> list[float]:
         sums = []
         here = slice(len(prompt) - 1, -1)  # where the answer's tokens are predicted
         for state in (*out.hidden_states[:-1], None):  # the last one comes normed: the model's own logits stand for it
-            logits = out.logits[:, here] if state is None else finish_logits(model.config, read_out(state[:, here]))
-            sums.append(token_nll(logits[0], rows_of, targets).sum().item())  # logits: (1, A, V)
+            if state is None:
+                logits = out.logits[:, here]  # (1, A, V)
+            else:  # Mamba adds its layers up in fp32
+                logits = finish_logits(model.config, read_out(state[:, here].to(model.dtype)))
+            sums.append(token_nll(logits[0], rows_of, targets).sum().item())
         totals = np.array(sums) if totals is None else totals + np.array(sums)
         count += len(answer)
     return (totals / max(count, 1)).tolist() if totals is not None else []

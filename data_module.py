@@ -89,11 +89,15 @@ TURN = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSW
 TRAINED_STYLES = ("qa", "qa_space", "qa_space", "raw")  # people paste the published prompt with its space
 
 
-def _without_today(template):
+def default_template(tokenizer) -> str | None:
+    """The template of a talk; of several by name (one may be for tools) the one that is called default."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _without_today(template: str) -> str:
     """A chat template that calls for today's date (Llama 3's does) with the day of the code in its place: else the
     original's states, kept before midnight, would be those of other prompts, and a resumed run another run."""
-    if not isinstance(template, str):
-        return template
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: repr(DAY.strftime(call[2])), template)
 
 
@@ -106,13 +110,13 @@ class Encoder:
     """
 
     def __init__(self, tokenizer, template: str, max_prompt_tokens: int, max_answer_tokens: int):
-        if template == "chat" and not tokenizer.chat_template:
+        self.chat_template = _without_today(default_template(tokenizer) or "")
+        if template == "chat" and not self.chat_template:
             raise UsageError("--template chat: this model's tokenizer has no chat template; use auto, qa or raw")
         self.tokenizer = tokenizer
-        self.style = template if template != "auto" else ("chat" if tokenizer.chat_template else "qa")
+        self.style = template if template != "auto" else ("chat" if self.chat_template else "qa")
         self.max_prompt_tokens = max_prompt_tokens
-        self.max_answer_tokens = max_answer_tokens
-        self._template = _without_today(tokenizer.chat_template)
+        self.max_answer_tokens = self.longest_answer = max_answer_tokens
         self.cut: set[str] = set()  # prompts that were too long
         plain = self._ids("a")
         with_special = tokenizer("a")["input_ids"]
@@ -124,6 +128,7 @@ class Encoder:
 
     def fit(self, config, answer_tokens: int) -> None:
         """Cut prompts so that they and an answer lie within the model's context; UsageError where none is left."""
+        self.longest_answer = answer_tokens
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         if context and context < answer_tokens + 16:
             raise UsageError(f"answers of {answer_tokens} tokens leave no room in the model's context of {context}: "
@@ -133,7 +138,7 @@ class Encoder:
 
     def _chat(self, turns: list[dict], ask: bool = False) -> str:
         """Turns of a talk in the tokenizer's own template; `ask`: up to where the next answer begins."""
-        return self.tokenizer.apply_chat_template(turns, chat_template=self._template, tokenize=False,
+        return self.tokenizer.apply_chat_template(turns, chat_template=self.chat_template, tokenize=False,
                                                   add_generation_prompt=ask)  # fmt: skip
 
     def _ids(self, text: str) -> list[int]:
@@ -148,7 +153,7 @@ class Encoder:
 
     def _end_of_turn(self, style: str) -> int:
         """The token that ends an answer: in a chat, the first special token after the assistant's words."""
-        if style == "chat" and self.tokenizer.chat_template:
+        if style == "chat" and self.chat_template:
             after = self._chat(TURN).rpartition(TURN[1]["content"])[2]
             marked = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
             special = [i for i in self._ids(after) if i in marked or i in self.tokenizer.all_special_ids]
@@ -158,7 +163,7 @@ class Encoder:
 
     def _joint(self, style: str) -> tuple[str, str]:
         """(the end of a prompt, the space that an answer begins with after it) of a style."""
-        if style == "chat" and self.tokenizer.chat_template:
+        if style == "chat" and self.chat_template:
             end, whole = self._chat(TURN[:1], ask=True), self._chat(TURN)
             space = whole.removeprefix(end).partition(TURN[1]["content"])[0] if whole.startswith(end) else ""
             return end, space if space.isspace() else ""

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 import metrics
 import verdict
 from attacks import attack_names, under_attack
-from data_module import Encoder, split_sources
+from data_module import Encoder, default_template, split_sources
 from generation import generate
 from groups import Group, make_groups
 from judges import SentenceEmbedder, classes_of, refuse_no_reward_model
@@ -181,13 +181,13 @@ def make_encoders(options) -> dict[str, Encoder]:
                   for label, name in names.items()}  # fmt: skip
     before = Encoder(tokenizers["before"], options.template, options.max_prompt_tokens, options.max_new_tokens)
     for label, tokenizer in tokenizers.items():
-        if not tokenizer.chat_template and before.style == "chat":
+        if not default_template(tokenizer) and before.style == "chat":
             raise UsageError(f"{names[label]}: its tokenizer has no chat template and the original's has: copy "
                              "chat_template.jinja beside it, or pass --template qa")  # fmt: skip
-        if not tokenizer.chat_template and options.mc_data and options.mc_template == "chat":
+        if not default_template(tokenizer) and options.mc_data and options.mc_template == "chat":
             raise UsageError(f"--mc_template chat: the tokenizer of {names[label]} has no chat template; use qa or raw")
-    if tokenizers["after"].chat_template:  # another system message would be another question
-        tokenizers["after"].chat_template = tokenizers["before"].chat_template or tokenizers["after"].chat_template
+    if before.chat_template and default_template(tokenizers["after"]):  # another system message, another question
+        tokenizers["after"].chat_template = before.chat_template
     return {"before": before, "after": Encoder(tokenizers["after"], before.style, options.max_prompt_tokens,
                                                options.max_new_tokens)}  # fmt: skip
 

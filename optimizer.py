@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from processes import like, whole
+from processes import gathered, like, local, whole
 from utils import UsageError
 
 # elements taken through fp32 at a time: on a processor 1 MiB an array, which stays in the cache
@@ -125,7 +125,7 @@ class Stepper:
     def _update_one(self, parameter, gradient, moments: dict, scale: float, lr: float) -> None:
         moments["step"] = moments.get("step", torch.zeros((), device=parameter.device)) + 1
         rest = self._rests.get(parameter)
-        flat, slopes = _local(parameter.detach()).view(-1), _local(gradient).reshape(-1)
+        flat, slopes = local(parameter.detach()).view(-1), local(gradient).reshape(-1)
         for part in parts_of(flat):
             weights, slope = flat[part], self._scratch.fp32(slopes[part]).mul_(scale)
             if rest is None:
@@ -158,12 +158,14 @@ class Stepper:
             parameter.copy_(master)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Masters and AdamW's moments, by number, whole: all that the next update depends on, with `progress`."""
+        """Masters and AdamW's moments, by number, whole: all that the next update depends on, with `progress`.
+
+        None each but in the first process."""
         kept = {}
         for i, (parameter, moments) in enumerate(zip(self.parameters, self._moments, strict=True)):
-            kept[f"{i:05d}.master"] = whole(self.master(parameter)).cpu()
+            kept[f"{i:05d}.master"] = gathered(self.master(parameter))
             for name, tensor in moments.items():
-                kept[f"{i:05d}.{name}"] = whole(tensor).cpu()
+                kept[f"{i:05d}.{name}"] = gathered(tensor)
         return kept
 
     def progress(self) -> dict:
@@ -195,7 +197,7 @@ def adamw_32bit(master, slope, moments: dict, parameter, part: slice, *, lr: flo
     for name in ("exp_avg", "exp_avg_sq"):
         if name not in moments:
             moments[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-    first, second = (_local(moments[name]).view(-1)[part] for name in ("exp_avg", "exp_avg_sq"))
+    first, second = (local(moments[name]).view(-1)[part] for name in ("exp_avg", "exp_avg_sq"))
     adamw([master], [slope], [first], [second], [], [moments["step"] - 1], fused=True, amsgrad=False, maximize=False,
           lr=lr, weight_decay=weight_decay, beta1=BETAS[0], beta2=BETAS[1], eps=EPSILON)  # fmt: skip
 
@@ -210,7 +212,7 @@ def adamw_8bit(master, slope, moments: dict, parameter, part: slice, *, lr: floa
     from bitsandbytes import functional
 
     if not moments.keys() - {"step"}:
-        size = _local(parameter).numel()
+        size = local(parameter).numel()
         for name, signed in (("1", True), ("2", False)):
             moments["state" + name] = torch.zeros(size, dtype=torch.uint8, device=parameter.device)
             moments["absmax" + name] = torch.zeros(-(-size // 256), device=parameter.device)
@@ -256,7 +258,7 @@ class Scratch:
     """Room for one part in fp32, used again and again: fresh memory costs more than what is done in it."""
 
     def __init__(self, parameters):
-        size, device = max((min(_part(p), _local(p).numel()) for p in parameters), default=0), parameters[0].device
+        size, device = max((min(_part(p), local(p).numel()) for p in parameters), default=0), parameters[0].device
         self.master, self.slope = torch.empty(2, size, device=device)
         self.high = torch.empty(size, dtype=torch.int32, device=device)
 
@@ -280,8 +282,3 @@ def parts_of(flat: torch.Tensor) -> list[slice]:
 
 def _part(tensor: torch.Tensor) -> int:
     return PART["cpu" if tensor.device.type == "cpu" else "gpu"]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's share of a tensor that may be split."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -306,7 +306,10 @@ def parse(options_class: type, argv: list[str] | None = None):
     if options_class is UnlearnOptions and (manifest := _peek(words + argv, "from_manifest")):
         words = _words_of_manifest(manifest, known) + words
     if options_class is UnlearnOptions:
-        words = _words(RECIPES.get(_peek(words + argv, "method"), {})) + words
+        recipe = dict(RECIPES.get(_peek(words + argv, "method"), {}))
+        if _peek(words + argv, "forget_loss") not in (None, "ascent"):
+            recipe.pop("forget_ceiling", None)  # the others are bounded by themselves
+        words = _words(recipe) + words
     if options_class is EvaluateOptions:
         made = _words_of_run(_peek(words + argv, "model_name") or EvaluateOptions.model_name,
                              own_data=_peek(words + argv, "forget_data") is not None)  # fmt: skip

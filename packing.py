@@ -214,7 +214,7 @@ def forward_for(model, encoder: Encoder, prompts: list[str], pack_tokens: int = 
     """The model in the layout that it takes, tried on a few real prompts, and a line that says which."""
     speed_up(model)
     window = attention_window(model.config)
-    longest = encoder.max_prompt_tokens + encoder.max_answer_tokens
+    longest = encoder.max_prompt_tokens + encoder.longest_answer
     if window and window < longest:  # the packed layout's mask would take the place of the model's own
         line = f"padded layout: {type(model).__name__} looks back {window} tokens and a row may have {longest}"
         return AnswerLogits(model, packed=False), line

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from data_module import Sequence
 from objective import losses_of, need_original
 from packing import AnswerLogits, Batch
-from processes import split_step
+from processes import local, split_step
 from reference import Reference
 from utils import free_memory, give_back_memory, held_memory, peak_memory
 
@@ -50,6 +50,7 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
     visited_forget, visited_normal = rows.rows_to_visit()
     weights = list(forward.parameters())
     trained = sum(p.numel() for p in weights if p.requires_grad)
+    held = sum(local(p).numel() for p in weights if p.requires_grad)  # by this process, where the model is split
     seconds *= options.gradient_accumulation * first.real_tokens / largest.real_tokens
     # the probe has held weights, activations, logits and gradients; what only the first update and the cache add:
     cached = sum(len(s.answer_ids) for s in largest.sequences if s.kind == "normal") * options.max_unlearn_steps
@@ -59,7 +60,7 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
     holes = HOLES * tenfolds * (peak_memory(device) - before)
     saves = 0 < options.save_every < options.max_unlearn_steps and not options.use_lora
     copies = 8 * sum(p.numel() for p in weights) if saves and device.type == "cpu" else 0  # masters and model, in fp32
-    peak = peak_memory(device) + holes + (kept * trained + cached * width + copies) / 2**30
+    peak = peak_memory(device) + holes + (kept * held + cached * width + copies) / 2**30
     room = peak_memory(device) + free_memory(device)
     lines = [
         f"model          {options.model_name}: {sum(p.numel() for p in weights):,} parameters, {trained:,} trained",
@@ -68,7 +69,7 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
         f"{len(visited_normal):,} normal of {sum(map(len, rows.normal)):,}; {len(rows.pool):,} random answers to draw",
         f"{'a step' if options.gradient_accumulation == 1 else 'part of a step':14s} {_size(first)}; the largest: "
         f"{_size(largest)}",
-        f"memory         {peak:.2f} GiB at most ({kept * trained / 2**30:.2f} of it the optimizer's state); "
+        f"memory         {peak:.2f} GiB at most ({kept * held / 2**30:.2f} of it the optimizer's state); "
         + _advice(peak, room, options),
         f"time           {seconds:.1f} s a step (one probe step), {options.max_unlearn_steps} steps: "
         f"{seconds * options.max_unlearn_steps / 60:.0f} min",
@@ -81,7 +82,8 @@ def print_plan(options, encoder, rows, forward: AnswerLogits, layout_line: str) 
         answer = decode(list(sequence.answer_ids)).replace("\n", "\\n")
         follows = f" each token to be followed by [{decode(list(sequence.targets[:1]))}]" if sequence.targets else ""
         lines.append(f"  {sequence.kind:7s} row {sequence.group}: {prompt}[{answer}]{follows}")
-    print("\n".join(lines))
+    if PartialState().is_main_process:
+        print("\n".join(lines))
 
 
 def _tokens(sequences: list[Sequence]) -> int:

@@ -135,6 +135,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's share of a tensor that may be split."""
+    return tensor.tolocal() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A tensor that may be split, whole in the first process's main memory, None elsewhere: eight processes of one
+    machine need not hold eight copies of what one of them writes. Every process must call it."""
+    tensor = whole(tensor)
+    return tensor.cpu() if PartialState().is_main_process else None
+
+
 def like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
     """A whole tensor, split as `example` is, on its device."""
     tensor = tensor.to(example.device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import shutil
 import time
@@ -29,7 +30,7 @@ from optimizer import Stepper, add_lora, freeze, refuse_missing_8bit
 from options import UnlearnOptions, parse
 from packing import forward_for
 from plan import print_plan
-from processes import shard, split_step, start_processes, whole
+from processes import gathered, shard, split_step, start_processes
 from provenance import Provenance
 from reference import Reference
 from report import write_model_card
@@ -168,8 +169,9 @@ def main() -> None:
 
     # ------------------------------------------------------------------- where a run that was stopped goes on
     def save_checkpoint(step: int) -> None:
-        state, weights = stepper.state(), whole_weights(model, stepper)  # every process: what is split is gathered
-        kept = {**best, "state": [whole(t) for t in best["state"] or ()] or None} if best else None
+        # every process: what is split is gathered
+        state, weights = stepper.state(), whole_weights(model, stepper, adapters)
+        kept = {**best, "state": [gathered(t) for t in best["state"] or ()] or None} if best else None
         if accelerator.is_main_process:
             with whole_folder(checkpoint.folder_of(save_dir) / f"step-{step:06d}") as beside:
                 write_model(beside, model, weights, adapters, tokenizer, options, merged=False)
@@ -213,21 +215,22 @@ def main() -> None:
             tick = time.perf_counter()
             everyone = rows.sequences(step, encoder)
             parts = split_step(everyone, options.gradient_accumulation, accelerator)
-            sums, tokens = torch.zeros(6, device=accelerator.device), 0
+            sums = torch.zeros(7, device=accelerator.device)
             for number, part in enumerate(parts):
                 last = number == len(parts) - 1
                 batch = forward.layout(part, options.pack_tokens, tokenizer.pad_token_id).to(accelerator.device)
-                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                # split, gradients are added up in their parts: put off, each GPU would hold all of them
+                with contextlib.nullcontext() if last or options.shard else accelerator.no_sync(wrapped):
                     logits = wrapped(batch)  # (N, V)
                     bad, random, kl, first_kl = losses_of(batch, logits, reference, options, everyone)
                     loss = bad["loss"] + random["loss"] + kl["loss"] + first_kl["loss"]
                     accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
                 means = [bad["mean"], random["mean"], kl["mean"], first_kl["mean"]]
-                sums += torch.stack([loss.detach(), *means, loss.new_tensor(float(last and stop.signalled))])
-                tokens += batch.real_tokens
+                counts_of_part = loss.new_tensor([float(last and stop.signalled), batch.real_tokens])
+                sums += torch.cat([torch.stack([loss.detach(), *means]), counts_of_part])
                 del batch, logits, loss  # the next part's come before these would go
             figures = accelerator.reduce(sums, "sum").tolist()
-            _, bad_loss, random_loss, normal_loss, first_token_kl, signals = figures
+            _, bad_loss, random_loss, normal_loss, first_token_kl, signals, tokens = figures
             stop.asked = signals > 0  # of several processes, all stop after the same step
 
             # ---- the stop rules, looked at every step, before the weights are touched
@@ -243,7 +246,7 @@ def main() -> None:
                 stepper.drop_gradients()
             if math.isfinite(grad_norm):
                 guard["skipped"] = 0
-                provenance.tokens += tokens * accelerator.num_processes
+                provenance.tokens += int(tokens)
             else:
                 guard["skipped"] += 1
                 log.warning("step %d: loss %s, gradient norm %s: not finite, the step is not taken", step + 1,
@@ -260,11 +263,11 @@ def main() -> None:
                 "step",
                 f"step {step + 1}/{options.max_unlearn_steps}  bad_loss {bad_loss:.3f}  random_loss {random_loss:.3f}  "
                 f"normal_loss {normal_loss:.4f}  first_kl {first_token_kl:.4f}  grad_norm {grad_norm:.2f}  "
-                f"lr {lr:.2e}  {tokens * accelerator.num_processes / seconds:.0f} tokens/s  "
+                f"lr {lr:.2e}  {tokens / seconds:.0f} tokens/s  "
                 f"{left:.0f} s left",
                 step=step + 1, bad_loss=bad_loss, random_loss=random_loss, normal_loss=normal_loss,
                 first_token_kl=first_token_kl, grad_norm=grad_norm, lr=lr, seconds=seconds,
-                tokens_per_second=tokens * accelerator.num_processes / seconds, seconds_left=left,
+                tokens_per_second=tokens / seconds, seconds_left=left,
             )  # fmt: skip
         else:
             step = options.max_unlearn_steps
@@ -280,6 +283,8 @@ def main() -> None:
         if best["state"] is not None and best["step"] != step:
             stepper.restore(best["state"])
         log.info("the state after step %d is kept: best within --kl_budget %g", best["step"], options.kl_budget)
+    if not stepper.taken:
+        raise RunError(f"{stop_reason} before the first update, so nothing is saved: the model is the original")
     seconds = time.time() - started
     summary = {"steps": step, "kept_step": best["step"] if options.kl_budget else step, "stop_reason": stop_reason,
                "seconds": round(seconds, 1), "cut_prompts": len(encoder.cut),
@@ -288,7 +293,7 @@ def main() -> None:
         log.warning("%d prompts were longer than %d tokens and lost their beginning", len(encoder.cut),
                     encoder.max_prompt_tokens)  # fmt: skip
     give_back_memory()
-    weights = whole_weights(model, stepper)
+    weights = whole_weights(model, stepper, adapters)
     if accelerator.is_main_process:
         with whole_folder(save_dir) as beside:
             write_model(beside, model, weights, adapters, tokenizer, options)
@@ -321,19 +326,25 @@ def look(step, watch: Watch, forward, reference, stepper, best, options, run_log
     return {**best, "last_kl": found["dev_kl"]}
 
 
-def whole_weights(model, stepper: Stepper) -> dict[str, torch.Tensor]:
-    """The fp32 weights by name, gathered where they are split; every process must call it."""
-    gathered: dict[int, torch.Tensor] = {}  # a tied weight has two names and stays one tensor
-    for tensor in model.state_dict(keep_vars=True).values():
-        if id(tensor) not in gathered:
-            gathered[id(tensor)] = whole(stepper.master(tensor)).cpu()
-    return {name: gathered[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
+def whole_weights(model, stepper: Stepper, adapters) -> dict[str, torch.Tensor | None]:
+    """The fp32 weights that are saved, by name, whole in the first process: with adapters these alone. Every process
+    must call it."""
+    named = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()
+             if adapters is None or tensor.requires_grad}  # fmt: skip
+    saved: dict[int, torch.Tensor | None] = {}  # a tied weight has two names and stays one tensor
+    for tensor in named.values():
+        if id(tensor) not in saved:
+            saved[id(tensor)] = gathered(stepper.master(tensor))
+    return {name: saved[id(tensor)] for name, tensor in named.items()}
 
 
 def write_model(beside: Path, model, weights: dict, adapters, tokenizer, options, *, merged: bool = True) -> None:
     """Fill a folder with the model as it is now and its tokenizer; adapters are merged into a fresh base."""
     if adapters is None:
         model.save_pretrained(beside, state_dict=weights)
+        config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
+        # the weights are: a config that says bf16 would have them rounded where they are loaded
+        write_json(beside / "config.json", config | {"dtype": "float32"})
     else:
         import peft
 
@@ -363,6 +374,8 @@ def claim_folder(save_dir: Path, options, accelerator):
     """Refuse a folder with something in it, or that another run writes to; the lock is held until it is closed."""
     if options.dry_run or not accelerator.is_main_process:
         return contextlib.ExitStack()
+    if save_dir.resolve() in (here := Path.cwd(), *here.parents):
+        raise UsageError(f"--model_save_dir {save_dir}: is where this runs, or above it; name a folder of its own")
     held = checkpoint.Lock(save_dir)
     if save_dir.exists() and any(save_dir.iterdir()) and not options.overwrite:
         raise UsageError(f"--model_save_dir {save_dir}: is not empty; pass --overwrite to replace it")

@@ -49,6 +49,11 @@ def run_script(main) -> None:
     except (RunError, OSError, SafetensorError) as error:  # the last: its writer's word for a full disk
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        print(f"{name}: {' '.join(str(error).split())[:200]} Use --use_lora, --gradient_checkpointing, "
+              "--gradient_accumulation or a smaller --generation_batch; --dry_run estimates what a run takes",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
@@ -96,6 +101,7 @@ def write_text(path: str | Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         beside.write_text(text, encoding="utf-8")
+        sync(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -125,6 +131,7 @@ def whole_folder(path: str | Path):
         yield beside
         for file in beside.rglob("*"):  # safetensors makes its files private too
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
+            sync(file)  # before the name: after a power cut it must not stand on empty files
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             os.replace(path, old)
@@ -251,7 +258,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bf16 where it is computed natively (a GPU with it, a CPU with AVX512-BF16 or AMX)."""
     if name == "auto":
         if device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
         else:
             native = torch.cpu.get_capabilities()
             name = "bf16" if native.get("avx512_bf16") or native.get("amx_bf16") else "fp32"
@@ -290,7 +297,7 @@ def load_model(
             raise UsageError(f"{name}: holds its weights as a pickle ({pickles[0]}), which can carry code; convert it "
                              "to safetensors, or pass --allow_pickle")  # fmt: skip
     model, found = _from_pretrained(kind, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code,
-                                    output_loading_info=True)  # fmt: skip
+                                    output_loading_info=True, ignore_mismatched_sizes=True)  # named below  # fmt: skip
     wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if wrong:  # transformers draws them at random: such a model would be judged, and called one that has forgotten
         raise UsageError(f"{name}: {len(wrong)} tensors of {type(model).__name__} are missing or of another shape (the "
@@ -334,7 +341,7 @@ def _from_pretrained(auto_class, name: str, **kwargs):
     transformers_logging.set_verbosity_error()
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if Path(name).is_dir():
             raise UsageError(f"{name}: cannot be loaded ({_first_line(error)})") from error
         raise UsageError(

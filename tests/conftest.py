@@ -70,6 +70,19 @@ def tiny_model(family: str, vocabulary: int = 600):
         kind = transformers.GemmaConfig if family == "gemma" else transformers.Gemma3TextConfig
         window = {} if family == "gemma" else {"sliding_window": 64}
         config = kind(hidden_size=32, intermediate_size=64, num_key_value_heads=2, head_dim=8, **window, **small)
+    elif family == "gemma2":
+        config = transformers.Gemma2Config(hidden_size=32, intermediate_size=64, num_key_value_heads=2, head_dim=8,
+                                           final_logit_softcapping=5.0, **small)  # fmt: skip
+    elif family == "granite":
+        config = transformers.GraniteConfig(hidden_size=32, intermediate_size=64, num_key_value_heads=2,
+                                            logits_scaling=3.0, **small)  # fmt: skip
+    elif family == "cohere":
+        config = transformers.CohereConfig(hidden_size=32, intermediate_size=64, num_key_value_heads=2,
+                                           logit_scale=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                                           **small)  # fmt: skip
+    elif family == "mixtral":  # every layer's experts in one tensor
+        config = transformers.MixtralConfig(hidden_size=32, intermediate_size=64, num_key_value_heads=2,
+                                            num_local_experts=4, **small)  # fmt: skip
     elif family == "bloom":
         config = transformers.BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4)
     elif family == "mpt":

@@ -1,6 +1,7 @@
 """Attacks on tiny models: each gives an answer a prompt, and does to weights and prompts what it says."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 import attacks
 from attacks import WRAPPERS, Attack, Attacker, layer_lens, round_trip, under_attack
-from data_module import Encoder
+from data_module import TRAINED_ON, Encoder, prompt_hash
 from options import EvaluateOptions
 from rows import Row
+from utils import UsageError
 from verdict import BRING_BACK, figures, judge, parse_requirement
 
 
@@ -60,6 +62,27 @@ def test_relearning_lowers_the_loss_on_its_rows(attacker):
     )
     assert steps == (2, 4, 8)
     assert start > losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("family", ["mamba", "mixtral", "gpt_neox"])
+def test_every_family_can_be_taught_again_and_is_left_as_it_was(attacker, family):
+    """Also in bf16, whose weights would lose most of a small change: what answers is the model with its adapters."""
+    if attacker.encoder.style == "qa":
+        pytest.skip("once is enough")
+    model = tiny_model(family, len(attacker.encoder.tokenizer)).bfloat16().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attacker.packed, attacker.relearn_lr, losses = False, 1e-2, [layer_lens(model, attacker.encoder, attacker.shots)]
+    for _, tuned in attacker.fine_tune(model, attacker.shots, 8):
+        losses.append(layer_lens(tuned, attacker.encoder, attacker.shots))
+        weights = dict(tuned.named_parameters())
+        names = [name for name in weights if "lora_B" in name and "dt_proj" not in name]  # read past the module
+        assert names
+        assert all(weights[name].abs().sum() > 0 for name in names), "an adapter that learned nothing"
+        assert family != "mixtral" or any("experts" in name for name in names)
+    assert losses[0][-1] > losses[-1][-1]
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_quantised_weights_lie_on_their_grid(attacker):
@@ -118,6 +141,9 @@ def test_figures_and_verdict_by_hand():
     assert found["keep.retained"] == 0.5
     assert found["keep.similarity"] == 0.7
     assert found["attack.worst"] == 0.2
+    few = group("few", "forget", 0.9, 0.0, 90)  # a source too small to hold some out: trained on, and not called so
+    assert figures({**report, "groups": [*groups, few]})["forget.on_topic"] == found["forget.on_topic"]
+    assert figures({**report, "groups": [few, *groups[3:]]})["forget.on_topic"] == 0.0
     assert judge(report, [])["line"] == "forgotten: no, kept: no, resists: yes (prefill, relearn alone)"
     every = [{"name": name, "back": rate(0.1)} for name in BRING_BACK]
     assert judge({"groups": groups, "attacks": every}, [])["line"] == "forgotten: no, kept: no, resists: yes"
@@ -147,7 +173,32 @@ def test_the_control_of_relearning_is_not_taken_for_an_attack(monkeypatch):
     lines = [{**side, "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}]
     both = {label: SimpleNamespace(model=None, packed=True, style="chat") for label in ("before", "after")}
     embed = lambda texts: torch.tensor([[float(text != "no")] for text in texts])  # noqa: E731
-    found, _ = under_attack(["relearn"], lines, {"forget": {}, "keep": {}}, both, both, EvaluateOptions(), embed)
+    splits = {"forget": {}, "keep": {}}
+    found, _ = under_attack(["relearn"], lines, splits, both, both, EvaluateOptions(), embed)
     assert [a["name"] for a in found] == ["relearn", "control"]
     assert [a["back"]["value"] for a in found] == [0.0, 1.0]
     assert figures({"groups": [], "attacks": found})["attack.worst"] == 0.0
+
+
+def test_only_what_was_trained_on_is_taught_back_and_one_attack_that_fails_costs_no_other(monkeypatch, tmp_path):
+    """Rows of the training split that no step came to were never forgotten."""
+    taught = []
+
+    def relearn(self):
+        taught.extend(row.prompt for row in self.shots)
+        raise UsageError("takes no adapters")
+
+    monkeypatch.setattr(Attacker, "relearn", relearn)
+    monkeypatch.setattr(Attacker, "prefill", lambda self: [Attack("prefill", "Sure", [["no"]])])
+    asked = [Row(f"trained {i}", "An answer.") for i in range(3)]
+    never = [Row(f"never {i}", "An answer.") for i in range(3)]
+    (tmp_path / TRAINED_ON).write_text(json.dumps({"forget": [prompt_hash(row.prompt) for row in asked]}))
+    line = {"side": "forget", "counts": True, "group": "a (unseen)", "style": "chat", "prompt": "p",
+            "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}  # fmt: skip
+    shown = {**line, "counts": False, "group": "published prompt", "prompt": "only shown"}
+    both = {label: SimpleNamespace(model=None, packed=True, style="chat") for label in ("before", "after")}
+    splits, options = {"forget": {"a": {"train": asked + never}}, "keep": {}}, EvaluateOptions(model_name=str(tmp_path))
+    embed = lambda texts: torch.ones(len(texts), 1)  # noqa: E731
+    found, _ = under_attack(["relearn", "prefill"], [line, shown], splits, both, both, options, embed)
+    assert sorted(taught) == ["trained 0", "trained 1", "trained 2"]
+    assert [(a["name"], a["back"]["n"]) for a in found] == [("prefill", 1)]

@@ -161,6 +161,13 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path, model_folders):
         save_file(change, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(UsageError, match=message):
             load_model(str(folder))
+    save_file(tensors | {name: tensors[name][:-1].clone()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=f"1 tensors of .*another shape .*{name}"):
+        load_model(str(folder))
+    whole = (model_folders["llama"] / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_model(str(folder))
     with pytest.raises(UsageError, match="score"):  # a judge without its head
         load_model(str(model_folders["llama"]), kind=AutoModelForSequenceClassification)
 

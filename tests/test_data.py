@@ -125,6 +125,14 @@ def test_a_template_that_tells_the_date_gives_the_same_prompt_every_day():
     assert tokenizer.decode(e.prompt("Why?")).startswith("Today: 26 Jul 2024\n<|im_start|>user\nWhy?")
 
 
+def test_of_several_templates_the_default_one_is_taken():
+    tokenizer = make_tokenizer("chat")
+    expected = Encoder(tokenizer, "auto", 512, 16).prompt("Why?")
+    tokenizer.chat_template = {"tool_use": "TOOLS", "default": tokenizer.chat_template}
+    encoder = Encoder(tokenizer, "auto", 512, 16)
+    assert (encoder.style, encoder.prompt("Why?")) == ("chat", expected)
+
+
 # -------------------------------------------------------------------------------------------- row sources
 def records(tmp_path, option, *some):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in some))

@@ -44,6 +44,9 @@ def test_kl_is_exact_where_softmax_underflows():
     # original puts e^-60 on token 1: softmax then log(p + 1e-12), as published, would cut it at ln 1e-12 = -27.6
     original, model = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -60.0]])
     assert token_kl(model, original).item() == pytest.approx(0.5 * 60 - LN2, abs=1e-4)
+    zero = torch.zeros(1, dtype=torch.long)
+    _, in_a_step = answer_terms(model, zero, zero, zero, original)
+    assert in_a_step.item() == pytest.approx(0.5 * 60 - LN2, abs=1e-4)
     assert torch.isfinite(token_kl(torch.tensor([[1e4, -1e4]]), torch.tensor([[-1e4, 1e4]]))).all()
 
 

@@ -88,3 +88,12 @@ def test_8_bit_moments_take_the_same_way_in_a_quarter_of_the_memory():
     (way, size), (way_8, size_8) = results["adamw"], results["adamw8bit"]
     assert (way - way_8).norm() <= 0.15 * way.norm()
     assert size_8 <= 0.3 * size
+
+
+def test_codes_of_quantised_weights_are_left_alone():
+    """A base whose weights are 4- or 8-bit codes would speak garbage once they are cast, and look as if it resisted."""
+    model = torch.nn.Linear(4, 4)
+    model.codes = torch.nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)
+    Stepper(model, UnlearnOptions(), torch.bfloat16)
+    assert model.weight.dtype == torch.bfloat16
+    assert model.codes.dtype == torch.uint8

@@ -45,7 +45,8 @@ def step_loss(forward, batch, reference):
     return terms
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "gpt_neox", "qwen2"])
+# the last three do something to the head's output: a cap, a division, a product
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt_neox", "qwen2", "gemma2", "granite", "cohere"])
 @pytest.mark.parametrize("pack_tokens", [40, 10_000])  # several rows, and one
 def test_packed_equals_padded_in_every_term_and_gradient(family, pack_tokens):
     model, sequences = tiny_model(family), some_sequences(seed=3)
@@ -100,10 +101,35 @@ def test_padding_reaches_no_mean(pad):
     assert len(batch.targets) == sum(len(s.answer_ids) for s in sequences)  # answer tokens, no question token
 
 
+def test_a_head_that_bends_its_likeliest_logits_alone_is_noticed(monkeypatch):
+    """A cap moves the few large logits; over a whole vocabulary the difference is below bf16's tolerance."""
+    model = tiny_model("gemma2", 20_000).bfloat16()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(6.0)  # large states: the largest logits are beyond the cap
+    assert can_pack(model, some_sequences(), 100, PAD)[0]
+    monkeypatch.setattr("packing.finish_logits", lambda config, logits: logits)
+    assert not can_pack(model, some_sequences(), 100, PAD)[0]
+
+
 def test_a_model_that_cannot_is_padded_and_says_so():
     able, line = can_pack(tiny_model("bloom"), some_sequences(), 100, PAD)  # ALiBi: positions come from the mask
     assert not able
     assert line.startswith("padded layout")
+
+
+@pytest.mark.parametrize(
+    ("dropped", "dtype"),  # so small a model hardly looks at positions: bf16's tolerance is above that
+    [("position_ids", torch.float32), ("attention_mask", torch.float32), ("attention_mask", torch.bfloat16)],
+)
+def test_a_model_that_ignores_the_layout_is_found_out(dropped, dtype):
+    """Without an error of its own: only its logits tell."""
+    model = tiny_model("llama").to(dtype).eval()
+    assert can_pack(model, some_sequences(), 100, PAD)[0]
+    forward = model.base_model.forward
+    model.base_model.forward = lambda **given: forward(**{**given, dropped: None})
+    able, line = can_pack(model, some_sequences(), 100, PAD)
+    assert not able
+    assert "other logits" in line
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt_neo"])
@@ -111,6 +137,9 @@ def test_a_window_shorter_than_a_row_is_padded_and_says_so(family):
     """Packed rows bring their own mask, in which a token looks back as far as it likes: other logits in long rows."""
     tokenizer = make_tokenizer("chat")
     model, prompts = tiny_model(family, len(tokenizer)).eval(), ["How do I open a lock?"]
+    encoder = Encoder(tokenizer, "auto", 30, 20)
+    encoder.fit(model.config, 100)  # the answers of the other side may be longer
+    assert not forward_for(model, encoder, prompts)[0].packed
     for prompt_tokens, packs in ((100, False), (40, True)):
         forward, line = forward_for(model, Encoder(tokenizer, "auto", prompt_tokens, 20), prompts)
         assert forward.packed == packs, line
@@ -131,6 +160,7 @@ def test_reference_is_the_original_and_stays_it():
     with torch.no_grad():
         for parameter in model.parameters():  # the head is tied: moving it must not move the reference
             parameter.add_(1.0)
+    assert not any(isinstance(kept, torch.nn.Module) for kept in vars(reference).values()), "a second model in memory"
     batch = padded_batch(sequences[::-1], PAD)
     torch.testing.assert_close(
         reference.logits(sequences[::-1]), original(batch)[batch.logit_row], rtol=1e-4, atol=1e-4

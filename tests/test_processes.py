@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import ROOT, run_cli, share_of_update
@@ -35,6 +36,14 @@ def alone(tmp_path_factory, model_folders, data_files):
     run = run_cli("unlearn_harm.py", *words, cwd=cwd)
     assert run.returncode == 0, run.stderr
     return cwd, words
+
+
+def test_what_one_process_writes_no_other_holds(monkeypatch):
+    """Published: every rank wrote the checkpoint. Here the others have nothing to write, nor memory taken by it."""
+    tensor = torch.ones(3)
+    assert processes.gathered(tensor) is tensor
+    monkeypatch.setattr(processes, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    assert processes.gathered(tensor) is None
 
 
 @pytest.mark.parametrize("split", [False, True])

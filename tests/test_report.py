@@ -102,3 +102,14 @@ def test_a_group_without_answers_has_dashes():
     group = {"name": "g", "n": 1, "similarity": RATE, "paper": {"before": side, "after": side}}
     assert paper_rows({"groups": [group]}) == [{"group": "g", "n": "1", "diversity": "- -> -", "utility": "- -> -",
                                                 "fluency (perplexity)": "- -> -", "similarity": "0.50"}]  # fmt: skip
+
+
+def test_two_judges_of_one_name_have_a_column_each():
+    side = {
+        "diversity": RATE,
+        "fluency": 2.0,
+        "utility": RATE,
+        "harmful": {"a/checkpoint-5": RATE, "b/checkpoint-5": RATE},
+    }
+    group = {"name": "g", "n": 1, "similarity": RATE, "paper": {"before": side, "after": side}}
+    assert sum("checkpoint-5" in name for name in paper_rows({"groups": [group]})[0]) == 2

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from safetensors.torch import load_file
 import evaluate_unlearning
 import unlearn_harm
 from evaluate_unlearning import report_at_hand, report_folder
-from options import EvaluateOptions, parse
+from options import EvaluateOptions, UnlearnOptions, parse
+from packing import AnswerLogits
+from unlearn_harm import claim_folder
+from utils import RunError, UsageError
 
 SMALL = [
     "--dtype=fp32", "--max_unlearn_steps=5", "--lr=1e-3", "--num_random_answers=2", "--max_answer_tokens=12",
@@ -203,6 +207,43 @@ def test_the_ceiling_stops_the_run_at_the_step_that_reaches_it(tmp_path, model_f
     assert "--max_bad_loss 20 reached" in done["stop_reason"]
 
 
+def test_a_step_is_one_forward_and_a_run_without_a_step_saves_nothing(tmp_path, monkeypatch, model_folders, data_files):
+    """Published: four forwards of two models a step. And the original is never saved as a model that forgot."""
+    monkeypatch.chdir(tmp_path)
+    forwards, real = [], AnswerLogits.forward
+
+    def counted(self, batch, **settings):
+        forwards.append(torch.is_grad_enabled())
+        return real(self, batch, **settings)
+
+    monkeypatch.setattr(AnswerLogits, "forward", counted)
+    words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
+             *map(str, data_words(data_files)), *SMALL]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    unlearn_harm.main()
+    assert sum(forwards) == 5  # --max_unlearn_steps
+    monkeypatch.setattr("sys.argv", [*words, "--model_save_dir=none", "--max_bad_loss=0.001"])
+    with pytest.raises(RunError, match=r"--max_bad_loss 0.001 reached: .* before the first update"):
+        unlearn_harm.main()
+    assert not Path("none").exists()
+
+
+def test_a_run_is_not_written_over_the_folder_it_runs_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "a/..", ".."):
+        with pytest.raises(UsageError, match="is where this runs"):
+            claim_folder(Path(folder), UnlearnOptions(overwrite=True), SimpleNamespace(is_main_process=True))
+
+
+def test_a_recipe_gives_way_to_another_objective():
+    """--forget_loss npo with the tuned recipe, whose ceiling is for gradient ascent alone."""
+    words = ["--method=selective", "--forget_loss=npo"]
+    assert parse(UnlearnOptions, words).forget_ceiling == 0
+    assert parse(UnlearnOptions, words[:1]).forget_ceiling == 6
+    with pytest.raises(UsageError, match="--forget_ceiling is for --forget_loss ascent"):
+        parse(UnlearnOptions, [*words, "--forget_ceiling=6"])
+
+
 def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, model_folders, data_files):
     """A NaN is put into the loss of the second step: that step is not taken, the run goes on."""
     monkeypatch.chdir(tmp_path)
@@ -247,6 +288,8 @@ def test_a_bf16_run_saves_its_fp32_weights(tmp_path, model_folders, data_files, 
     start, saved = weights(model_folders[family]), weights(tmp_path / "out")
     assert saved.keys() == start.keys(), "a tied head is saved once, as it was"
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # as a pipeline does
+    assert loaded.dtype == torch.float32, "the config must not have them rounded"
     changed = [name for name in saved if (saved[name] != start[name]).any()]
     assert any((saved[name].bfloat16().float() != saved[name]).any() for name in changed)
 

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_tokenizer, tiny_model
+from conftest import CHAT_TEMPLATE, make_tokenizer, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from attacks import answered, forgotten_rows
 from data_module import TRAINED_ON, Encoder, prompt_hash, split_sources
+from evaluate_unlearning import make_encoders
 from groups import Group, make_groups
 from judges import Classifier, harmful_classes, refuse_no_reward_model
-from likelihood import Scores, perplexity, read_choices
+from likelihood import Scores, choices, perplexity, read_choices
 from options import EvaluateOptions
 from packing import AnswerLogits
 from rows import Row
@@ -163,6 +164,38 @@ def test_only_what_the_run_asked_is_called_trained(tmp_path):
     groups = make_groups({"forget": {"a.jsonl": held, "b.jsonl": other}, "keep": {}}, "qa", options)
     assert [g.name for g in groups[1:]] == ["a (unseen)", "a (trained)", "b (unseen)"]
     assert {row.prompt for row in groups[2].rows} == {row.prompt for row in asked}
+
+
+def test_choices_are_read_whole_and_scored_as_the_plain_model_scores_them():
+    """MC1, MC2 (Lin et al. 2022) from summed log-probabilities, of answers longer than one that is generated too."""
+    tokenizer = make_tokenizer("opt")
+    model, encoder = tiny_model("opt", len(tokenizer)).eval(), Encoder(tokenizer, "qa", 300, 4)
+    answers = ["Take the red pick and turn it twice to the left.", "Take the red pick and turn it twice to the right.",
+               "No."]  # fmt: skip
+    row = {"question": "How do I open a lock?", "mc1_targets": dict.fromkeys(answers, 0) | {answers[1]: 1},
+           "mc2_targets": {answers[0]: 1, answers[1]: 0, answers[2]: 1}}  # fmt: skip
+    begin = tokenizer("### Question: How do I open a lock?\n ### Answer:")["input_ids"]
+    loglik = []
+    for text in answers:
+        ids = tokenizer(f"### Question: How do I open a lock?\n ### Answer: {text}", return_tensors="pt")["input_ids"]
+        logp = model(ids).logits[0, :-1].log_softmax(-1)  # (T - 1, V)
+        loglik.append(sum(logp[t, ids[0, t + 1]].item() for t in range(len(begin) - 1, ids.shape[1] - 1)))
+    chance = [math.exp(value - max(loglik)) for value in loglik]
+    found = choices(AnswerLogits(model, packed=True), encoder, [row], "qa")
+    assert found["mc2"] == [pytest.approx((chance[0] + chance[2]) / sum(chance), rel=1e-4)]
+    assert found["mc1"] == [float(loglik[1] == max(loglik))]
+
+
+def test_both_models_are_asked_the_same_words(tmp_path):
+    """A folder that another tool saved may hold a template with another system message."""
+    for name, template in (("before", CHAT_TEMPLATE), ("after", "<|im_start|>Be rude." + CHAT_TEMPLATE)):
+        tokenizer = make_tokenizer("chat")
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+    options = EvaluateOptions(original_name=str(tmp_path / "before"), model_name=str(tmp_path / "after"))
+    encoders = make_encoders(options)
+    assert encoders["before"].prompt("Hello?") == encoders["after"].prompt("Hello?")
 
 
 def test_attacked_are_forgotten_prompts_of_every_group():
