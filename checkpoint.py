@@ -1,7 +1,7 @@
 """How a run's state lies on disk, and how it is taken up again.
 
-A checkpoint is a folder that a pipeline can load (the model so far), with the optimizer's state and a
-manifest of sizes and hashes beside it. It is filled beside its name, synced, then renamed, so that a
+A checkpoint is a folder with the model so far (which a pipeline can load; with adapters, these alone), the optimizer's
+state and a manifest of sizes and hashes. It is filled beside its name, synced, then renamed, so that a
 name is either whole or not there. No random generator is kept: every draw of a run depends on seed,
 step and row alone, so the step number is the place in every stream.
 """

@@ -20,7 +20,7 @@ from utils import UsageError
 
 # elements taken through fp32 at a time: on a processor 1 MiB an array, which stays in the cache
 PART = {"cpu": 1 << 18, "gpu": 1 << 24}
-# their kernels read the weights of some layers past the module, so peft refuses adapters there
+# they read the weights of some layers past the module: peft refuses adapters there, or they would learn nothing
 WITH_FUSED_KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
@@ -47,24 +47,34 @@ def add_lora(model, options, frozen: str | None):
     them."""
     import peft
 
-    targets, experts, exclude = options.lora_targets, [], frozen
+    targets, experts, exclude = options.lora_targets, [], [frozen] if frozen else []
     if targets == ["all-linear"]:
         targets = "all-linear"
-        # the experts of a mixture, stored as one tensor, are no linear layers
+        # the experts of a mixture, stored as one tensor, are no linear layers; peft knows them in some families alone
         experts = [f"{module_name}.{name}" for module_name, module in model.named_modules()
                    for name, weight in module.named_parameters(recurse=False)
                    if weight.dim() == 3 and not type(module).__name__.startswith("Conv")]  # fmt: skip
         experts = [name for name in experts if not (frozen and re.fullmatch(frozen, name))]
+        # a family's own kind of linear layer may return more than one tensor (Llama 4's router)
+        exclude += [
+            re.escape(name)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and "transformers.models" in type(module).__module__
+        ]
         if model.config.model_type in WITH_FUSED_KERNELS:
-            exclude = "|".join(filter(None, (frozen, r".*\.(out_proj|conv1d)")))
+            exclude.append(r".*\.(out_proj|conv1d|dt_proj)")
     config = peft.LoraConfig(
-        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, exclude_modules=exclude,
-        target_parameters=experts or None, task_type="CAUSAL_LM",
+        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, task_type="CAUSAL_LM",
+        exclude_modules="|".join(exclude) or None, target_parameters=experts or None,
     )  # fmt: skip
     try:
-        return peft.get_peft_model(model, config)
+        wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"--lora_targets {' '.join(options.lora_targets)}: {str(error).splitlines()[0]}") from error
+    for name, weight in model.named_parameters():  # peft gives experts adapters wherever they are
+        if frozen and re.fullmatch(frozen, name):
+            weight.requires_grad_(False)
+    return wrapped
 
 
 class Stepper:

@@ -75,7 +75,7 @@ def test_every_family_can_be_taught_again_and_is_left_as_it_was(attacker, family
     for _, tuned in attacker.fine_tune(model, attacker.shots, 8):
         losses.append(layer_lens(tuned, attacker.encoder, attacker.shots))
         weights = dict(tuned.named_parameters())
-        names = [name for name in weights if "lora_B" in name and "dt_proj" not in name]  # read past the module
+        names = [name for name in weights if "lora_B" in name]
         assert names
         assert all(weights[name].abs().sum() > 0 for name in names), "an adapter that learned nothing"
         assert family != "mixtral" or any("experts" in name for name in names)

@@ -9,16 +9,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHARED, one_line_error, poison_losses, run_cli, run_python, share_of_update, weights
+from conftest import (
+    ROOT,
+    SHARED,
+    one_line_error,
+    poison_losses,
+    run_cli,
+    run_python,
+    share_of_update,
+    tiny_model,
+    weights,
+)
 from safetensors.torch import load_file
 
 import evaluate_unlearning
 import unlearn_harm
 from evaluate_unlearning import report_at_hand, report_folder
+from optimizer import Stepper, add_lora, freeze
 from options import EvaluateOptions, UnlearnOptions, parse
 from packing import AnswerLogits
-from unlearn_harm import claim_folder
-from utils import RunError, UsageError
+from unlearn_harm import claim_folder, whole_weights, write_model
+from utils import RunError, UsageError, load_model, load_tokenizer
 
 SMALL = [
     "--dtype=fp32", "--max_unlearn_steps=5", "--lr=1e-3", "--num_random_answers=2", "--max_answer_tokens=12",
@@ -292,6 +303,27 @@ def test_a_bf16_run_saves_its_fp32_weights(tmp_path, model_folders, data_files, 
     assert loaded.dtype == torch.float32, "the config must not have them rounded"
     changed = [name for name in saved if (saved[name] != start[name]).any()]
     assert any((saved[name].bfloat16().float() != saved[name]).any() for name in changed)
+
+
+def test_adapters_reach_experts_but_those_of_frozen_layers(tmp_path, model_folders):
+    """A mixture keeps its experts in one tensor, no linear layer; and what is saved is what was trained."""
+    tokenizer = load_tokenizer(str(model_folders["llama"]))
+    tiny_model("mixtral", len(tokenizer)).save_pretrained(tmp_path / "base")
+    model = load_model(str(tmp_path / "base")).eval()
+    options = UnlearnOptions(model_name=str(tmp_path / "base"), use_lora=True, lr=1e-1, warmup_steps=0, frozen_layers=1)
+    adapters = add_lora(model, options, freeze(model, 1))
+    stepper = Stepper(model, options, torch.float32)
+    ids = torch.randint(0, 500, (2, 12), generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        stepper.step()
+    (tmp_path / "out").mkdir()
+    write_model(tmp_path / "out", model, whole_weights(model, stepper, adapters), adapters, tokenizer, options)
+    saved, start = load_model(str(tmp_path / "out")).eval(), dict(load_model(str(tmp_path / "base")).named_parameters())
+    torch.testing.assert_close(saved(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    changed = {name for name, weight in saved.named_parameters() if not torch.equal(weight, start[name])}
+    assert any("layers.1." in name and "experts" in name for name in changed)
+    assert all("layers.1." in name for name in changed)
 
 
 def test_frozen_weights_are_saved_as_they_came(tmp_path, model_folders, data_files):
