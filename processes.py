@@ -137,7 +137,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's share of a tensor that may be split."""
-    return tensor.tolocal() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor | None:
