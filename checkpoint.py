@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from processes import like
-from utils import UsageError, log, sync, write_json
+from utils import UsageError, log, write_json
 
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
 FREE = {"resume", "overwrite", "dry_run", "config", "log_file", "save_every", "keep_checkpoints", "from_manifest"}
@@ -70,9 +70,6 @@ def write_state(
     files = sorted(file for file in beside.rglob("*") if file.is_file())
     write_json(beside / MANIFEST, {str(f.relative_to(beside)): {"bytes": f.stat().st_size, "sha256": sha256(f)}
                                    for f in files})  # fmt: skip
-    for file in (*files, beside / MANIFEST):
-        sync(file)
-    sync(beside)
 
 
 def sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rephrase import rephrase
 from rows import Row
-from utils import UsageError, log
+from utils import UsageError, context_length, log
 
 TRAINED_ON = "trained_on.json"  # beside a model: hashes of the forget prompts that its run trained on
 
@@ -129,7 +129,7 @@ class Encoder:
     def fit(self, config, answer_tokens: int) -> None:
         """Cut prompts so that they and an answer lie within the model's context; UsageError where none is left."""
         self.longest_answer = answer_tokens
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(config)
         if context and context < answer_tokens + 16:
             raise UsageError(f"answers of {answer_tokens} tokens leave no room in the model's context of {context}: "
                              "lower --max_answer_tokens (or --max_new_tokens)")  # fmt: skip

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from data_module import Encoder, Sequence
 from losses import sequence_sum, token_nll
 from packing import AnswerLogits
-from utils import UsageError
+from utils import UsageError, context_length
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int 
     none), as lm-evaluation-harness does. Returns nll (summed, nats), tokens, words, and the perplexity a
     token and a word (words: what white space parts).
     """
-    window = min(window, getattr(model.config, "max_position_embeddings", None) or window)
+    window = min(window, context_length(model.config) or window)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = [start, *ids]
@@ -124,7 +124,7 @@ def choices(forward: AnswerLogits, encoder: Encoder, rows: list[dict], style: st
 
     An answer's likelihood is the sum over its tokens, all that the context holds, without the end-of-turn token.
     """
-    context = getattr(forward.model.config.get_text_config(), "max_position_embeddings", None) or 4096
+    context = context_length(forward.model.config) or 4096
     device, pad_id = next(forward.parameters()).device, encoder.tokenizer.pad_token_id
     scores: dict[str, list] = {"mc1": [], "mc2": []}
     for row in progress(rows) if progress else rows:

@@ -132,6 +132,7 @@ def whole_folder(path: str | Path):
         for file in beside.rglob("*"):  # safetensors makes its files private too
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
             sync(file)  # before the name: after a power cut it must not stand on empty files
+        sync(beside)
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             os.replace(path, old)
@@ -311,6 +312,11 @@ def load_model(
 def load_config(name: str, *, trust_remote_code: bool = False):
     """A model's config alone. Raises UsageError where it cannot be had."""
     return _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+
+
+def context_length(config) -> int | None:
+    """How many tokens a model can read at most; None where its config does not tell."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def attention_window(config) -> int | None:

@@ -24,7 +24,7 @@ def test_ten_kills_change_no_bit(tmp_path, model_folders, data_files):
     killed = 0
     for kill in range(10):
         if kill == 4:
-            run = run_killed(cut, [*words, "--resume"], "checkpoint", "sync", 9)  # in the middle of a save
+            run = run_killed(cut, [*words, "--resume"], "utils", "sync", 9)  # in the middle of a save
             killed += run.returncode == -signal.SIGKILL
             assert list((cut / "out-checkpoints").glob(".*.part")), run.stderr
             continue
