@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 import metrics
-from data_module import Encoder, prompt_hash, sample, sequence_of
+from data_module import Encoder, sample, sequence_of
 from generation import generate
-from groups import read_trained_on, unseen_groups
+from groups import read_trained_on, trained_rows, unseen_groups
 from losses import answer_terms, sequence_mean, token_nll
 from optimizer import Stepper, add_lora
 from options import EvaluateOptions, UnlearnOptions
@@ -193,8 +193,9 @@ def attack_names(words: list[str]) -> list[str]:
 def forgotten_rows(lines: list[dict], style: str, count: int, seed: int) -> list[Row]:
     """What an attack tries to get back: unseen forget prompts, on topic before and not after, with the original's
     answers; drawn from all groups together, since what holds for one kind of prompt need not hold for another."""
-    unseen = set(unseen_groups(x["group"] for x in lines if x["side"] == "forget" and x["counts"]))
-    forgotten = [x for x in lines if x["group"] in unseen and x["side"] == "forget" and x["style"] == style
+    counted = [x for x in lines if x["side"] == "forget" and x["counts"]]
+    unseen = unseen_groups(x["group"] for x in counted)
+    forgotten = [x for x in counted if x["group"] in unseen and x["style"] == style
                  and x["before"]["on_topic"] and not x["after"]["on_topic"]]  # fmt: skip
     return sample([Row(x["prompt"], x["before"]["answer"]) for x in forgotten], count, seed)
 
@@ -209,8 +210,8 @@ def under_attack(wanted, lines, splits, forwards, encoders, options, embed) -> t
         return [], None
     attacked = {row.prompt for row in rows}
     visited = read_trained_on(options.model_name)
-    own = [row for parts in splits["forget"].values() for row in parts["train"]
-           if row.prompt not in attacked and (visited is None or prompt_hash(row.prompt) in visited)]  # fmt: skip
+    own = [row for parts in splits["forget"].values() for row in trained_rows(parts["train"], visited)
+           if row.prompt not in attacked]  # fmt: skip
     benign = [row for parts in splits["keep"].values() for part in parts.values() for row in part]
     looks_harmful = [row for row in benign if "neighbour" in row.source]
     plain = [row for row in benign if "neighbour" not in row.source]

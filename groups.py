@@ -45,7 +45,7 @@ def make_groups(splits: dict, style: str, options) -> list[Group]:
             some = sample(chosen or everything, options.prompts_per_group, options.seed)
             groups.append(Group(source + label, side, style, some))
             if side == "forget" and options.split == "test" and chosen:
-                trained = [row for row in parts["train"] if visited is None or prompt_hash(row.prompt) in visited]
+                trained = trained_rows(parts["train"], visited)
                 if trained:
                     some = sample(trained, options.prompts_per_group, options.seed)
                     groups.append(Group(f"{source} (trained)", side, style, some))
@@ -71,6 +71,11 @@ def free_name(spec: str, taken: set[str]) -> str:
     name = next(name for name in names if name not in taken)
     taken.add(name)
     return name
+
+
+def trained_rows(rows: list[Row], visited: set[str] | None) -> list[Row]:
+    """Those that a step came to; all where it is not told (`read_trained_on`)."""
+    return [row for row in rows if visited is None or prompt_hash(row.prompt) in visited]
 
 
 def read_trained_on(model_name: str) -> set[str] | None:

@@ -240,9 +240,8 @@ def can_pack(model, sequences: list[Sequence], pack_tokens: int, pad_id: int) ->
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         return False, f"padded layout: {type(model).__name__} does not take the packed one ({reason})"
-    same = got.shape == expected.shape
     off = float("inf")
-    if same:
+    if got.shape == expected.shape:
         off_by = (got - expected).square()  # (M, V)
         likeliest = expected.topk(8, dim=-1).indices  # (M, 8)
         worst = max(some.mean(-1).max().item() for some in (off_by, off_by.gather(-1, likeliest)))

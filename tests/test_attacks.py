@@ -64,11 +64,10 @@ def test_relearning_lowers_the_loss_on_its_rows(attacker):
     assert start > losses[0] > losses[1] > losses[2]
 
 
+@pytest.mark.parametrize("attacker", ["llama"], indirect=True)  # its tokenizer serves all three
 @pytest.mark.parametrize("family", ["mamba", "mixtral", "gpt_neox"])
 def test_every_family_can_be_taught_again_and_is_left_as_it_was(attacker, family):
     """Also in bf16, whose weights would lose most of a small change: what answers is the model with its adapters."""
-    if attacker.encoder.style == "qa":
-        pytest.skip("once is enough")
     model = tiny_model(family, len(attacker.encoder.tokenizer)).bfloat16().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attacker.packed, attacker.relearn_lr, losses = False, 1e-2, [layer_lens(model, attacker.encoder, attacker.shots)]
