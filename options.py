@@ -86,10 +86,16 @@ class CommonOptions:
 
 
 # What `--method` gives. yao is the defaults themselves. selective holds and empties the first words of many answers,
-# begun for the model on both sides, puts requests in other words and templates, and bounds the forgetting; docs/LOG.md
-# tells how it was found.
+# begun for the model on both sides, puts requests in other words and templates, and bounds the forgetting, in adapters;
+# docs/LOG.md tells how it was found, on a model of 135M parameters (a 7B one wants a fifth of its rate).
+WHOLE_WEIGHTS = 0.1  # of a recipe's rate for adapters is what whole weights take
 RECIPES = {
     "selective": {
+        "max_unlearn_steps": 260,
+        "use_lora": True,
+        "lora_rank": 64,
+        "lora_alpha": 128,
+        "lr": 1e-3,
         "bad_weight": 0.3,
         "forget_ceiling": 6,
         "random_weight": 2.0,
@@ -309,6 +315,8 @@ def parse(options_class: type, argv: list[str] | None = None):
         recipe = dict(RECIPES.get(_peek(words + argv, "method"), {}))
         if _peek(words + argv, "forget_loss") not in (None, "ascent"):
             recipe.pop("forget_ceiling", None)  # the others are bounded by themselves
+        if recipe.get("use_lora") and _peek(words + argv, "use_lora") in ("false", "False"):
+            recipe["lr"] *= WHOLE_WEIGHTS
         words = _words(recipe) + words
     if options_class is EvaluateOptions:
         made = _words_of_run(_peek(words + argv, "model_name") or EvaluateOptions.model_name,
@@ -328,7 +336,7 @@ def parse(options_class: type, argv: list[str] | None = None):
 def _peek(argv: list[str], name: str) -> str | None:
     """One option's value, before the rest is read."""
     parser = OneLineParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}")
+    parser.add_argument(f"--{name}", nargs="?")
     return getattr(parser.parse_known_args(argv)[0], name)
 
 

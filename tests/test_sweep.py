@@ -135,6 +135,11 @@ def test_a_method_gives_what_is_not_named(tmp_path):
     assert (found.normal_weight, found.first_token_rows) == (2, 5)
     assert found.empty_answer_rows == recipe["empty_answer_rows"] != UnlearnOptions().empty_answer_rows
     assert parse(UnlearnOptions, ["--method=yao"]) == UnlearnOptions()
+    # by its name alone it is a whole recipe: at the published rate it would do next to nothing
+    assert (found.use_lora, found.lr, found.max_unlearn_steps) == (True, 1e-3, 260)
+    whole = parse(UnlearnOptions, [f"--config={file}", "--use_lora", "false"])
+    assert (whole.use_lora, whole.lr) == (False, pytest.approx(1e-4))
+    assert parse(UnlearnOptions, [f"--config={file}", "--use_lora=false", "--lr=3e-5"]).lr == 3e-5
 
 
 def test_a_run_with_a_method_is_whole(tmp_path, model_folders, data_files):
