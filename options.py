@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from utils import UsageError
 
@@ -87,7 +87,7 @@ class CommonOptions:
 
 # What `--method` gives. yao is the defaults themselves. selective holds and empties the first words of many answers,
 # begun for the model on both sides, puts requests in other words and templates, and bounds the forgetting, in adapters;
-# docs/LOG.md tells how it was found, on a model of 135M parameters (a 7B one wants a fifth of its rate).
+# docs/LOG.md tells how it was found, on a model of 135M parameters; on none that is larger.
 WHOLE_WEIGHTS = 0.1  # of a recipe's rate for adapters is what whole weights take
 RECIPES = {
     "selective": {
@@ -315,7 +315,7 @@ def parse(options_class: type, argv: list[str] | None = None):
         recipe = dict(RECIPES.get(_peek(words + argv, "method"), {}))
         if _peek(words + argv, "forget_loss") not in (None, "ascent"):
             recipe.pop("forget_ceiling", None)  # the others are bounded by themselves
-        if recipe.get("use_lora") and _peek(words + argv, "use_lora") in ("false", "False"):
+        if recipe and _peek(words + argv, "use_lora", string_to_bool) is False:
             recipe["lr"] *= WHOLE_WEIGHTS
         words = _words(recipe) + words
     if options_class is EvaluateOptions:
@@ -333,10 +333,10 @@ def parse(options_class: type, argv: list[str] | None = None):
     return options_class(**vars(parser.parse_args(words + argv)))
 
 
-def _peek(argv: list[str], name: str) -> str | None:
-    """One option's value, before the rest is read."""
+def _peek(argv: list[str], name: str, kind=str):
+    """One option's value, before the rest is read; None where it is not named, or without a value."""
     parser = OneLineParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", nargs="?")
+    parser.add_argument(f"--{name}", nargs="?", type=kind)
     return getattr(parser.parse_known_args(argv)[0], name)
 
 

@@ -137,8 +137,9 @@ def test_a_method_gives_what_is_not_named(tmp_path):
     assert parse(UnlearnOptions, ["--method=yao"]) == UnlearnOptions()
     # by its name alone it is a whole recipe: at the published rate it would do next to nothing
     assert (found.use_lora, found.lr, found.max_unlearn_steps) == (True, 1e-3, 260)
-    whole = parse(UnlearnOptions, [f"--config={file}", "--use_lora", "false"])
-    assert (whole.use_lora, whole.lr) == (False, pytest.approx(1e-4))
+    for no in ("false", "no", "0"):  # however it is said
+        whole = parse(UnlearnOptions, [f"--config={file}", "--use_lora", no])
+        assert (whole.use_lora, whole.lr) == (False, pytest.approx(1e-4))
     assert parse(UnlearnOptions, [f"--config={file}", "--use_lora=false", "--lr=3e-5"]).lr == 3e-5
 
 
