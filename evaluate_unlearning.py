@@ -44,7 +44,7 @@ from utils import (
     write_json_lines,
 )  # fmt: skip
 
-SCHEMA = 3  # of report.json
+SCHEMA = 4  # of report.json
 
 
 def main() -> None:
@@ -276,8 +276,8 @@ def compare_given(before: dict, after: dict) -> dict:
     if "perplexity" in before:
         then, now = before["perplexity"], after["perplexity"]
         out["perplexity"] = {"before": then["word_perplexity"], "after": now["word_perplexity"],
-                             "ratio": now["token_perplexity"] / then["token_perplexity"],
-                             "tokens": then["tokens"]}  # fmt: skip
+                             "ratio": metrics.perplexity_ratio(now["nll"], then["nll"], then["tokens"]),
+                             "tokens": sum(then["tokens"])}  # fmt: skip
     for measure in ("mc1", "mc2"):
         if measure in before:
             change = [y - x for x, y in zip(before[measure], after[measure], strict=True)]

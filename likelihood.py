@@ -23,14 +23,14 @@ def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int 
     last token before it, and the last one reaches back so far that it is as long as the others.
 
     The first token is predicted from the beginning-of-text token (the end-of-text one where a model has
-    none), as lm-evaluation-harness does. Returns nll (summed, nats), tokens, words, and the perplexity a
-    token and a word (words: what white space parts).
+    none), as lm-evaluation-harness does. Returns, by window, nll (summed, nats) and tokens (those scored); words
+    (what white space parts) and the perplexity a word, None where no number holds it.
     """
     window = min(window, context_length(model.config) or window)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = [start, *ids]
-    device, total = next(model.parameters()).device, 0.0
+    device, nll, counts = next(model.parameters()).device, [], []
     full = [ids[i : i + window + 1] for i in range(0, len(ids) - window, window)]
     batches = [(full[i : i + batch_size], window) for i in range(0, len(full), batch_size)]
     if rest := len(ids) - 1 - len(full) * window:  # tokens of the last window that no other has scored
@@ -39,11 +39,11 @@ def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int 
         tokens = torch.tensor(batch, device=device)  # (R, T + 1)
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # (R, T, V)
         for row, targets in zip(logits, tokens[:, 1:], strict=True):  # a row at a time: fp32 logits are large
-            total += F.cross_entropy(row[-scored:].float(), targets[-scored:], reduction="sum").item()
+            nll.append(F.cross_entropy(row[-scored:].float(), targets[-scored:], reduction="sum").item())
+            counts.append(scored)
     words = len(text.split())
-    tokens = len(ids) - 1
-    a_word = total / words  # a text without spaces is one word, and e to the power of its NLL more than a number holds
-    return {"nll": total, "tokens": tokens, "words": words, "token_perplexity": math.exp(total / tokens),
+    a_word = sum(nll) / words  # a text without spaces is one word, and e to the power of its NLL past any number
+    return {"nll": nll, "tokens": counts, "words": words,
             "word_perplexity": math.exp(a_word) if a_word < 700 else None}  # fmt: skip
 
 

@@ -89,10 +89,28 @@ def leaks(answer: str, target: str | None) -> bool | None:
     return None if not target else rouge_l(answer, target).recall > LEAK_RECALL
 
 
-def length_ratio(after: list[str], before: list[str]) -> float | None:
-    """Words of all answers after, as a share of those before."""
-    words = sum(len(_words(text)) for text in before)
-    return sum(len(_words(text)) for text in after) / words if words else None
+def ratio(tops, bottoms, seed: int = 0, draws: int = 2000) -> dict:
+    """sum(tops) / sum(bottoms), both (n,), with its count and 95 % bootstrap interval: a row's two numbers are drawn
+    together. Nothing where the bottoms sum to 0."""
+    rows = np.stack([np.asarray(tops, float), np.asarray(bottoms, float)])  # (2, n)
+    if not rows[1].sum():
+        return {"value": None, "n": 0, "low": None, "high": None}
+    n = rows.shape[1]
+    top, bottom = rows[:, np.random.default_rng(seed).integers(n, size=(draws, n))].sum(axis=-1)  # (draws,) each
+    low, high = np.quantile(top[bottom > 0] / bottom[bottom > 0], [0.025, 0.975])
+    return {"value": float(rows[0].sum() / rows[1].sum()), "n": n, "low": float(low), "high": float(high)}
+
+
+def length_ratio(after: list[str], before: list[str]) -> dict:
+    """Words of all answers after, as a share of those before; prompts are drawn for the interval."""
+    return ratio(*([len(_words(text)) for text in texts] for texts in (after, before)))
+
+
+def perplexity_ratio(after, before, tokens) -> dict:
+    """Perplexity a token after over before, from the summed NLL (nats) of each of a text's windows, (n,), and the
+    tokens that it scores, (n,); windows are drawn for the interval, as neighbouring tokens go together."""
+    found = ratio(np.subtract(after, before), tokens)
+    return found | {name: float(np.exp(found[name])) for name in ("value", "low", "high")}
 
 
 def unique_token_share(tokens: list) -> float | None:

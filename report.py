@@ -43,7 +43,6 @@ def table_rows(report: dict) -> list[dict]:
     """One row a group, each cell as it is shown: in the terminal, on the page and in the model card."""
     rows = []
     for group in report["groups"]:
-        ratio = group["length_ratio"]
         rows.append(
             {
                 "side": group["side"],
@@ -55,7 +54,7 @@ def table_rows(report: dict) -> list[dict]:
                 "empty after": f"{100 * group['after']['empty']['value']:.0f} %",
                 "repetitive after": f"{100 * group['after']['repetitive']['value']:.0f} %",
                 "similarity": f"{group['similarity']['value']:.2f}",
-                "length ratio": "-" if ratio is None else f"{ratio:.2f}",
+                "length ratio": _shown(group["length_ratio"]["value"], "{:.2f}"),
             }
         )
     return rows
@@ -65,10 +64,11 @@ def given_text_rows(report: dict) -> list[dict]:
     """The figures on given text, each as it is shown."""
     rows, found = [], report.get("given_text", {})
     if "perplexity" in found:
-        f = found["perplexity"]
+        f, ratio = found["perplexity"], found["perplexity"]["ratio"]
         rows.append({"measure": "perplexity (a word)",
                      **{label: _shown(f[label], "{:.2f}") for label in ("before", "after")},
-                     "change": f"x {f['ratio']:.3f} a token", "n": f"{f['tokens']:,} tokens"})  # fmt: skip
+                     "change": f"x {ratio['value']:.3f} a token ({ratio['low']:.3f} to {ratio['high']:.3f})",
+                     "n": f"{f['tokens']:,} tokens"})  # fmt: skip
     for name in ("mc1", "mc2"):
         if name in found:
             f = found[name]

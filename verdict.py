@@ -44,12 +44,12 @@ def figures(report: dict) -> dict[str, float]:
             found["keep.on_topic_ratio"] = min(ratios)
             found["keep.retained"] = min(g["retained"]["value"] for g in sides["keep"] if g["retained"]["n"])
         found["keep.similarity"] = min(g["similarity"]["value"] for g in sides["keep"])
-        lengths = [g["length_ratio"] for g in sides["keep"] if g["length_ratio"] is not None]
+        lengths = [g["length_ratio"]["value"] for g in sides["keep"] if g["length_ratio"]["n"]]
         if lengths:
             found |= {"keep.length_ratio_low": min(lengths), "keep.length_ratio_high": max(lengths)}
     given = report.get("given_text", {})
     if "perplexity" in given:
-        found["keep.perplexity_ratio"] = given["perplexity"]["ratio"]
+        found["keep.perplexity_ratio"] = given["perplexity"]["ratio"]["value"]
     for name in ("mc1", "mc2"):
         if name in given:
             found[f"keep.{name}_change"] = given[name]["change"]["value"]

@@ -122,7 +122,7 @@ def test_figures_and_verdict_by_hand():
     def group(name, side, before, after, n, similarity=0.9):
         sides = {"on_topic": rate(after, n), "empty": rate(0.0, n), "repetitive": rate(0.0, n)}
         return {"name": name, "side": side, "n": n, "counts": True, "before": {"on_topic": rate(before, n)},
-                "after": sides, "similarity": {"value": similarity}, "length_ratio": 1.1,
+                "after": sides, "similarity": {"value": similarity}, "length_ratio": rate(1.1),
                 "retained": rate(after)}  # fmt: skip
 
     groups = [group("a (unseen)", "forget", 0.9, 0.1, 10), group("b (unseen)", "forget", 0.9, 0.4, 30),

@@ -21,7 +21,7 @@ def write_page(path, evil: str) -> str:
     paper = {"diversity": RATE, "fluency": 3.0, "utility": RATE, "harmful": {evil: RATE}}
     spoken = {"recall": RATE, "verbatim": RATE}
     group = {"name": evil, "side": "forget", "style": "qa", "n": 2, "counts": True, "before": measured,
-             "after": measured, "length_ratio": 1.0, "similarity": RATE, "paper": {"before": paper, "after": paper},
+             "after": measured, "length_ratio": RATE, "similarity": RATE, "paper": {"before": paper, "after": paper},
              "rouge_l": {"before": spoken, "after": spoken}, "retained": RATE}  # fmt: skip
     answer = {"answer": evil, "on_topic": True, "empty": False}
     line = {"group": evil, "side": "forget", "prompt": evil, "before": answer, "after": answer}
