@@ -33,14 +33,22 @@ def rate(flags) -> dict:
     return {"value": value, "n": len(flags), "low": low, "high": high}
 
 
-def mean(values, seed: int = 0, draws: int = 2000) -> dict:
+def mean(values) -> dict:
     """A mean with its count and 95 % bootstrap interval."""
-    values = np.asarray([v for v in values if v is not None], dtype=float)
-    if len(values) == 0:
+    values = [v for v in values if v is not None]
+    return ratio(values, np.ones(len(values)))
+
+
+def ratio(tops, bottoms, seed: int = 0, draws: int = 2000) -> dict:
+    """sum(tops) / sum(bottoms), both (n,), with its count and 95 % bootstrap interval: a row's two numbers are drawn
+    together. Nothing where the bottoms sum to 0."""
+    rows = np.stack([np.asarray(tops, float), np.asarray(bottoms, float)])  # (2, n)
+    if not rows[1].sum():
         return {"value": None, "n": 0, "low": None, "high": None}
-    means = np.random.default_rng(seed).choice(values, (draws, len(values))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"value": float(values.mean()), "n": len(values), "low": float(low), "high": float(high)}
+    n = rows.shape[1]
+    top, bottom = rows[:, np.random.default_rng(seed).integers(n, size=(draws, n))].sum(axis=-1)  # (draws,) each
+    low, high = np.quantile(top[bottom > 0] / bottom[bottom > 0], [0.025, 0.975])
+    return {"value": float(rows[0].sum() / rows[1].sum()), "n": n, "low": float(low), "high": float(high)}
 
 
 def _words(text: str) -> list[str]:
@@ -87,18 +95,6 @@ def rouge_l(answer: str, target: str):
 def leaks(answer: str, target: str | None) -> bool | None:
     """Whether an answer repeats the forget answer; None where that answer is not known."""
     return None if not target else rouge_l(answer, target).recall > LEAK_RECALL
-
-
-def ratio(tops, bottoms, seed: int = 0, draws: int = 2000) -> dict:
-    """sum(tops) / sum(bottoms), both (n,), with its count and 95 % bootstrap interval: a row's two numbers are drawn
-    together. Nothing where the bottoms sum to 0."""
-    rows = np.stack([np.asarray(tops, float), np.asarray(bottoms, float)])  # (2, n)
-    if not rows[1].sum():
-        return {"value": None, "n": 0, "low": None, "high": None}
-    n = rows.shape[1]
-    top, bottom = rows[:, np.random.default_rng(seed).integers(n, size=(draws, n))].sum(axis=-1)  # (draws,) each
-    low, high = np.quantile(top[bottom > 0] / bottom[bottom > 0], [0.025, 0.975])
-    return {"value": float(rows[0].sum() / rows[1].sum()), "n": n, "low": float(low), "high": float(high)}
 
 
 def length_ratio(after: list[str], before: list[str]) -> dict:

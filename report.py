@@ -64,7 +64,8 @@ def given_text_rows(report: dict) -> list[dict]:
     """The figures on given text, each as it is shown."""
     rows, found = [], report.get("given_text", {})
     if "perplexity" in found:
-        f, ratio = found["perplexity"], found["perplexity"]["ratio"]
+        f = found["perplexity"]
+        ratio = f["ratio"]
         rows.append({"measure": "perplexity (a word)",
                      **{label: _shown(f[label], "{:.2f}") for label in ("before", "after")},
                      "change": f"x {ratio['value']:.3f} a token ({ratio['low']:.3f} to {ratio['high']:.3f})",
