@@ -14,8 +14,8 @@ import re
 
 import numpy as np
 
-from rephrase import rephrase
-from rows import Row
+from sources.paraphrase import paraphrase
+from sources.rows import Row
 from utils import UsageError, context_length, log
 
 TRAINED_ON = "trained_on.json"  # beside a model: hashes of the forget prompts that its run trained on
@@ -101,7 +101,7 @@ def _without_today(template: str) -> str:
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: repr(DAY.strftime(call[2])), template)
 
 
-class Encoder:
+class PromptFormatter:
     """Puts prompts and answers into tokens. A prompt's tokens do not depend on its answer.
 
     Styles: `chat` is the tokenizer's own template; `qa` the published template, whose prompt ends
@@ -230,21 +230,21 @@ class Sequence:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
-def sequence_of(kind: str, group: int, row: Row, encoder: Encoder) -> Sequence:
+def make_sequence(kind: str, group: int, row: Row, formatter: PromptFormatter) -> Sequence:
     """A row with its response in the encoder's own style."""
-    answer = encoder.answer(row.response, complete=row.complete)
-    return Sequence(kind, group, tuple(encoder.prompt(row.prompt)), tuple(answer))
+    answer = formatter.answer(row.response, complete=row.complete)
+    return Sequence(kind, group, tuple(formatter.prompt(row.prompt)), tuple(answer))
 
 
-def stopped(slot: int, prompt: tuple[int, ...], words, style: str, encoder: Encoder) -> Sequence:
+def stopped(slot: int, prompt: tuple[int, ...], words, style: str, formatter: PromptFormatter) -> Sequence:
     """A harmful prompt with `words` begun after it, each of them to be followed by the end of the turn."""
-    return Sequence("random", slot, prompt, tuple(words), tuple(encoder.answer("", style) * len(words)))
+    return Sequence("random", slot, prompt, tuple(words), tuple(formatter.answer("", style) * len(words)))
 
 
-def probe_sequences(prompts: list[str], encoder: Encoder) -> list[Sequence]:
+def probe_sequences(prompts: list[str], formatter: PromptFormatter) -> list[Sequence]:
     """A few real prompts with short answers, branches among them: enough to tell one layout from another."""
     texts = ("Yes, and this is why.", "It depends on the weather in spring.")
-    return [sequence_of("normal", 0, Row(prompt, text), encoder) for prompt in prompts for text in texts]
+    return [make_sequence("normal", 0, Row(prompt, text), formatter) for prompt in prompts for text in texts]
 
 
 @functools.lru_cache(maxsize=64)
@@ -260,7 +260,7 @@ def visit(count: int, seed: int, stream: int, place: int) -> int:
 FOR_THE_POOL = 32  # rows a source that are answered for the random answers alone
 
 
-class StepRows:
+class UnlearnBatchSampler:
     """Which rows a step sees, in which words, with which random answers: a function of seed and step."""
 
     # names of the random streams; the last four have one a source: 100 + i, 200 + i, ...
@@ -347,28 +347,30 @@ class StepRows:
                 f"different answers; lower it or add normal rows"
             )
 
-    def ask(self, prompt: str, step: int, stream: int, slot: int, encoder: Encoder) -> tuple[tuple[int, ...], str]:
+    def ask(
+        self, prompt: str, step: int, stream: int, slot: int, formatter: PromptFormatter
+    ) -> tuple[tuple[int, ...], str]:
         """(prompt tokens, style) of one visit: a share of the visits in other words, in another template, as the
         second turn of a talk."""
         rng = np.random.default_rng([self.options.seed, self.WORDS, stream, step, slot])
         if rng.random() < self.options.rephrase_share:
-            prompt = rephrase(prompt, rng)
+            prompt = paraphrase(prompt, rng)
         rng = np.random.default_rng([self.options.seed, self.STYLES, stream, step, slot])
-        style = encoder.style
+        style = formatter.style
         if rng.random() < self.options.other_template_share:
             others = [other for other in TRAINED_STYLES if other != style]
             style = others[rng.integers(len(others))]
         rng = np.random.default_rng([self.options.seed, self.TURNS, stream, step, slot])
         talks = self.answered and rng.random() < self.options.earlier_turn_share
-        earlier = (self.earlier_turn(rng, encoder),) if talks else ()
-        return tuple(encoder.prompt(prompt, style, earlier)), style
+        earlier = (self.earlier_turn(rng, formatter),) if talks else ()
+        return tuple(formatter.prompt(prompt, style, earlier)), style
 
-    def earlier_turn(self, rng: np.random.Generator, encoder: Encoder) -> tuple[str, str]:
+    def earlier_turn(self, rng: np.random.Generator, formatter: PromptFormatter) -> tuple[str, str]:
         """(prompt, beginning of its answer) of any row, harmful or normal alike: it tells nothing of the next turn."""
         side = self.answered[rng.integers(len(self.answered))]
         row = side[rng.integers(len(side))]
-        words = encoder.answer(row.response, complete=False, limit=self.EARLIER_TOKENS)
-        return row.prompt, encoder.tokenizer.decode(words, skip_special_tokens=True).strip()
+        words = formatter.answer(row.response, complete=False, limit=self.EARLIER_TOKENS)
+        return row.prompt, formatter.tokenizer.decode(words, skip_special_tokens=True).strip()
 
     def random_answers(self, step: int, slot: int) -> list[tuple[str, bool]]:
         """K different answers for one harmful row of one step; a share of them empty where asked for."""
@@ -378,7 +380,9 @@ class StepRows:
         drawn = [self.pool[i] for i in rng.choice(len(self.pool), size=count - empty, replace=False)]
         return drawn + [("", True)] * empty
 
-    def begun(self, row: Row, style: str, stream: int, step: int, slot: int, encoder: Encoder) -> tuple[int, ...]:
+    def begun(
+        self, row: Row, style: str, stream: int, step: int, slot: int, formatter: PromptFormatter
+    ) -> tuple[int, ...]:
         """The first --begun_answer_tokens of an answer to `row`: of its own, where it has one, or of any row's.
 
         Harmful and normal rows are begun alike, so that the words tell nothing of what the prompt asks for.
@@ -386,42 +390,42 @@ class StepRows:
         rng = np.random.default_rng([self.options.seed, self.BEGUN, stream, step, slot])
         side = self.answered[rng.integers(len(self.answered))]
         text = row.response if row.response and rng.random() < 0.5 else side[rng.integers(len(side))].response
-        words = encoder.answer(text, style, complete=False)[: self.options.begun_answer_tokens]
-        return tuple(words or encoder.answer("", style))
+        words = formatter.answer(text, style, complete=False)[: self.options.begun_answer_tokens]
+        return tuple(words or formatter.answer("", style))
 
-    def sequences(self, step: int, encoder: Encoder) -> list[Sequence]:
+    def sequences(self, step: int, formatter: PromptFormatter) -> list[Sequence]:
         """Every sequence of a step, over all processes: harmful rows with their random answers, then normal rows."""
         out = []
         for slot, (source, index) in enumerate(self.forget_visits(step)):
             row = self.forget[source][index]
-            prompt, style = self.ask(row.prompt, step, self.FORGET, slot, encoder)
+            prompt, style = self.ask(row.prompt, step, self.FORGET, slot, formatter)
             if row.response:  # a model that is silent already is not to be pushed away from silence
-                answer = encoder.answer(row.response, style, complete=row.complete)
+                answer = formatter.answer(row.response, style, complete=row.complete)
                 out.append(Sequence("forget", slot, prompt, tuple(answer)))
                 if self.options.random_weight > 0 and self.options.begun_answer_tokens:
-                    out.append(stopped(slot, prompt, answer, style, encoder))
+                    out.append(stopped(slot, prompt, answer, style, formatter))
             if self.options.random_weight > 0:
                 for text, complete in self.random_answers(step, slot):
-                    answer = encoder.answer(text, style, complete=complete)
+                    answer = formatter.answer(text, style, complete=complete)
                     out.append(Sequence("random", slot, prompt, tuple(answer)))
         for slot, (source, index) in enumerate(self.empty_visits(step), self.options.batch_size):
             row = self.forget[source][index]
-            prompt, style = self.ask(row.prompt, step, self.FORGET, slot, encoder)
-            out.append(Sequence("random", slot, prompt, tuple(encoder.answer("", style))))
+            prompt, style = self.ask(row.prompt, step, self.FORGET, slot, formatter)
+            out.append(Sequence("random", slot, prompt, tuple(formatter.answer("", style))))
             if self.options.begun_answer_tokens:
-                words = self.begun(row, style, self.FORGET, step, slot, encoder)
-                out.append(stopped(slot, prompt, words, style, encoder))
+                words = self.begun(row, style, self.FORGET, step, slot, formatter)
+                out.append(stopped(slot, prompt, words, style, formatter))
         for slot, (source, index) in enumerate(self.normal_visits(step)):
             row = self.normal[source][index]
-            prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, encoder)
-            answer = encoder.answer(row.response, style, complete=row.complete, limit=self.normal_tokens)
+            prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, formatter)
+            answer = formatter.answer(row.response, style, complete=row.complete, limit=self.normal_tokens)
             out.append(Sequence("normal", slot, prompt, tuple(answer)))
         for slot, (source, index) in enumerate(self.first_token_visits(step), self.normal_count):
             row = self.normal[source][index]
-            prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, encoder)
+            prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, formatter)
             if self.options.begun_answer_tokens:
-                words = self.begun(row, style, self.NORMAL, step, slot, encoder)
+                words = self.begun(row, style, self.NORMAL, step, slot, formatter)
             else:  # the KL at the first place does not depend on which token follows: any one will do
-                words = tuple(encoder.answer("", style))
+                words = tuple(formatter.answer("", style))
             out.append(Sequence("normal", slot, prompt, words))
         return out

@@ -16,20 +16,19 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-import metrics
-import verdict
-from attacks import attack_names, under_attack
-from data_module import Encoder, default_template, split_sources
-from generation import generate
-from groups import Group, make_groups
-from judges import SentenceEmbedder, classes_of, refuse_no_reward_model
-from likelihood import choices, perplexity, read_choices, read_text
+from data_module import PromptFormatter, default_template, split_sources
+from engine.generation import generate
+from engine.processes import join_processes
+from engine.tree import AnswerLogitsModel, wrap_model
+from evaluation import metrics, verdict
+from evaluation.attacks import attack_names, run_attacks
+from evaluation.groups import Group, make_groups
+from evaluation.judges import SentenceEmbedder, classes_of, refuse_no_reward_model
+from evaluation.likelihood import choices, perplexity, read_choices, read_text
+from evaluation.report import print_report, read_train_log, write_model_card, write_report
+from evaluation.scoring import memorization_metrics, score_forget_answers, yao2023_metrics
 from options import EvaluateOptions, parse
-from packing import AnswerLogits, forward_for
-from processes import join_processes
-from report import print_report, read_train_log, write_model_card, write_report
-from rows import read_sources
-from scoring import known_answers, memorised, paper_columns
+from sources.rows import read_sources
 from utils import (
     UsageError,
     fingerprint,
@@ -68,15 +67,15 @@ def main() -> None:
             ("keep", "normal", options.normal_data, None),
         )
     }
-    encoders = make_encoders(options)
+    formatters = make_formatters(options)
     splits = {
         side: dict(zip(by_spec, split_sources(list(by_spec.values()), options), strict=True))
         for side, by_spec in sources.items()
     }
-    groups = make_groups(splits, encoders["before"].style, options)
+    groups = make_groups(splits, formatters["before"].style, options)
     for group in groups:  # an answer of so many tokens can hold no more of what was to be forgotten
         group.rows = [
-            dataclasses.replace(row, response=encoders["before"].beginning(row.response)) if row.response else row
+            dataclasses.replace(row, response=formatters["before"].beginning(row.response)) if row.response else row
             for row in group.rows
         ]
     warn_of_other_languages([row.prompt for group in groups for row in group.rows])
@@ -90,7 +89,7 @@ def main() -> None:
     text = read_text(options.perplexity_text, "--perplexity_text") if options.perplexity_text else ""
     inputs = inputs_hash(groups, splits, choice_rows, text, curves)
     folder = report_folder(options)
-    if options.reuse and processes.num_processes == 1 and (kept := report_at_hand(folder, options, inputs)):
+    if options.reuse and processes.num_processes == 1 and (kept := load_cached_report(folder, options, inputs)):
         print_report(*kept, options.examples)
         print(f"report: {folder / 'report.html'} (as it was; without --reuse it is made anew)")
         raise SystemExit(3 if kept[0]["verdict"]["failed"] else 0)
@@ -103,15 +102,15 @@ def main() -> None:
         names = {"retrained": options.retrained_name, **names}
     for label, name in names.items():
         tick = time.time()
-        model, encoder = load_for(name, options), encoders["before" if label == "retrained" else label]
+        model, formatter = load_for(name, options), formatters["before" if label == "retrained" else label]
         if label != "retrained":
             fingerprints[label] = fingerprint(model)
-            encoder.fit(model.config, options.max_new_tokens)
-            answers[label] = answer_groups(model, encoder, groups, options, label)
-        forward, _ = forward_for(model, encoder, some_prompts)
+            formatter.fit(model.config, options.max_new_tokens)
+            answers[label] = answer_groups(model, formatter, groups, options, label)
+        forward, _ = wrap_model(model, formatter, some_prompts)
         if label != "retrained":
-            given[label] = given_text(forward, encoder, choice_rows, text, options)
-        known[label] = known_answers(forward, encoder, groups)
+            given[label] = score_provided_text(forward, formatter, choice_rows, text, options)
+        known[label] = score_forget_answers(forward, formatter, groups)
         if wanted or label == "before":  # an attack needs both models at once
             forwards[label] = forward
         del model, forward
@@ -120,7 +119,7 @@ def main() -> None:
     # ----------------------------------------------------------------------------------------- judgements
     embed = SentenceEmbedder()
     report_groups, lines = [], []
-    columns = paper_columns(groups, answers, forwards["before"], encoders["before"], options)
+    columns = yao2023_metrics(groups, answers, forwards["before"], formatters["before"], options)
     for number, group in enumerate(groups):
         figures, judged = judge_group(group, answers["before"][number], answers["after"][number], embed)
         figures["paper"] = columns[number]
@@ -136,8 +135,8 @@ def main() -> None:
         "on_topic_cosine": metrics.ON_TOPIC_COSINE,
         "judges": judges,
         "groups": report_groups,
-        "given_text": compare_given(given["before"], given["after"]),
-        "memorised": memorised(known),
+        "given_text": compare_text_scores(given["before"], given["after"]),
+        "memorised": memorization_metrics(known),
     }
 
     # ---------------------------------------------------------------------------------- attacks, then verdict
@@ -145,7 +144,7 @@ def main() -> None:
         if processes.is_main_process:
             write_json_lines(folder / "answers.jsonl", lines)  # the answers took minutes, attacks take more
         tick = time.time()
-        report["attacks"], report["layers"] = under_attack(wanted, lines, splits, forwards, encoders, options,
+        report["attacks"], report["layers"] = run_attacks(wanted, lines, splits, forwards, formatters, options,
                                                            embed)  # fmt: skip
         seconds["attacks"] = round(time.time() - tick, 1)
     report["verdict"] = verdict.judge(report, options.require)
@@ -174,12 +173,12 @@ def report_folder(options) -> Path:
     return folder
 
 
-def make_encoders(options) -> dict[str, Encoder]:
+def make_formatters(options) -> dict[str, PromptFormatter]:
     """Both models are asked in the original's template. Raises UsageError where one has none."""
     names = {"before": options.original_name, "after": options.model_name}
     tokenizers = {label: load_tokenizer(name, trust_remote_code=options.trust_remote_code)
                   for label, name in names.items()}  # fmt: skip
-    before = Encoder(tokenizers["before"], options.template, options.max_prompt_tokens, options.max_new_tokens)
+    before = PromptFormatter(tokenizers["before"], options.template, options.max_prompt_tokens, options.max_new_tokens)
     for label, tokenizer in tokenizers.items():
         if not default_template(tokenizer) and before.style == "chat":
             raise UsageError(f"{names[label]}: its tokenizer has no chat template and the original's has: copy "
@@ -188,7 +187,7 @@ def make_encoders(options) -> dict[str, Encoder]:
             raise UsageError(f"--mc_template chat: the tokenizer of {names[label]} has no chat template; use qa or raw")
     if before.chat_template and default_template(tokenizers["after"]):  # another system message, another question
         tokenizers["after"].chat_template = before.chat_template
-    return {"before": before, "after": Encoder(tokenizers["after"], before.style, options.max_prompt_tokens,
+    return {"before": before, "after": PromptFormatter(tokenizers["after"], before.style, options.max_prompt_tokens,
                                                options.max_new_tokens)}  # fmt: skip
 
 
@@ -229,7 +228,7 @@ def inputs_hash(*read) -> str:
     return hashlib.sha256(repr(read).encode()).hexdigest()
 
 
-def report_at_hand(folder: Path, options, inputs: str) -> tuple[dict, list[dict]] | None:
+def load_cached_report(folder: Path, options, inputs: str) -> tuple[dict, list[dict]] | None:
     """The report and answers in `folder`, if the same options, inputs and weights would make them again."""
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -247,30 +246,32 @@ def report_at_hand(folder: Path, options, inputs: str) -> tuple[dict, list[dict]
         return None
 
 
-def answer_groups(model, encoder: Encoder, groups: list[Group], options, label: str) -> list[list[str]]:
+def answer_groups(model, formatter: PromptFormatter, groups: list[Group], options, label: str) -> list[list[str]]:
     """One model's greedy answers, a list a group; all prompts are answered in one pass, sorted by length."""
-    prompts = [encoder.prompt(row.prompt, group.style) for group in groups for row in group.rows]
+    prompts = [formatter.prompt(row.prompt, group.style) for group in groups for row in group.rows]
     texts = iter(
         generate(
-            model, encoder, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch,
+            model, formatter, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch,
             progress=lambda chunks: tqdm(chunks, desc=f"answers {label}", leave=False, disable=None),
         )
     )  # fmt: skip
     return [[next(texts)[0] for _ in group.rows] for group in groups]
 
 
-def given_text(forward: AnswerLogits, encoder: Encoder, choice_rows: list[dict], text: str, options) -> dict:
+def score_provided_text(
+    forward: AnswerLogitsModel, formatter: PromptFormatter, choice_rows: list[dict], text: str, options
+) -> dict:
     """What one model says of text that it is given: perplexity of --perplexity_text, MC1 and MC2 of --mc_data."""
     found = {}
     if text:
-        found["perplexity"] = perplexity(forward.model, encoder.tokenizer, text)
+        found["perplexity"] = perplexity(forward.model, formatter.tokenizer, text)
     if choice_rows:
-        found |= choices(forward, encoder, choice_rows, options.mc_template,
+        found |= choices(forward, formatter, choice_rows, options.mc_template,
                          lambda rows: tqdm(rows, desc="choices", leave=False, disable=None))  # fmt: skip
     return found
 
 
-def compare_given(before: dict, after: dict) -> dict:
+def compare_text_scores(before: dict, after: dict) -> dict:
     """The two models' figures side by side, with paired differences where there are rows to pair."""
     out = {}
     if "perplexity" in before:

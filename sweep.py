@@ -17,11 +17,11 @@ from pathlib import Path
 
 import yaml
 
-import checkpoint
-import verdict
+from engine import checkpoint
+from evaluation import verdict
+from evaluation.report import front_plot, print_table
 from options import POSITIVE, OneLineParser, UnlearnOptions, option, parse
-from report import front_plot, print_table
-from utils import RunError, UsageError, run_script, write_json, write_text
+from utils import RunError, UsageError, atomic_write_text, run_script, write_json
 
 HERE = Path(__file__).resolve().parent
 
@@ -49,10 +49,10 @@ def main() -> None:
     if not found:
         raise RunError("no combination could be run and judged")
     for one in found:
-        one["on_front"] = not any(beats(other, one) for other in found)
+        one["on_front"] = not any(dominates(other, one) for other in found)
     found.sort(key=lambda one: one["forget"])
     write_json(folder / "sweep.json", found)
-    write_text(folder / "front.svg", front_plot(found))
+    atomic_write_text(folder / "front.svg", front_plot(found))
     print_table([{"front": "*" if one["on_front"] else "", "run": one["run"],
                   "harmful on topic": f"{one['forget']:.3f}", "worst kept ratio": f"{one['keep']:.3f}",
                   "similarity": f"{one['similarity']:.3f}", "seconds": f"{one['seconds']:.0f}"}
@@ -124,7 +124,7 @@ def run(script: str, *words: str) -> None:
         raise RunError(f"{script} {' '.join(words)}: ended with {child.returncode}: {said.strip()[-300:]}")
 
 
-def beats(one: dict, other: dict) -> bool:
+def dominates(one: dict, other: dict) -> bool:
     """At least as good in both, and better in one."""
     mine, others = (-one["forget"], one["keep"]), (-other["forget"], other["keep"])
     return mine != others and all(a >= b for a, b in zip(mine, others, strict=True))

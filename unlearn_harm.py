@@ -22,37 +22,45 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import checkpoint
-from data_module import TRAINED_ON, Encoder, StepRows, prompt_hash, refuse_overlap, sample, split_sources
-from generation import answer_rows
-from objective import losses_of, need_original
-from optimizer import Stepper, add_lora, freeze, refuse_missing_8bit
+from data_module import (
+    TRAINED_ON,
+    PromptFormatter,
+    UnlearnBatchSampler,
+    prompt_hash,
+    refuse_overlap,
+    sample,
+    split_sources,
+)
+from engine import checkpoint
+from engine.generation import generate_missing_responses
+from engine.optimizer import MasterWeightAdamW, add_lora, freeze, refuse_missing_8bit
+from engine.processes import gather_to_main_cpu, local_microbatches, shard, start_processes
+from engine.reference import ReferenceCache
+from engine.run_metadata import RunMetadata
+from engine.tree import wrap_model
+from evaluation.dev_evaluator import DevEvaluator
+from evaluation.report import write_model_card
+from method.objective import compute_losses, sequences_needing_reference
+from method.plan import print_plan
 from options import UnlearnOptions, parse
-from packing import forward_for
-from plan import print_plan
-from processes import gathered, shard, split_step, start_processes
-from provenance import Provenance
-from reference import Reference
-from report import write_model_card
-from rows import read_sources
+from sources.rows import read_sources
 from utils import (
     RunError,
     RunLog,
     StopSignals,
     UsageError,
+    atomic_dir,
     fingerprint,
-    give_back_memory,
     load_model,
     load_tokenizer,
     log,
-    peak_memory,
+    peak_memory_gib,
     pick_dtype,
     run_script,
     seed_everything,
-    whole_folder,
+    trim_cpu_heap,
     write_json,
 )
-from watch import Watch
 
 MAX_SKIPPED_STEPS = 3  # in a row, for a loss or gradient that is not finite; then the run rolls back
 MAX_ROLLBACKS = 5  # each halves the learning rate
@@ -67,8 +75,8 @@ def main() -> None:
     seed_everything(options.seed, options.threads)
     accelerator = start_processes(options)
     refuse_missing_8bit(options)
-    held = claim_folder(save_dir, options, accelerator)
-    newest = checkpoint.newest_whole(checkpoint.folder_of(save_dir)) if options.resume else None
+    held = lock_output_dir(save_dir, options, accelerator)
+    newest = checkpoint.latest_valid_checkpoint(checkpoint.folder_of(save_dir)) if options.resume else None
     started = time.time()
     stop = StopSignals()
 
@@ -82,10 +90,10 @@ def main() -> None:
     all_rows = {side: [row for some in by_source for row in some] for side, by_source in sources.items()}
     refuse_overlap(all_rows["forget"], all_rows["normal"])
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
-    provenance = Provenance(options, all_rows)
+    provenance = RunMetadata(options, all_rows)
     if newest:  # before minutes go into the original's answers; the model is compared where the state is read
         try:
-            checkpoint.refuse_another_run(newest, {k: v for k, v in provenance.identity().items() if k != "model"})
+            checkpoint.check_same_run(newest, {k: v for k, v in provenance.identity().items() if k != "model"})
         except UsageError as error:
             if not options.overwrite:
                 raise
@@ -94,7 +102,7 @@ def main() -> None:
     # what a mistyped name could not replace is started anew only here
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
     forget, normal = (split_sources(by_source, options) for by_source in sources.values())
-    rows = StepRows([parts["train"] for parts in forget], [parts["train"] for parts in normal], options)
+    rows = UnlearnBatchSampler([parts["train"] for parts in forget], [parts["train"] for parts in normal], options)
     dev_forget = sample([row for parts in forget for row in parts["dev"]], options.eval_prompts, options.seed)
     kinds = {spec: parts["dev"] for spec, parts in zip(options.normal_data, normal, strict=True)}  # each file once
     dev_normal = [
@@ -106,14 +114,14 @@ def main() -> None:
     run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
 
     # ------------------------------------------------------------------------- model, tokenizer, optimizer
-    encoder = Encoder(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
+    formatter = PromptFormatter(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
     model = load_model(options.model_name, **options.trust())
     if not options.shard:  # a model that is to be split need not fit on one device
         model.to(accelerator.device)
-    provenance.starts_from(fingerprint(model))
-    encoder.fit(model.config, max(options.max_answer_tokens, rows.normal_tokens, options.eval_tokens))
+    provenance.set_base_model(fingerprint(model))
+    formatter.fit(model.config, max(options.max_answer_tokens, rows.normal_tokens, options.eval_tokens))
     some = [source[0].prompt for source in rows.forget + rows.normal]
-    forward, layout_line = forward_for(model, encoder, some, options.pack_tokens)
+    forward, layout_line = wrap_model(model, formatter, some, options.pack_tokens)
     frozen = freeze(model, options.frozen_layers)
     adapters = add_lora(model, options, frozen) if options.use_lora else None
     if options.gradient_checkpointing:
@@ -124,9 +132,11 @@ def main() -> None:
         if not forward.packed:
             raise UsageError(f"--shard needs the packed layout, and this model does not take it ({layout_line})")
         shard(forward, dtype, accelerator.device.type)
-    stepper = Stepper(model, options, torch.float32 if options.shard else dtype)  # split: the parts are the masters
+    stepper = MasterWeightAdamW(
+        model, options, torch.float32 if options.shard else dtype
+    )  # split: the parts are the masters
     run_log.event(
-        "model", f"{options.model_name} in {str(dtype)[6:]} on {accelerator.device}, template {encoder.style}, "
+        "model", f"{options.model_name} in {str(dtype)[6:]} on {accelerator.device}, template {formatter.style}, "
         f"{layout_line}; {accelerator.num_processes} process{'es, the model split over them' if options.shard else ''}",
         packed=forward.packed, dtype=str(dtype)[6:], processes=accelerator.num_processes, shard=options.shard,
     )  # fmt: skip
@@ -139,28 +149,28 @@ def main() -> None:
         if options.dry_run:  # a plan needs lengths, not answers
             return [r if r.response else dataclasses.replace(r, response=f"own answer {r.prompt[:30]} " * 8)
                     for r in wanted]  # fmt: skip
-        return answer_rows(
-            wanted, forward.generator, encoder, fingerprint=provenance.base_model, tokens=tokens,
+        return generate_missing_responses(
+            wanted, forward.generator, formatter, fingerprint=provenance.base_model, tokens=tokens,
             temperature=options.answer_temperature, seed=options.seed, batch_size=options.generation_batch,
             cache_dir=options.cache_dir, progress=lambda chunks: bar(chunks, "own answers"),
         )  # fmt: skip
 
     rows.fill_responses(answer)
-    watch = Watch(
-        answer(dev_forget, options.max_answer_tokens), answer(dev_normal, rows.normal_tokens), encoder, options
+    watch = DevEvaluator(
+        answer(dev_forget, options.max_answer_tokens), answer(dev_normal, rows.normal_tokens), formatter, options
     )
     if options.dry_run:
-        print_plan(options, encoder, rows, forward, layout_line)
+        print_plan(options, formatter, rows, forward, layout_line)
         return
-    to_visit = [s for step in range(options.max_unlearn_steps) for s in rows.sequences(step, encoder)]
-    reference = Reference(
+    scheduled_sequences = [s for step in range(options.max_unlearn_steps) for s in rows.sequences(step, formatter)]
+    reference = ReferenceCache(
         forward,
-        need_original(to_visit, options),
+        sequences_needing_reference(scheduled_sequences, options),
         options.pack_tokens,
         tokenizer.pad_token_id,
         progress=lambda chunks: bar(chunks, "reference"),
     )
-    reference.visit(forward, need_original(watch.sequences, options))
+    reference.precompute(forward, sequences_needing_reference(watch.sequences, options))
     run_log.event(
         "reference", f"the original's states on the normal rows: {reference.bytes() / 2**20:.0f} MiB, "
         f"ready after {time.time() - started:.0f} s", mib=reference.bytes() / 2**20, seconds=time.time() - started,
@@ -170,16 +180,16 @@ def main() -> None:
     # ------------------------------------------------------------------- where a run that was stopped goes on
     def save_checkpoint(step: int) -> None:
         # every process: what is split is gathered
-        state, weights = stepper.state(), whole_weights(model, stepper, adapters)
-        kept = {**best, "state": [gathered(t) for t in best["state"] or ()] or None} if best else None
+        state, weights = stepper.state(), gather_weights(model, stepper, adapters)
+        kept = {**best, "state": [gather_to_main_cpu(t) for t in best["state"] or ()] or None} if best else None
         if accelerator.is_main_process:
-            with whole_folder(checkpoint.folder_of(save_dir) / f"step-{step:06d}") as beside:
+            with atomic_dir(checkpoint.folder_of(save_dir) / f"step-{step:06d}") as beside:
                 write_model(beside, model, weights, adapters, tokenizer, options, merged=False)
                 checkpoint.write_state(beside, state, stepper.progress(), step, kept, guard, provenance.identity(),
                                        {"seconds": time.time() - started, "tokens": provenance.tokens,
                                         "looks": run_log.looks[:1]})  # fmt: skip
             folder = checkpoint.folder_of(save_dir)
-            checkpoint.keep_newest(folder, options.keep_checkpoints, folder / f"step-{step:06d}")
+            checkpoint.prune_checkpoints(folder, options.keep_checkpoints, folder / f"step-{step:06d}")
         accelerator.wait_for_everyone()
 
     first_step, best, guard = 0, None, {"skipped": 0, "rollbacks": 0}
@@ -213,8 +223,8 @@ def main() -> None:
 
             # ---- this process's rows of the step: one forward, or one a part where gradients are accumulated
             tick = time.perf_counter()
-            everyone = rows.sequences(step, encoder)
-            parts = split_step(everyone, options.gradient_accumulation, accelerator)
+            step_sequences = rows.sequences(step, formatter)
+            parts = local_microbatches(step_sequences, options.gradient_accumulation, accelerator)
             sums = torch.zeros(7, device=accelerator.device)
             for number, part in enumerate(parts):
                 last = number == len(parts) - 1
@@ -222,11 +232,11 @@ def main() -> None:
                 # split, gradients are added up in their parts: put off, each GPU would hold all of them
                 with contextlib.nullcontext() if last or options.shard else accelerator.no_sync(wrapped):
                     logits = wrapped(batch)  # (N, V)
-                    bad, random, kl, first_kl = losses_of(batch, logits, reference, options, everyone)
+                    bad, random, kl, first_kl = compute_losses(batch, logits, reference, options, step_sequences)
                     loss = bad["loss"] + random["loss"] + kl["loss"] + first_kl["loss"]
                     accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
                 means = [bad["mean"], random["mean"], kl["mean"], first_kl["mean"]]
-                counts_of_part = loss.new_tensor([float(last and stop.signalled), batch.real_tokens])
+                counts_of_part = loss.new_tensor([float(last and stop.signalled), batch.num_tokens])
                 sums += torch.cat([torch.stack([loss.detach(), *means]), counts_of_part])
                 del batch, logits, loss  # the next part's come before these would go
             figures = accelerator.reduce(sums, "sum").tolist()
@@ -252,7 +262,7 @@ def main() -> None:
                 log.warning("step %d: loss %s, gradient norm %s: not finite, the step is not taken", step + 1,
                             figures[0], grad_norm)  # fmt: skip
             if step % TRIM_EVERY == 0:
-                give_back_memory()
+                trim_cpu_heap()
             if guard["skipped"] == MAX_SKIPPED_STEPS:
                 guard = roll_back(f"{MAX_SKIPPED_STEPS} steps in a row were not finite", stepper, best, guard, options)
 
@@ -283,19 +293,19 @@ def main() -> None:
         if best["state"] is not None and best["step"] != step:
             stepper.restore(best["state"])
         log.info("the state after step %d is kept: best within --kl_budget %g", best["step"], options.kl_budget)
-    if not stepper.taken:
+    if not stepper.num_updates:
         raise RunError(f"{stop_reason} before the first update, so nothing is saved: the model is the original")
     seconds = time.time() - started
     summary = {"steps": step, "kept_step": best["step"] if options.kl_budget else step, "stop_reason": stop_reason,
-               "seconds": round(seconds, 1), "cut_prompts": len(encoder.cut),
-               "peak_gib": round(peak_memory(accelerator.device), 2)}  # fmt: skip
-    if encoder.cut:
-        log.warning("%d prompts were longer than %d tokens and lost their beginning", len(encoder.cut),
-                    encoder.max_prompt_tokens)  # fmt: skip
-    give_back_memory()
-    weights = whole_weights(model, stepper, adapters)
+               "seconds": round(seconds, 1), "cut_prompts": len(formatter.cut),
+               "peak_gib": round(peak_memory_gib(accelerator.device), 2)}  # fmt: skip
+    if formatter.cut:
+        log.warning("%d prompts were longer than %d tokens and lost their beginning", len(formatter.cut),
+                    formatter.max_prompt_tokens)  # fmt: skip
+    trim_cpu_heap()
+    weights = gather_weights(model, stepper, adapters)
     if accelerator.is_main_process:
-        with whole_folder(save_dir) as beside:
+        with atomic_dir(save_dir) as beside:
             write_model(beside, model, weights, adapters, tokenizer, options)
             write_json(beside / "unlearn_args.json", {"options": dataclasses.asdict(options), "run": summary})
             shown = best["found"] if options.kl_budget else run_log.looks[-1]
@@ -311,22 +321,22 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------------------------------ parts of the run
-def look(step, watch: Watch, forward, reference, stepper, best, options, run_log) -> dict:
+def look(step, watch: DevEvaluator, forward, reference, stepper, best, options, run_log) -> dict:
     """Evaluate on the development split, log it, and return the best state so far; the untouched original is the
     one to go back to after a fault, and gives way to whatever is within the budget."""
-    give_back_memory()
+    trim_cpu_heap()
     found = watch.look(forward, reference)
     shown = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if v is not None)
     run_log.event("eval", f"after step {step}: {shown}", step=step, **found)
     within = (found["dev_kl"] or 0.0) <= options.kl_budget
-    badness = watch.badness(found)
-    if best is None or (within and (best["step"] == 0 or badness <= best["badness"])):
-        best = {"step": step, "badness": badness, "state": stepper.snapshot() if options.kl_budget else None,
+    selection_key = watch.selection_key(found)
+    if best is None or (within and (best["step"] == 0 or selection_key <= best["badness"])):
+        best = {"step": step, "badness": selection_key, "state": stepper.snapshot() if options.kl_budget else None,
                 "found": {"step": step, **found}}  # fmt: skip
     return {**best, "last_kl": found["dev_kl"]}
 
 
-def whole_weights(model, stepper: Stepper, adapters) -> dict[str, torch.Tensor | None]:
+def gather_weights(model, stepper: MasterWeightAdamW, adapters) -> dict[str, torch.Tensor | None]:
     """The fp32 weights that are saved, by name, whole in the first process: with adapters these alone. Every process
     must call it."""
     named = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()
@@ -334,7 +344,7 @@ def whole_weights(model, stepper: Stepper, adapters) -> dict[str, torch.Tensor |
     saved: dict[int, torch.Tensor | None] = {}  # a tied weight has two names and stays one tensor
     for tensor in named.values():
         if id(tensor) not in saved:
-            saved[id(tensor)] = gathered(stepper.master(tensor))
+            saved[id(tensor)] = gather_to_main_cpu(stepper.master(tensor))
     return {name: saved[id(tensor)] for name, tensor in named.items()}
 
 
@@ -356,7 +366,7 @@ def write_model(beside: Path, model, weights: dict, adapters, tokenizer, options
     tokenizer.save_pretrained(beside)
 
 
-def roll_back(why: str, stepper: Stepper, best: dict | None, guard: dict, options) -> dict:
+def roll_back(why: str, stepper: MasterWeightAdamW, best: dict | None, guard: dict, options) -> dict:
     """After a fault: the best state that is kept (else the last finite weights), half the learning rate."""
     rollbacks = guard["rollbacks"] + 1
     if rollbacks > MAX_ROLLBACKS:
@@ -365,18 +375,18 @@ def roll_back(why: str, stepper: Stepper, best: dict | None, guard: dict, option
     if best and best["state"] is not None:
         stepper.restore(best["state"])
         place = f"state after step {best['step']}"
-    stepper.slow_down()
+    stepper.halve_lr_and_reset()
     log.warning("%s: back to the %s, with half the learning rate (x %g)", why, place, stepper.lr_scale)
     return {"skipped": 0, "rollbacks": rollbacks}
 
 
-def claim_folder(save_dir: Path, options, accelerator):
+def lock_output_dir(save_dir: Path, options, accelerator):
     """Refuse a folder with something in it, or that another run writes to; the lock is held until it is closed."""
     if options.dry_run or not accelerator.is_main_process:
         return contextlib.ExitStack()
     if save_dir.resolve() in (here := Path.cwd(), *here.parents):
         raise UsageError(f"--model_save_dir {save_dir}: is where this runs, or above it; name a folder of its own")
-    held = checkpoint.Lock(save_dir)
+    held = checkpoint.OutputDirLock(save_dir)
     if save_dir.exists() and any(save_dir.iterdir()) and not options.overwrite:
         raise UsageError(f"--model_save_dir {save_dir}: is not empty; pass --overwrite to replace it")
     checkpoints = checkpoint.folder_of(save_dir)

@@ -94,7 +94,7 @@ class StopSignals:
 
 
 # ------------------------------------------------------------------------------------------ files, whole
-def write_text(path: str | Path, text: str) -> None:
+def atomic_write_text(path: str | Path, text: str) -> None:
     """Write beside the name, then rename: a reader sees the old file or the new one, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,11 +108,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+    atomic_write_text(path, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
 
 
 def write_json_lines(path: str | Path, rows) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json_lines(path: str | Path) -> list:
@@ -121,7 +121,7 @@ def read_json_lines(path: str | Path) -> list:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | Path):
+def atomic_dir(path: str | Path):
     """A folder to fill beside `path`; it takes that name only once the block has ended well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,28 +195,28 @@ class RunLog:
 
 
 # ------------------------------------------------------------------------------------------------ memory
-def peak_memory(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """GiB at most held so far: of the GPU, else of this process (Linux; NaN where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     return _proc_gib("/proc/self/status", "VmHWM")
 
 
-def held_memory(device: torch.device) -> float:
+def current_memory_gib(device: torch.device) -> float:
     """GiB held now: of the GPU, else of this process (NaN where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) / 2**30
     return _proc_gib("/proc/self/status", "VmRSS")
 
 
-def free_memory(device: torch.device) -> float:
+def free_memory_gib(device: torch.device) -> float:
     """GiB that a process could still take: of the GPU, else of the machine; NaN where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**30
     return _proc_gib("/proc/meminfo", "MemAvailable")
 
 
-def give_back_memory() -> None:
+def trim_cpu_heap() -> None:
     """Hand what is freed back to the system, where the C library can (glibc).
 
     Each step of a run has other shapes, and blocks of the sizes in between find no hole that fits: the process would

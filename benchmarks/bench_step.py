@@ -25,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_module import Encoder, StepRows
-from objective import losses_of
-from optimizer import Stepper
+from data_module import PromptFormatter, UnlearnBatchSampler
+from engine.optimizer import MasterWeightAdamW
+from engine.reference import ReferenceCache
+from engine.speedups import speed_up
+from engine.tree import AnswerLogitsModel
+from method.objective import compute_losses
 from options import POSITIVE, OneLineParser, UnlearnOptions, option
-from packing import AnswerLogits
-from reference import Reference
-from rows import Row, read_rows
-from speedups import speed_up
-from utils import load_model, load_tokenizer, peak_memory, run_script, seed_everything, write_json
+from sources.rows import Row, read_rows
+from utils import load_model, load_tokenizer, peak_memory_gib, run_script, seed_everything, write_json
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ class BenchOptions:
 
 # ------------------------------------------------------------------------------------------------ the rows
 def make_rows(options: BenchOptions, extra_answers: int = 0):
-    """(StepRows, the run's options): this project's prompts, with answers put together from its facts."""
+    """(UnlearnBatchSampler, the run's options): this project's prompts, with answers put together from its facts."""
     facts = read_rows(str(ROOT / "data/facts.jsonl"), "facts")
     text = " ".join(row.response for row in facts).split()
 
@@ -69,7 +69,7 @@ def make_rows(options: BenchOptions, extra_answers: int = 0):
         template="qa", batch_size=options.batch_size, num_random_answers=options.num_random_answers + extra_answers,
         max_answer_tokens=options.answer_tokens, max_unlearn_steps=options.steps + 1,
     )  # fmt: skip
-    rows = StepRows([harmful], [plain, facts], run)
+    rows = UnlearnBatchSampler([harmful], [plain, facts], run)
     rows.fill_responses(lambda wanted, tokens: wanted)
     return rows, run
 
@@ -83,19 +83,19 @@ class OurStep:
         self.run.optimizer = optimizer
         tokenizer = load_tokenizer(options.model_name)
         self.pad_id = tokenizer.pad_token_id
-        self.encoder = Encoder(tokenizer, "qa", 512, options.answer_tokens)
+        self.formatter = PromptFormatter(tokenizer, "qa", 512, options.answer_tokens)
         model = load_model(options.model_name)
         speed_up(model)
-        self.stepper = Stepper(model, self.run, dtype)
-        self.forward = AnswerLogits(model, packed=True)
-        visited = [s for step in range(self.run.max_unlearn_steps) for s in self.rows.sequences(step, self.encoder)]
+        self.stepper = MasterWeightAdamW(model, self.run, dtype)
+        self.forward = AnswerLogitsModel(model, packed=True)
+        visited = [s for step in range(self.run.max_unlearn_steps) for s in self.rows.sequences(step, self.formatter)]
         normal = [s for s in visited if s.kind == "normal"]
-        self.reference = Reference(self.forward, normal, self.run.pack_tokens, self.pad_id)
+        self.reference = ReferenceCache(self.forward, normal, self.run.pack_tokens, self.pad_id)
 
     def __call__(self, step: int) -> None:
-        sequences = self.rows.sequences(step, self.encoder)
+        sequences = self.rows.sequences(step, self.formatter)
         batch = self.forward.layout(sequences, self.run.pack_tokens, self.pad_id)
-        terms = losses_of(batch, self.forward(batch), self.reference, self.run, sequences)
+        terms = compute_losses(batch, self.forward(batch), self.reference, self.run, sequences)
         sum(term["loss"] for term in terms).backward()
         self.stepper.step()
 
@@ -107,7 +107,7 @@ class PublishedStep:
         self.rows, self.run = make_rows(options)
         tokenizer = load_tokenizer(options.model_name)
         self.pad_id = tokenizer.pad_token_id
-        self.encoder = Encoder(tokenizer, "qa", 512, options.answer_tokens)
+        self.formatter = PromptFormatter(tokenizer, "qa", 512, options.answer_tokens)
         self.model = load_model(options.model_name)
         self.original = load_model(options.model_name).eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.run.lr)
@@ -137,8 +137,8 @@ class PublishedStep:
         return -(original * torch.log(model + 1e-12)).sum(-1).mean()
 
     def __call__(self, step: int) -> None:
-        everyone = self.rows.sequences(step, self.encoder)
-        kinds = {kind: [s for s in everyone if s.kind == kind] for kind in ("forget", "random", "normal")}
+        step_sequences = self.rows.sequences(step, self.formatter)
+        kinds = {kind: [s for s in step_sequences if s.kind == kind] for kind in ("forget", "random", "normal")}
         loss = -0.5 * self.answer_loss(kinds["forget"]) + self.answer_loss(kinds["random"]) + self.kl(kinds["normal"])
         loss.backward()
         self.optimizer.step()
@@ -229,7 +229,7 @@ def take_steps(options: BenchOptions) -> dict:
         start = time.perf_counter()
         step(number)
         seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[1:], "gib": peak_memory(torch.device("cpu"))}
+    return {"seconds": seconds[1:], "gib": peak_memory_gib(torch.device("cpu"))}
 
 
 # --------------------------------------------------------------------------------------------------- the run

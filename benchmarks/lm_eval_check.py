@@ -24,10 +24,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from data_module import Encoder
-from likelihood import choices, labels_of, perplexity, read_choices
+from data_module import PromptFormatter
+from engine.tree import wrap_model
+from evaluation.likelihood import choices, labels_of, perplexity, read_choices
 from options import POSITIVE, OneLineParser, option
-from packing import forward_for
 from utils import load_model, load_tokenizer, pick_dtype, run_script
 
 MOST_APART = 0.005
@@ -112,11 +112,11 @@ def theirs(name: str, dtype: torch.dtype, rows: list[dict], text: str, starts_wi
             "word_perplexity": results["text"]["word_perplexity,none"]}  # fmt: skip
 
 
-def ours(model, encoder: Encoder, rows: list[dict], text: str) -> dict[str, float]:
-    forward, _ = forward_for(model, encoder, [row["question"] for row in rows[:3]])
-    found = choices(forward, encoder, rows, "qa")
+def ours(model, formatter: PromptFormatter, rows: list[dict], text: str) -> dict[str, float]:
+    forward, _ = wrap_model(model, formatter, [row["question"] for row in rows[:3]])
+    found = choices(forward, formatter, rows, "qa")
     means = {name: sum(some) / len(some) for name, some in found.items()}
-    return means | {"word_perplexity": perplexity(model, encoder.tokenizer, text, window=WINDOW)["word_perplexity"]}
+    return means | {"word_perplexity": perplexity(model, formatter.tokenizer, text, window=WINDOW)["word_perplexity"]}
 
 
 def main() -> None:
@@ -127,9 +127,9 @@ def main() -> None:
     dtype, worst = pick_dtype(options.dtype, torch.device("cpu")), 0.0
     lines = [f"{'model':32s} {'measure':16s} {'ours':>10s} {'lm-eval':>10s} {'apart':>8s}"]
     for name, tokenizer in tokenizers.items():
-        encoder = Encoder(tokenizer, "qa", 512, 128)
-        mine = ours(load_model(name, dtype=dtype).eval(), encoder, rows, text)
-        other = theirs(name, dtype, rows, text, bool(encoder.start))
+        formatter = PromptFormatter(tokenizer, "qa", 512, 128)
+        mine = ours(load_model(name, dtype=dtype).eval(), formatter, rows, text)
+        other = theirs(name, dtype, rows, text, bool(formatter.start))
         for measure, value in mine.items():
             apart = abs(value - other[measure]) / max(abs(other[measure]), 1e-9)
             worst = max(worst, apart)

@@ -143,10 +143,10 @@ def run_python(*words, cwd: Path, env: dict = ENVIRONMENT):
 
 
 def poison_losses(monkeypatch, calls_to_poison) -> None:
-    """From here on, the loss of these calls (1, 2, ...) of unlearn_harm.losses_of is NaN."""
+    """From here on, the loss of these calls (1, 2, ...) of unlearn_harm.compute_losses is NaN."""
     import unlearn_harm
 
-    real, calls = unlearn_harm.losses_of, []
+    real, calls = unlearn_harm.compute_losses, []
 
     def poisoned(*arguments):
         calls.append(1)
@@ -155,7 +155,7 @@ def poison_losses(monkeypatch, calls_to_poison) -> None:
             terms[0]["loss"] = terms[0]["loss"] * float("nan")
         return terms
 
-    monkeypatch.setattr(unlearn_harm, "losses_of", poisoned)
+    monkeypatch.setattr(unlearn_harm, "compute_losses", poisoned)
 
 
 def run_cli(script: str, *words, cwd: Path, launcher: tuple[str, ...] = (), env: dict | None = None,

@@ -14,12 +14,12 @@ from conftest import one_line_error, run_cli, tiny_model, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_data import encoder
+from test_data import formatter
 from transformers import AutoModelForSequenceClassification
 
 from data_module import split_rows
 from options import EvaluateOptions, UnlearnOptions, parse
-from rows import FILE_KINDS, PROMPT_FIELDS, Row, read_rows
+from sources.rows import FILE_KINDS, PROMPT_FIELDS, Row, read_rows
 from utils import UsageError, load_model
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.lists(st.text(max_size=3))
@@ -110,7 +110,7 @@ def test_no_number_is_taken_that_is_none(options_class, capsys):
 
 
 def test_a_prompt_longer_than_the_context_is_cut_at_its_beginning():
-    e = encoder("opt")
+    e = formatter("opt")
     config = tiny_model("opt").config  # 512 places
     e.fit(config, 100)
     ids = e.prompt("word " * 2000 + "the end?")

@@ -10,14 +10,14 @@ from conftest import SHARED, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_module import Encoder, StepRows, refuse_overlap, split_of, split_rows, split_sources
+from data_module import PromptFormatter, UnlearnBatchSampler, refuse_overlap, split_of, split_rows, split_sources
 from options import UnlearnOptions
-from rows import Row, read_rows, read_sources
+from sources.rows import Row, read_rows, read_sources
 from utils import UsageError
 
 
-def encoder(kind="opt", template="auto", prompt_tokens=512, answer_tokens=128):
-    return Encoder(make_tokenizer(kind), template, prompt_tokens, answer_tokens)
+def formatter(kind="opt", template="auto", prompt_tokens=512, answer_tokens=128):
+    return PromptFormatter(make_tokenizer(kind), template, prompt_tokens, answer_tokens)
 
 
 def options(**changes):
@@ -27,7 +27,7 @@ def options(**changes):
 def step_rows(normal=None, **changes):
     forget = [Row(f"bad {i}", f"bad answer {i}") for i in range(7)]
     normal = normal or [[Row(f"good {i}", f"fine {i}", true_answers=(f"fine {i}",)) for i in range(9)]]
-    rows = StepRows([forget], normal, options(**changes))
+    rows = UnlearnBatchSampler([forget], normal, options(**changes))
     rows.fill_responses(lambda wanted, tokens: wanted)
     return rows
 
@@ -35,7 +35,7 @@ def step_rows(normal=None, **changes):
 # ---------------------------------------------------------------------------------------- answer boundary
 def test_the_first_answer_token_is_an_answer_token():
     """Published: the answer began one token late for byte-level BPE, and its first word was never trained."""
-    e = encoder()
+    e = formatter()
     prompt, answer = e.prompt("Why?"), e.answer("Because of tides.")
     decode = e.tokenizer.decode
     assert decode(prompt) == "</s>### Question: Why?\n ### Answer:"  # with OPT's start token, once
@@ -45,14 +45,14 @@ def test_the_first_answer_token_is_an_answer_token():
 
 
 def test_every_style_ends_with_the_end_of_turn_token_and_a_cut_answer_does_not():
-    e = encoder("chat")
+    e = formatter("chat")
     assert e.style == "chat"
     assert e.tokenizer.decode(e.prompt("Hi")) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     for style in ("chat", "qa", "qa_space", "raw"):
         assert e.answer("Yes.", style)[-1] == e.tokenizer.eos_token_id
         assert e.answer("", style) == [e.tokenizer.eos_token_id]  # an empty answer is the end of turn at once
     assert e.answer("Yes.", complete=False)[-1] != e.tokenizer.eos_token_id
-    assert len(encoder("chat", answer_tokens=5).answer("one two three four five six seven eight")) == 5
+    assert len(formatter("chat", answer_tokens=5).answer("one two three four five six seven eight")) == 5
     # the published prompt as people paste it, its trailing space a part of the prompt
     assert e.tokenizer.decode(e.prompt("Q", "qa_space")).endswith("### Answer: ")
     assert e.tokenizer.decode(e.answer("Yes.", "qa_space")).startswith("Yes")
@@ -67,7 +67,7 @@ def test_the_end_of_turn_may_be_a_token_that_was_only_added():
         "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
     )
-    e, end = Encoder(tokenizer, "auto", 512, 128), tokenizer.convert_tokens_to_ids("<|end|>")
+    e, end = PromptFormatter(tokenizer, "auto", 512, 128), tokenizer.convert_tokens_to_ids("<|end|>")
     assert e.answer("Yes.")[-1] == end
     assert end in e.stop_ids()
 
@@ -85,7 +85,7 @@ def test_an_answer_begins_as_it_would_after_its_prompt(space, first):
     tokenizer.chat_template = (
         f"{{% for m in messages %}}{{{{ {asked} if m['role'] == 'user' else {said} }}}}{{% endfor %}}"
     )
-    e = Encoder(tokenizer, "auto", 512, 128)
+    e = PromptFormatter(tokenizer, "auto", 512, 128)
     assert tokenizer.convert_ids_to_tokens(e.answer("The sky")) == [*first, "▁sky", "</s>"]
     assert e.answer("") == [tokenizer.eos_token_id]
 
@@ -94,7 +94,7 @@ def test_a_model_that_is_silent_is_not_pushed_away_from_silence():
     """An empty harmful answer is the end of the turn alone; ascent on it would teach the model to speak."""
     forget = [Row("bad 0", ""), Row("bad 1", "take the pick")]
     normal = [[Row(f"good {i}", f"fine {i}", true_answers=(f"fine {i}",)) for i in range(9)]]
-    rows, e = StepRows([forget], normal, options(begun_answer_tokens=3)), encoder("chat")
+    rows, e = UnlearnBatchSampler([forget], normal, options(begun_answer_tokens=3)), formatter("chat")
     rows.fill_responses(lambda wanted, tokens: wanted)
     asked = {"forget": set(), "random": set(), "normal": set()}
     for s in (s for step in range(4) for s in rows.sequences(step, e)):
@@ -104,33 +104,33 @@ def test_a_model_that_is_silent_is_not_pushed_away_from_silence():
 
 
 def test_a_long_prompt_loses_its_beginning_and_is_counted():
-    e = encoder(prompt_tokens=6)
+    e = formatter(prompt_tokens=6)
     assert (
         e.prompt("one two three four five six seven eight")
-        == encoder().prompt("one two three four five six seven eight")[-6:]
+        == formatter().prompt("one two three four five six seven eight")[-6:]
     )
     assert len(e.cut) == 1
 
 
 def test_chat_template_is_refused_where_there_is_none():
     with pytest.raises(UsageError, match="no chat template"):
-        encoder("opt", template="chat")
+        formatter("opt", template="chat")
 
 
 def test_a_template_that_tells_the_date_gives_the_same_prompt_every_day():
     """Llama 3's does: at midnight the cached states of the original would have been those of other prompts."""
     tokenizer = make_tokenizer("chat")
     tokenizer.chat_template = "Today: {{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
-    e = Encoder(tokenizer, "auto", 512, 16)
+    e = PromptFormatter(tokenizer, "auto", 512, 16)
     assert tokenizer.decode(e.prompt("Why?")).startswith("Today: 26 Jul 2024\n<|im_start|>user\nWhy?")
 
 
 def test_of_several_templates_the_default_one_is_taken():
     tokenizer = make_tokenizer("chat")
-    expected = Encoder(tokenizer, "auto", 512, 16).prompt("Why?")
+    expected = PromptFormatter(tokenizer, "auto", 512, 16).prompt("Why?")
     tokenizer.chat_template = {"tool_use": "TOOLS", "default": tokenizer.chat_template}
-    encoder = Encoder(tokenizer, "auto", 512, 16)
-    assert (encoder.style, encoder.prompt("Why?")) == ("chat", expected)
+    formatter = PromptFormatter(tokenizer, "auto", 512, 16)
+    assert (formatter.style, formatter.prompt("Why?")) == ("chat", expected)
 
 
 # -------------------------------------------------------------------------------------------- row sources
@@ -257,12 +257,12 @@ def test_sources_take_turns_on_both_sides():
     """A small source among large ones gets its share: its rows are no fewer in a step than the others'."""
     normal = [[Row(f"a{i}", "x", true_answers=("x", "y", "z", "u", "v")) for i in range(50)], [Row("b", "y")]]
     forget = [[Row(f"bad {i}", "x") for i in range(50)], [Row("rare", "y"), Row("seldom", "z")]]
-    rows = StepRows(forget, normal, options(batch_size=2, normal_batch_size=4, empty_answer_rows=6))
+    rows = UnlearnBatchSampler(forget, normal, options(batch_size=2, normal_batch_size=4, empty_answer_rows=6))
     rows.fill_responses(lambda wanted, tokens: wanted)
     assert [source for source, _ in rows.normal_visits(3)] == [0, 1, 0, 1]
     assert [source for source, _ in rows.forget_visits(3)] == [0, 1]
     assert [source for source, _ in rows.empty_visits(3)] == [0, 1, 0, 1, 0, 1]
-    e = encoder()
+    e = formatter()
     asked = [
         e.tokenizer.decode(s.prompt_ids) for step in range(4) for s in rows.sequences(step, e) if s.kind == "forget"
     ]
@@ -270,7 +270,7 @@ def test_sources_take_turns_on_both_sides():
 
 
 def test_random_answers_depend_on_seed_step_and_row_alone():
-    rows, e = step_rows(num_random_answers=3, batch_size=4), encoder()
+    rows, e = step_rows(num_random_answers=3, batch_size=4), formatter()
     answers = {(s, r): rows.random_answers(s, r) for s in range(3) for r in range(4)}
     assert len(set(map(tuple, answers.values()))) > 6
     again = step_rows(num_random_answers=3, batch_size=4)
@@ -282,14 +282,14 @@ def test_random_answers_depend_on_seed_step_and_row_alone():
 
 def test_both_sides_are_put_in_other_words_at_the_share_asked_for():
     """On one side alone, the form of a prompt would tell which side it is."""
-    e = encoder("chat")
+    e = formatter("chat")
     forget = [Row(f"How do I break lock {i}?", f"Take pick {i}.") for i in range(7)]
     normal = [
         [Row(f"How do I bake loaf {i}?", f"Take flour {i}.", true_answers=(f"Take flour {i}.",)) for i in range(9)]
     ]
     asked = {}
     for share in (0.0, 0.5):
-        rows = StepRows(
+        rows = UnlearnBatchSampler(
             [list(forget)], [list(normal[0])], options(rephrase_share=share, batch_size=4, num_random_answers=2)
         )
         rows.fill_responses(lambda wanted, tokens: wanted)
@@ -310,7 +310,7 @@ def test_both_sides_are_put_in_other_words_at_the_share_asked_for():
 @pytest.mark.parametrize(("kind", "style"), [("chat", "chat"), ("opt", "qa")])
 def test_an_earlier_turn_stands_before_a_share_of_both_sides(kind, style):
     """Its prompt and answer come from either side, so that it tells nothing; the request itself stays whole."""
-    rows, e = step_rows(earlier_turn_share=0.25), encoder(kind)
+    rows, e = step_rows(earlier_turn_share=0.25), formatter(kind)
     plain, seen = {tuple(e.prompt(f"{side} {i}")) for side in ("bad", "good") for i in range(9)}, set()
     counts = {"forget": [0, 0], "normal": [0, 0]}
     for step in range(200):
@@ -330,10 +330,10 @@ def test_an_earlier_turn_stands_before_a_share_of_both_sides(kind, style):
 
 def test_answers_are_begun_alike_on_both_sides_and_ended_on_one():
     """A begun answer that only harmful prompts have would teach the model to stop at the words, not at the request."""
-    e, tokens = encoder("chat"), 3
+    e, tokens = formatter("chat"), 3
     forget = [[Row(f"bad {i}", f"take pick {i} and go") for i in range(7)]]
     normal = [[Row(f"good {i}", f"bake loaf {i} and eat", true_answers=("a",)) for i in range(9)]]
-    rows = StepRows(forget, normal, options(begun_answer_tokens=tokens, empty_answer_rows=4, first_token_rows=4,
+    rows = UnlearnBatchSampler(forget, normal, options(begun_answer_tokens=tokens, empty_answer_rows=4, first_token_rows=4,
                                             num_random_answers=1))  # fmt: skip
     rows.fill_responses(lambda wanted, _: wanted)
     (end,) = e.answer("", "chat")
@@ -354,11 +354,11 @@ def test_answers_are_begun_alike_on_both_sides_and_ended_on_one():
 
 def test_without_the_kl_the_random_answers_are_still_the_normal_rows_own():
     """The paper's ablation on prompts alone: no normal row is visited, and none would have had an answer."""
-    rows = StepRows([[Row("bad", "no")]], [[Row(f"good {i}") for i in range(50)]], options(normal_weight=0))
+    rows = UnlearnBatchSampler([[Row("bad", "no")]], [[Row(f"good {i}") for i in range(50)]], options(normal_weight=0))
     rows.fill_responses(lambda wanted, _: [dataclasses.replace(r, response=r.response or f"own {r.prompt}")
                                            for r in wanted])  # fmt: skip
     assert len(rows.pool) == 32
-    assert {s.kind for s in rows.sequences(0, encoder())} == {"forget", "random"}
+    assert {s.kind for s in rows.sequences(0, formatter())} == {"forget", "random"}
 
 
 def test_too_few_random_answers_are_refused():

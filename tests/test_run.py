@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 
 import evaluate_unlearning
 import unlearn_harm
-from evaluate_unlearning import report_at_hand, report_folder
-from optimizer import Stepper, add_lora, freeze
+from engine.optimizer import MasterWeightAdamW, add_lora, freeze
+from engine.tree import AnswerLogitsModel
+from evaluate_unlearning import load_cached_report, report_folder
 from options import EvaluateOptions, UnlearnOptions, parse
-from packing import AnswerLogits
-from unlearn_harm import claim_folder, whole_weights, write_model
+from unlearn_harm import gather_weights, lock_output_dir, write_model
 from utils import RunError, UsageError, load_model, load_tokenizer
 
 SMALL = [
@@ -137,8 +137,8 @@ def test_a_report_is_reused_only_where_nothing_has_changed(finished, monkeypatch
     report = json.loads((cwd / "models/out/report.json").read_text())
     monkeypatch.chdir(cwd)
     options = parse(EvaluateOptions, list(words))
-    assert report_at_hand(Path("models/out"), options, report["inputs"])
-    assert not report_at_hand(Path("models/out"), options, "of other rows under the same names")
+    assert load_cached_report(Path("models/out"), options, report["inputs"])
+    assert not load_cached_report(Path("models/out"), options, "of other rows under the same names")
     file = cwd / "models/out/model.safetensors"
     kept = file.read_bytes()
     file.write_bytes(kept[:-64] + bytes(64))  # other weights: another model, whose report this is not
@@ -221,13 +221,13 @@ def test_the_ceiling_stops_the_run_at_the_step_that_reaches_it(tmp_path, model_f
 def test_a_step_is_one_forward_and_a_run_without_a_step_saves_nothing(tmp_path, monkeypatch, model_folders, data_files):
     """Published: four forwards of two models a step. And the original is never saved as a model that forgot."""
     monkeypatch.chdir(tmp_path)
-    forwards, real = [], AnswerLogits.forward
+    forwards, real = [], AnswerLogitsModel.forward
 
     def counted(self, batch, **settings):
         forwards.append(torch.is_grad_enabled())
         return real(self, batch, **settings)
 
-    monkeypatch.setattr(AnswerLogits, "forward", counted)
+    monkeypatch.setattr(AnswerLogitsModel, "forward", counted)
     words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
              *map(str, data_words(data_files)), *SMALL]  # fmt: skip
     monkeypatch.setattr("sys.argv", words)
@@ -243,7 +243,7 @@ def test_a_run_is_not_written_over_the_folder_it_runs_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in (".", "a/..", ".."):
         with pytest.raises(UsageError, match="is where this runs"):
-            claim_folder(Path(folder), UnlearnOptions(overwrite=True), SimpleNamespace(is_main_process=True))
+            lock_output_dir(Path(folder), UnlearnOptions(overwrite=True), SimpleNamespace(is_main_process=True))
 
 
 def test_a_recipe_gives_way_to_another_objective():
@@ -259,7 +259,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, mod
     """A NaN is put into the loss of the second step: that step is not taken, the run goes on."""
     monkeypatch.chdir(tmp_path)
     poison_losses(monkeypatch, {2})
-    real = unlearn_harm.losses_of
+    real = unlearn_harm.compute_losses
     words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
              *map(str, data_words(data_files)), *SMALL]  # fmt: skip
     monkeypatch.setattr("sys.argv", words)
@@ -268,7 +268,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, mod
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out").values())
     monkeypatch.setattr("sys.argv", [*words, "--overwrite", "--max_unlearn_steps=40"])
     monkeypatch.setattr(
-        unlearn_harm, "losses_of", lambda *a: [{**t, "loss": t["loss"] * float("inf")} for t in real(*a)]
+        unlearn_harm, "compute_losses", lambda *a: [{**t, "loss": t["loss"] * float("inf")} for t in real(*a)]
     )
     with pytest.raises(unlearn_harm.RunError, match="after 5 times half the learning rate: lower --lr"):
         unlearn_harm.main()
@@ -312,13 +312,13 @@ def test_adapters_reach_experts_but_those_of_frozen_layers(tmp_path, model_folde
     model = load_model(str(tmp_path / "base")).eval()
     options = UnlearnOptions(model_name=str(tmp_path / "base"), use_lora=True, lr=1e-1, warmup_steps=0, frozen_layers=1)
     adapters = add_lora(model, options, freeze(model, 1))
-    stepper = Stepper(model, options, torch.float32)
+    stepper = MasterWeightAdamW(model, options, torch.float32)
     ids = torch.randint(0, 500, (2, 12), generator=torch.Generator().manual_seed(1))
     for _ in range(3):
         model(ids, labels=ids).loss.backward()
         stepper.step()
     (tmp_path / "out").mkdir()
-    write_model(tmp_path / "out", model, whole_weights(model, stepper, adapters), adapters, tokenizer, options)
+    write_model(tmp_path / "out", model, gather_weights(model, stepper, adapters), adapters, tokenizer, options)
     saved, start = load_model(str(tmp_path / "out")).eval(), dict(load_model(str(tmp_path / "base")).named_parameters())
     torch.testing.assert_close(saved(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     changed = {name for name, weight in saved.named_parameters() if not torch.equal(weight, start[name])}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data_module import Encoder
-from packing import forward_for
-from rows import read_rows
+from data_module import PromptFormatter
+from engine.tree import wrap_model
+from sources.rows import read_rows
 from utils import load_model, load_tokenizer
 
 EMBEDDED = ROOT / "models/smollm2-135m-instruct"
@@ -15,8 +15,8 @@ EMBEDDED = ROOT / "models/smollm2-135m-instruct"
 @pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded model is not set up: make test-slow does it")
 def test_the_embedded_model_is_packed_in_bf16_too():
     model = load_model(str(EMBEDDED), dtype=torch.bfloat16)
-    encoder = Encoder(load_tokenizer(str(EMBEDDED)), "auto", 256, 48)
+    formatter = PromptFormatter(load_tokenizer(str(EMBEDDED)), "auto", 256, 48)
     for name in ("benign", "harmful"):
         prompts = [row.prompt for row in read_rows(str(ROOT / f"data/{name}.jsonl"), "--forget_data")[:5]]
-        forward, line = forward_for(model, encoder, prompts)
+        forward, line = wrap_model(model, formatter, prompts)
         assert forward.packed, line

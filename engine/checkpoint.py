@@ -1,0 +1,152 @@
+"""How a run's state lies on disk, and how it is taken up again.
+
+A checkpoint is a folder with the model so far (which a pipeline can load; with adapters, these alone), the optimizer's
+state and a manifest of sizes and hashes. It is filled beside its name, synced, then renamed, so that a
+name is either whole or not there. No random generator is kept: every draw of a run depends on seed,
+step and row alone, so the step number is the place in every stream.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.processes import shard_like
+from utils import UsageError, log, write_json
+
+MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
+FREE = {"resume", "overwrite", "dry_run", "config", "log_file", "save_every", "keep_checkpoints", "from_manifest"}
+
+
+def folder_of(save_dir: Path) -> Path:
+    return save_dir.with_name(f"{save_dir.name}-checkpoints")
+
+
+class OutputDirLock:
+    """Holds `save_dir` for this process; a process that ends, in whatever way, lets it go."""
+
+    def __init__(self, save_dir: Path):
+        save_dir.parent.mkdir(parents=True, exist_ok=True)
+        self.path = save_dir.with_name(f".{save_dir.name}.lock")
+        while True:
+            self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run is
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                    return
+            except BlockingIOError as error:
+                raise UsageError(
+                    f"--model_save_dir {save_dir}: another run is writing to it; wait for it or name another folder"
+                ) from error
+            self._file.close()  # removed by its last holder between open and lock: once more
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+# ------------------------------------------------------------------------------------------------ writing
+def write_state(
+    beside: Path, state: dict[str, torch.Tensor], progress: dict, step: int, best: dict | None, guard: dict,
+    identity: dict, past: dict,
+) -> None:  # fmt: skip
+    """Fill a folder, that holds the model already, with what the run needs to go on; the manifest comes last.
+
+    state, progress: the stepper's, whole; past: what the manifest of the whole run will tell of its part so far."""
+    tensors = {f"optimizer.{name}": tensor for name, tensor in state.items()}
+    best = dict(best or {})
+    for i, tensor in enumerate(best.pop("state", None) or []):
+        tensors[f"best.{i:05d}"] = tensor
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / TENSORS)
+    write_json(beside / STATE, {"step": step, "best": best, "guard": guard, "schedule": progress,
+                                "identity": identity, "past": past})  # fmt: skip
+    files = sorted(file for file in beside.rglob("*") if file.is_file())
+    write_json(beside / MANIFEST, {str(f.relative_to(beside)): {"bytes": f.stat().st_size, "sha256": sha256(f)}
+                                   for f in files})  # fmt: skip
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prune_checkpoints(folder: Path, count: int, written: Path) -> None:
+    """Remove all but the newest checkpoints, and what a killed run left half written. One of a later step than the one
+    just written is damaged, or the run would have gone on from it: it has no place among the newest."""
+    for stray in folder.glob(".*.part"):
+        shutil.rmtree(stray, ignore_errors=True)
+    found = sorted(folder.glob("step-*"))
+    here = found.index(written) + 1
+    for old in (*found[: max(here - count, 0)], *found[here:]):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+def latest_valid_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose every file is as it was written; damaged ones are named and passed over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        fault = _fault(path)
+        if fault is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s) and is passed over", path, fault)
+    return None
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, written in manifest.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != written["bytes"] or sha256(file) != written["sha256"]:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST}: {error}"
+    return None
+
+
+def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, dict, dict]:
+    """Put a checkpoint's state into `stepper`; returns (step, best, guard, past). UsageError names what differs."""
+    check_same_run(path, identity)
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    tensors = load_file(path / TENSORS)
+    stepper.load_state({k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")},
+                       state["schedule"])  # fmt: skip
+    best = state["best"] or None
+    kept = [tensors[name] for name in sorted(tensors) if name.startswith("best.")]
+    if best is not None:
+        best["state"] = [shard_like(t, p) for t, p in zip(kept, stepper.parameters, strict=True)] if kept else None
+        best["badness"] = tuple(best["badness"])
+    return state["step"], best, state["guard"], state["past"]
+
+
+def check_same_run(path: Path, identity: dict) -> None:
+    """UsageError where a checkpoint's run differs in one of the parts of `identity`."""
+    then, now = json.loads((path / STATE).read_text(encoding="utf-8"))["identity"], json.loads(json.dumps(identity))
+    differ = [f"{part}.{line}" for part in now for line in differences(then[part], now[part])]
+    if differ:
+        raise UsageError(f"--resume: {path} was made by another run ({'; '.join(differ)}); "
+                         f"give the same options and data, or remove {path.parent} to start anew")  # fmt: skip
+
+
+def differences(then: dict, now: dict) -> list[str]:
+    """One line for each name whose value is another one, or that one of the two lacks."""
+    return [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
+            for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]  # fmt: skip
+
+
+def identity_of(options: dict, rows_hash: dict[str, str], base_model: str) -> dict:
+    """What makes two runs the same one: options that change the result, rows, and the model they start from."""
+    return {
+        "options": {name: value for name, value in options.items() if name not in FREE},
+        "data": rows_hash,
+        "model": {"fingerprint": base_model, "torch": torch.__version__},
+    }

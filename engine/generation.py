@@ -1,0 +1,182 @@
+"""Asking a model: batched answers, and the cache of answers that a model gave to rows without one."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import inspect
+import json
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
+
+from data_module import PromptFormatter
+from engine.processes import broadcast_from_main, is_sharded, parallel_map
+from sources.rows import Row
+from utils import attention_window, log, read_json_lines, write_json_lines
+
+
+@torch.no_grad()
+def generate(
+    model, formatter: PromptFormatter, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int,
+    temperature: float = 0.0, seed: int = 0, progress=None,
+) -> list[tuple[str, bool]]:  # fmt: skip
+    """Answers to tokenised prompts, in their order: (text, complete), complete = ended by itself.
+
+    Greedy at temperature 0, else sampled; the draws depend on `seed` and on the prompts of the batch. What a model's
+    generation_config.json asks for (a repetition penalty, beams) is not done: two models are to be asked alike.
+    Several processes answer a share of the batches each and all get every answer; where `model` is split,
+    each of them does every batch, since none can run without the others.
+    Prompts of like length are answered together, padded on the left. What all prompts begin with (the
+    system message of a chat template) is read once and its key-value cache shared.
+    """
+    tokenizer, device = formatter.tokenizer, next(model.parameters()).device
+    stop = formatter.stop_ids()
+    settings = {}
+    if temperature:
+        settings["logits_processor"] = LogitsProcessorList([TemperatureSampler(temperature)])
+    answers: list[tuple[str, bool]] = [("", True)] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    split = is_sharded(model)
+    if not temperature and not split:  # greedy answers don't depend on who is asked together: a share for everyone
+        batch_size = min(batch_size, max(1, -(-len(prompts) // PartialState().num_processes)))
+    chunks = _chunks(order, prompts, batch_size)
+    was_training = model.training
+    model.eval()  # gradient checkpointing, active in training mode, would switch the key-value cache off
+    shared, cache = (0, None) if split else _shared_prefix_cache(model, prompts)
+
+    def answer(number: int, chunk: list[int]) -> list[list[int]]:
+        width = max(len(prompts[i]) for i in chunk)
+        ids = torch.full((len(chunk), width), tokenizer.pad_token_id)  # (R, T): shared beginning, padding, the rest
+        mask = torch.zeros_like(ids)
+        for r, i in enumerate(chunk):
+            begin = width - len(prompts[i]) + shared
+            ids[r, :shared], ids[r, begin:] = torch.tensor(prompts[i][:shared]), torch.tensor(prompts[i][shared:])
+            mask[r, :shared], mask[r, begin:] = 1, 1
+        if cache is not None:
+            settings["past_key_values"] = copy.deepcopy(cache)
+            settings["past_key_values"].batch_repeat_interleave(len(chunk))
+        torch.manual_seed((seed * 1_000_003 + number) % 2**63)
+        return model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
+            eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, use_cache=True, **settings,
+        )[:, width:].tolist()  # (R, new tokens)  # fmt: skip
+
+    asked = progress(chunks) if progress else chunks
+    with _plain_decoding(model):
+        found = [answer(n, chunk) for n, chunk in enumerate(asked)] if split else parallel_map(asked, answer)
+    for chunk, out in zip(chunks, found, strict=True):
+        for i, tokens in zip(chunk, out, strict=True):
+            end = next((t for t, token in enumerate(tokens) if token in stop), None)
+            answers[i] = (tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is not None)
+    model.train(was_training)
+    return answers
+
+
+@contextlib.contextmanager
+def _plain_decoding(model):
+    """Inside, the model's own defaults of decoding are those of a model that names none: greedy."""
+    parts = [module for module in model.modules() if hasattr(module, "generation_config")]
+    kept = [module.generation_config for module in parts]
+    for module in parts:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, config in zip(parts, kept, strict=True):
+            module.generation_config = config
+
+
+class TemperatureSampler(LogitsProcessor):
+    """Leaves one token of a row possible, drawn from the softmax at `temperature`, so that greedy decoding samples.
+
+    One uniform number a row against the cumulated probabilities: torch.multinomial draws one for every token of the
+    vocabulary, which took a third of the time of an answer.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cumulated = torch.softmax(scores.float() / self.temperature, dim=-1).cumsum(-1)  # (R, V), ends at about 1
+        place = torch.rand(len(scores), 1, device=scores.device) * cumulated[:, -1:]  # (R, 1), below the end
+        token = torch.searchsorted(cumulated, place, right=True).clamp(max=scores.shape[-1] - 1)  # (R, 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def _chunks(order: list[int], prompts: list[list[int]], batch_size: int) -> list[list[int]]:
+    """Prompts to be answered together: `batch_size` short ones, fewer long ones (memory goes with count x length)."""
+    chunks: list[list[int]] = []
+    for i in order:  # shortest first, so the last of a chunk is its longest
+        if chunks and len(chunks[-1]) < batch_size and (len(chunks[-1]) + 1) * len(prompts[i]) <= 64 * batch_size:
+            chunks[-1].append(i)
+        else:
+            chunks.append([i])
+    return chunks
+
+
+def _shared_prefix_cache(model, prompts: list[list[int]]):
+    """(length, key-value cache) of what all prompts begin with; (0, None) where that is short or can't be shared.
+
+    It can where every layer keeps keys and values of all tokens and a token knows its place by itself: a state that is
+    carried on (Mamba) would take padding for text, and so would a distance counted in columns (ALiBi).
+    """
+    first, last = min(prompts, default=[]), max(prompts, default=[])  # in order: all others lie between them
+    length = next((t for t, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    length = min(length, min(map(len, prompts), default=1) - 1)  # something must be left to predict from
+    if length < 8 or len(prompts) < 2 or attention_window(model.config) or not _knows_places(model):
+        return 0, None
+    ids = torch.tensor([first[:length]], device=next(model.parameters()).device)  # (1, shared)
+    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return (length, cache) if plain else (0, None)
+
+
+def _knows_places(model) -> bool:
+    """Whether the forward takes each token's position, as models with learned or rotary ones do."""
+    return "position_ids" in inspect.signature(model.forward).parameters and not getattr(model.config, "alibi", False)
+
+
+def generate_missing_responses(
+    rows: list[Row], model, formatter: PromptFormatter, *, fingerprint: str, tokens: int, temperature: float, seed: int,
+    batch_size: int, cache_dir: str | None, progress=None,
+) -> list[Row]:  # fmt: skip
+    """The rows, those without a response answered by the model itself in at most `tokens` tokens: sampled once, then
+    read from the cache.
+
+    The cache file is named by a hash of all that the answers depend on: weights (their `fingerprint`), prompts and
+    settings.
+    """
+    missing = sorted({row.prompt for row in rows if row.response is None})
+    if not missing:
+        return rows
+    prompts = [formatter.prompt(prompt) for prompt in missing]
+    settings = [fingerprint, str(model.dtype), tokens, temperature, seed, batch_size]
+    key = hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest()[:20]
+    path = Path(cache_dir) / f"answers-{key}.jsonl" if cache_dir else None
+    lines = None
+    if path and path.is_file():
+        lines = read_json_lines(path)
+    lines = broadcast_from_main(lines)  # another process's disk may be another one
+    if lines is not None:
+        answers = {line["prompt"]: (line["response"], line["complete"]) for line in lines}
+        log.info("own answers to %d prompts: read from %s", len(missing), path)
+    else:
+        log.info("own answers to %d prompts: the model is asked once", len(missing))
+        given = generate(
+            model, formatter, prompts, max_new_tokens=tokens, batch_size=batch_size,
+            temperature=temperature, seed=seed, progress=progress,
+        )  # fmt: skip
+        answers = dict(zip(missing, given, strict=True))
+        if path and PartialState().is_main_process:
+            write_json_lines(path, ({"prompt": p, "response": a, "complete": c} for p, (a, c) in answers.items()))
+    return [
+        row if row.response is not None
+        else dataclasses.replace(row, response=answers[row.prompt][0], complete=answers[row.prompt][1])
+        for row in rows
+    ]  # fmt: skip

@@ -1,0 +1,294 @@
+"""The step on the weights: which of them it may move, AdamW with fp32 accuracy, clipping, warm-up, and the refusal of
+what is not finite.
+
+A bf16 weight is the upper half of an fp32 master weight; what rounding took from it is kept beside it as a 16-bit
+rest, so that both together are the master, exactly, in the memory of one fp32 number. An update goes through a
+tensor part by part: the fp32 forms of a part's gradient and weights exist only while they are in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from engine.processes import full_tensor, gather_to_main_cpu, local_shard, shard_like
+from utils import UsageError
+
+# elements taken through fp32 at a time: on a processor 1 MiB an array, which stays in the cache
+PART = {"cpu": 1 << 18, "gpu": 1 << 24}
+# they read the weights of some layers past the module: peft refuses adapters there, or they would learn nothing
+WITH_FUSED_KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+
+def freeze(model, count: int) -> str | None:
+    """Leave the first `count` layers as they are, and with them the embeddings: the backward stops above them.
+
+    Returns a regular expression for the names of what lies in these layers; None where nothing is frozen.
+    """
+    if count == 0:
+        return None
+    total = model.config.get_text_config().num_hidden_layers
+    if count >= total:
+        raise UsageError(f"--frozen_layers {count}: the model has {total} layers, so at most {total - 1} can be frozen")
+    name, layers = next((name, module) for name, module in model.named_modules()
+                        if isinstance(module, torch.nn.ModuleList) and len(module) == total)  # fmt: skip
+    for part in (*layers[:count], model.get_input_embeddings(), model.get_output_embeddings()):
+        part.requires_grad_(False)
+    return rf"{re.escape(name)}\.({'|'.join(map(str, range(count)))})\..*"
+
+
+def add_lora(model, options, frozen: str | None):
+    """Put trainable adapters into the model's layers but the frozen ones, in place; returns the wrapper that saves
+    them."""
+    import peft
+
+    targets, experts, exclude = options.lora_targets, [], [frozen] if frozen else []
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+        # the experts of a mixture, stored as one tensor, are no linear layers; peft knows them in some families alone
+        experts = [f"{module_name}.{name}" for module_name, module in model.named_modules()
+                   for name, weight in module.named_parameters(recurse=False)
+                   if weight.dim() == 3 and not type(module).__name__.startswith("Conv")]  # fmt: skip
+        experts = [name for name in experts if not (frozen and re.fullmatch(frozen, name))]
+        # a family's own kind of linear layer may return more than one tensor (Llama 4's router)
+        exclude += [
+            re.escape(name)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and "transformers.models" in type(module).__module__
+        ]
+        if model.config.model_type in WITH_FUSED_KERNELS:
+            exclude.append(r".*\.(out_proj|conv1d|dt_proj)")
+    config = peft.LoraConfig(
+        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, task_type="CAUSAL_LM",
+        exclude_modules="|".join(exclude) or None, target_parameters=experts or None,
+    )  # fmt: skip
+    try:
+        wrapped = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"--lora_targets {' '.join(options.lora_targets)}: {str(error).splitlines()[0]}") from error
+    for name, weight in model.named_parameters():  # peft gives experts adapters wherever they are
+        if frozen and re.fullmatch(frozen, name):
+            weight.requires_grad_(False)
+    return wrapped
+
+
+class MasterWeightAdamW:
+    """AdamW on the trainable parameters of a model whose forward may run in bf16.
+
+    The model comes in fp32. With `dtype` bf16 its parameters are rounded, and the rests are kept: at a learning
+    rate of 1e-5 an update is smaller than half the distance between neighbouring bf16 numbers and would be lost.
+    """
+
+    def __init__(self, model, options, dtype: torch.dtype):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._adapters = options.use_lora
+        self._residuals: dict[torch.nn.Parameter, torch.Tensor] = {}  # int16; none for a parameter that lost nothing
+        for parameter in model.parameters():
+            if dtype == torch.float32 or parameter.dtype != torch.float32:  # 4- and 8-bit codes stay what they are
+                continue
+            master, parameter.data = parameter.data, parameter.data.to(dtype)
+            # frozen weights too: what is saved has lost nothing; adapters are merged into the base as it was stored
+            if parameter.requires_grad or not self._adapters:
+                residual = torch.empty_like(master, dtype=torch.int16)
+                split_fp32(master, parameter.data, residual)
+                if parameter.requires_grad or residual.any():
+                    self._residuals[parameter] = residual
+        self._scratch = WorkBuffers(self.parameters)
+        self._moments: list[dict] = [{} for _ in self.parameters]  # filled by a parameter's first update
+        self._update = adamw_8bit if options.optimizer == "adamw8bit" else adamw_32bit
+        self.max_grad_norm, self.weight_decay = options.max_grad_norm, options.weight_decay
+        self.peak_lr, self.warmup, self.linear = options.lr, options.warmup_steps, options.lr_schedule == "linear"
+        self.total = options.max_unlearn_steps
+        self.num_updates, self.lr_scale = 0, 1.0  # updates made so far; halved by `halve_lr_and_reset`
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update: warm-up, then down to zero in a line, or level."""
+        if self.num_updates < self.warmup:
+            factor = (self.num_updates + 1) / (self.warmup + 1)
+        else:
+            left = max(self.total - self.num_updates, 0) / max(self.total - self.warmup, 1)
+            factor = left if self.linear else 1.0
+        return self.peak_lr * factor * self.lr_scale
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Clip, update, clear the gradients. Returns the gradient norm before clipping.
+
+        Where the norm is not finite the weights, the moments and the schedule stay as they are.
+        """
+        norms = [self._scratch.norm(p.grad) for p in self.parameters if p.grad is not None]
+        norm = full_tensor(torch.linalg.vector_norm(torch.stack(norms))).item() if norms else 0.0
+        scale, lr = min(1.0, self.max_grad_norm / (norm + 1e-6)), self.lr
+        for parameter, moments in zip(self.parameters, self._moments, strict=True):
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None and math.isfinite(norm):
+                self._update_one(parameter, gradient, moments, scale, lr)
+        self.num_updates += math.isfinite(norm)
+        return norm
+
+    def _update_one(self, parameter, gradient, moments: dict, scale: float, lr: float) -> None:
+        moments["step"] = moments.get("step", torch.zeros((), device=parameter.device)) + 1
+        residual = self._residuals.get(parameter)
+        flat, grads = local_shard(parameter.detach()).view(-1), local_shard(gradient).reshape(-1)
+        for part in parts_of(flat):
+            weights, grad = flat[part], self._scratch.fp32(grads[part]).mul_(scale)
+            if residual is None:
+                self._update(weights, grad, moments, parameter, part, lr=lr, weight_decay=self.weight_decay)
+            else:
+                master = merge_fp32(weights, residual.view(-1)[part], out=self._scratch.master[: len(weights)])
+                self._update(master, grad, moments, parameter, part, lr=lr, weight_decay=self.weight_decay)
+                split_fp32(master, weights, residual.view(-1)[part], high_bits=self._scratch.high_bits[: len(weights)])
+
+    def drop_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    # ---- the masters, and what a checkpoint keeps
+    @torch.no_grad()
+    def master(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A weight of the model in fp32, with what rounding took from it; with adapters, the base as it stands."""
+        if not isinstance(tensor, torch.nn.Parameter):
+            return tensor.detach()
+        residual = self._residuals.get(tensor)
+        if residual is not None:
+            return merge_fp32(tensor.detach(), residual)
+        return tensor.detach() if self._adapters else tensor.detach().float()
+
+    @torch.no_grad()
+    def _set_master(self, parameter, master: torch.Tensor) -> None:
+        if parameter in self._residuals:
+            split_fp32(master.contiguous(), parameter.detach(), self._residuals[parameter])
+        else:
+            parameter.copy_(master)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Masters and AdamW's moments, by number, whole: all that the next update depends on, with `progress`.
+
+        None each but in the first process."""
+        kept = {}
+        for i, (parameter, moments) in enumerate(zip(self.parameters, self._moments, strict=True)):
+            kept[f"{i:05d}.master"] = gather_to_main_cpu(self.master(parameter))
+            for name, tensor in moments.items():
+                kept[f"{i:05d}.{name}"] = gather_to_main_cpu(tensor)
+        return kept
+
+    def progress(self) -> dict:
+        return {"taken": self.num_updates, "lr_scale": self.lr_scale}
+
+    def load_state(self, kept: dict[str, torch.Tensor], progress: dict) -> None:
+        for i, parameter in enumerate(self.parameters):
+            mine = {name.partition(".")[2]: t for name, t in kept.items() if name.startswith(f"{i:05d}.")}
+            self._set_master(parameter, shard_like(mine.pop("master"), parameter))
+            self._moments[i] = {name: shard_like(tensor, parameter) for name, tensor in mine.items()}
+        self.num_updates, self.lr_scale = progress["taken"], progress["lr_scale"]
+
+    def halve_lr_and_reset(self) -> None:
+        """Half the learning rate from here on, and no moments: they point where the fault came from."""
+        self.lr_scale /= 2
+        self._moments = [{} for _ in self.parameters]
+
+    def snapshot(self) -> list[torch.Tensor]:
+        return [self.master(parameter).clone() for parameter in self.parameters]
+
+    def restore(self, snapshot: list[torch.Tensor]) -> None:
+        for parameter, kept in zip(self.parameters, snapshot, strict=True):
+            self._set_master(parameter, kept)
+
+
+# ------------------------------------------------------------------------------------- one part of one tensor
+def adamw_32bit(master, grad, moments: dict, parameter, part: slice, *, lr: float, weight_decay: float) -> None:
+    """AdamW with fp32 moments on `part` of a parameter: master, slope (P,) fp32; the master is changed in place."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name not in moments:
+            moments[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+    first, second = (local_shard(moments[name]).view(-1)[part] for name in ("exp_avg", "exp_avg_sq"))
+    adamw([master], [grad], [first], [second], [], [moments["step"] - 1], fused=True, amsgrad=False, maximize=False,
+          lr=lr, weight_decay=weight_decay, beta1=BETAS[0], beta2=BETAS[1], eps=EPSILON)  # fmt: skip
+
+
+def adamw_8bit(master, grad, moments: dict, parameter, part: slice, *, lr: float, weight_decay: float) -> None:
+    """The same with moments of 8 bits, scaled in blocks of 256 (Dettmers et al. 2022, arXiv 2110.02861).
+
+    Tensors below 4,096 elements, norms and biases, keep fp32 ones, as there.
+    """
+    if parameter.numel() < 4096:
+        return adamw_32bit(master, grad, moments, parameter, part, lr=lr, weight_decay=weight_decay)
+    from bitsandbytes import functional
+
+    if not moments.keys() - {"step"}:
+        size = local_shard(parameter).numel()
+        for name, signed in (("1", True), ("2", False)):
+            moments["state" + name] = torch.zeros(size, dtype=torch.uint8, device=parameter.device)
+            moments["absmax" + name] = torch.zeros(-(-size // 256), device=parameter.device)
+            moments["qmap" + name] = functional.create_dynamic_map(signed=signed).to(parameter.device)
+    blocks = slice(part.start // 256, -(-part.stop // 256))
+    functional.optimizer_update_8bit_blockwise(
+        "adam", grad, master, moments["state1"][part], moments["state2"][part], *BETAS, 0.0, 0.0, EPSILON,
+        int(moments["step"]), lr, moments["qmap1"], moments["qmap2"], moments["absmax1"][blocks],
+        moments["absmax2"][blocks], weight_decay,
+    )  # fmt: skip
+
+
+def refuse_missing_8bit(options) -> None:
+    if options.optimizer != "adamw8bit":
+        return
+    if options.shard:
+        raise UsageError("--optimizer adamw8bit does not go with --shard, which splits the state already")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--optimizer adamw8bit: needs the package bitsandbytes: pip install bitsandbytes") from error
+
+
+# --------------------------------------------------------------------- a master as bf16 and what is left of it
+def split_fp32(master: torch.Tensor, rounded: torch.Tensor, residual: torch.Tensor, *, high_bits=None) -> None:
+    """fp32 -> the nearest bf16 in `rounded` and, in `rest` (int16), its distance in units of fp32's last place.
+
+    Halfway goes away from zero, so that the rest always fits. `high`: room for as many int32, where there is some.
+    """
+    bits = master.view(torch.int32)
+    high_bits = torch.add(bits, 0x8000, out=high_bits).bitwise_right_shift_(16)
+    rounded.view(torch.int16).copy_(high_bits)
+    residual.copy_(torch.sub(bits, high_bits.bitwise_left_shift_(16), out=high_bits))
+
+
+def merge_fp32(rounded: torch.Tensor, residual: torch.Tensor, *, out=None) -> torch.Tensor:
+    """The fp32 master of a bf16 tensor and its rest: the inverse of `split_fp32`, to the bit."""
+    bits = torch.empty_like(residual, dtype=torch.int32) if out is None else out.view(torch.int32)
+    return bits.copy_(rounded.view(torch.int16)).bitwise_left_shift_(16).add_(residual).view(torch.float32)
+
+
+class WorkBuffers:
+    """Room for one part in fp32, used again and again: fresh memory costs more than what is done in it."""
+
+    def __init__(self, parameters):
+        size, device = max((min(_part(p), local_shard(p).numel()) for p in parameters), default=0), parameters[0].device
+        self.master, self.grad = torch.empty(2, size, device=device)
+        self.high_bits = torch.empty(size, dtype=torch.int32, device=device)
+
+    def fp32(self, part: torch.Tensor) -> torch.Tensor:
+        """A part of a gradient in fp32; itself where it is that already."""
+        return part if part.dtype == torch.float32 else self.grad[: len(part)].copy_(part)
+
+    def norm(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Its norm in fp32. torch by itself would make an fp32 copy of the whole tensor."""
+        if isinstance(gradient, DTensor) or gradient.dtype == torch.float32:
+            return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        flat = gradient.reshape(-1)
+        return torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(self.fp32(flat[part])) for part in parts_of(flat)])
+        )
+
+
+def parts_of(flat: torch.Tensor) -> list[slice]:
+    return [slice(start, min(start + _part(flat), len(flat))) for start in range(0, len(flat), _part(flat))]
+
+
+def _part(tensor: torch.Tensor) -> int:
+    return PART["cpu" if tensor.device.type == "cpu" else "gpu"]

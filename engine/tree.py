@@ -1,0 +1,255 @@
+"""The layout of a step: many sequences as one tree of tokens in which no common beginning stands twice.
+
+A harmful prompt is followed by its own answer and by K random ones; every chat prompt starts with
+the same words. All of these are prefixes, so each packed row holds a tree: a token's parent is the
+token before it, its position is its depth, and it attends to its ancestors alone. A causal model
+gives each token the state that it would have in its own sequence, for a fraction of the tokens.
+
+`padded_batch` lays the same sequences out one a row, for models that can't take the tree
+(`answer_logits` is the same for both).
+Letters: R rows, T tokens a row, D hidden size, V vocabulary, N logit rows, M answer tokens, S sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+from data_module import PromptFormatter, Sequence, probe_sequences
+from engine.processes import copy_to, is_sharded
+from engine.speedups import speed_up
+from utils import attention_window
+
+
+@dataclasses.dataclass
+class Batch:
+    """Token ids with their layout, and where each answer token's prediction stands."""
+
+    sequences: list[Sequence]
+    input_ids: torch.Tensor  # (R, T)
+    attention_mask: torch.Tensor  # packed: (R, 1, T, T), True = may see; padded: (R, T), 1 = real token
+    position_ids: torch.Tensor  # (R, T): depth in the tree
+    logit_positions: torch.Tensor  # (N,) places in the flattened (R * T,) whose logits are needed
+    target_to_logit: torch.Tensor  # (M,) in [0, N): the logit row that predicts the answer token
+    targets: torch.Tensor  # (M,) the answer tokens
+    sequence_ids: torch.Tensor  # (M,) in [0, S): whose answer it is
+    is_first_token: torch.Tensor  # (M,) bool: first token of its answer
+    num_tokens: int  # tokens that are not padding, each shared one counted once
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {
+            field.name: copy_to(device, value)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def tokens_of(self, kind: str) -> torch.Tensor:
+        """(M,) bool: the answer tokens of one kind of sequence."""
+        chosen = torch.tensor([s.kind == kind for s in self.sequences], device=self.sequence_ids.device)
+        return chosen[self.sequence_ids]
+
+
+def packed_batch(sequences: list[Sequence], pack_tokens: int, pad_id: int) -> Batch:
+    """Sequences -> R trees of about `pack_tokens` tokens, evenly filled. Sequences with the same prompt share a row."""
+    by_prompt: dict[tuple, list[int]] = {}
+    for s, sequence in enumerate(sequences):
+        by_prompt.setdefault(sequence.prompt_ids, []).append(s)
+    groups = sorted(
+        by_prompt.items(), key=lambda group: -len(group[0]) - sum(len(sequences[s].answer_ids) for s in group[1])
+    )
+    one = _Tree()
+    for sequence in sequences:
+        one.insert(sequence.prompt_ids + sequence.answer_ids)
+    trees = [_Tree() for _ in range(min(max(1, round(len(one.tokens) / pack_tokens)), len(groups)))]
+    places: list[tuple[int, list[int]]] = [(0, [])] * len(sequences)
+    for _, members in groups:  # the largest first, each into the row that is the shortest by then
+        r = min(range(len(trees)), key=lambda r: len(trees[r].tokens))
+        for s in members:
+            places[s] = (r, trees[r].insert(sequences[s].prompt_ids + sequences[s].answer_ids))
+    width = max(len(tree.tokens) for tree in trees)  # T
+    ids = np.full((len(trees), width), pad_id, dtype=np.int64)
+    positions = np.zeros((len(trees), width), dtype=np.int64)
+    mask = np.zeros((len(trees), 1, width, width), dtype=bool)
+    mask[:, 0, np.arange(width), np.arange(width)] = True  # padding sees itself: no empty softmax
+    for r, tree in enumerate(trees):
+        length = len(tree.tokens)
+        ids[r, :length], positions[r, :length] = tree.tokens, tree.depths
+        for t, parent in enumerate(tree.parents):  # a parent stands before its children
+            if parent >= 0:
+                mask[r, 0, t] |= mask[r, 0, parent]
+    real = sum(len(tree.tokens) for tree in trees)
+    return _build_batch(sequences, ids, mask, positions, [[r * width + t for t in path] for r, path in places], real)
+
+
+def padded_batch(sequences: list[Sequence], pad_id: int) -> Batch:
+    """Sequences -> one a row, padded on the right: the plain layout that every model takes."""
+    width = max(s.length for s in sequences)  # T
+    ids = np.full((len(sequences), width), pad_id, dtype=np.int64)  # (S, T)
+    mask = np.zeros((len(sequences), width), dtype=np.int64)
+    positions = np.broadcast_to(np.arange(width), ids.shape).copy()
+    places = []
+    for r, s in enumerate(sequences):
+        tokens = s.prompt_ids + s.answer_ids
+        ids[r, : len(tokens)] = tokens
+        mask[r, : len(tokens)] = 1
+        places.append([r * width + t for t in range(len(tokens))])
+    return _build_batch(sequences, ids, mask, positions, places, int(mask.sum()))
+
+
+class _Tree:
+    """Token sequences with their common beginnings merged; a node's parent has a smaller number."""
+
+    def __init__(self):
+        self.tokens, self.parents, self.depths = [], [], []
+        self._child: dict[tuple[int, int], int] = {}
+
+    def insert(self, tokens) -> list[int]:
+        """Add a sequence; returns the node of each of its tokens."""
+        path, node = [], -1
+        for depth, token in enumerate(tokens):
+            child = self._child.get((node, token))
+            if child is None:
+                child = len(self.tokens)
+                self._child[node, token] = child
+                self.tokens.append(token)
+                self.parents.append(node)
+                self.depths.append(depth)
+            node = child
+            path.append(node)
+        return path
+
+
+def _build_batch(sequences, ids, mask, positions, places, num_tokens) -> Batch:
+    """Answer token j of a sequence is predicted at the place of the token before it."""
+    source, targets, owner, first = [], [], [], []
+    for s, sequence in enumerate(sequences):
+        start = len(sequence.prompt_ids)
+        assert start > 0, "a sequence needs at least one prompt token, or nothing predicts its first answer token"
+        source += places[s][start - 1 : -1]
+        targets += sequence.targets or sequence.answer_ids
+        owner += [s] * len(sequence.answer_ids)
+        first += [j == 0 for j in range(len(sequence.answer_ids))]
+    index, target_to_logit = np.unique(np.array(source, dtype=np.int64), return_inverse=True)  # (N,), (M,)
+    return Batch(
+        sequences,
+        torch.from_numpy(ids),
+        torch.from_numpy(mask),
+        torch.from_numpy(positions),
+        torch.from_numpy(index),
+        torch.from_numpy(target_to_logit),
+        torch.tensor(targets, dtype=torch.int64),
+        torch.tensor(owner, dtype=torch.int64),
+        torch.tensor(first, dtype=torch.bool),
+        num_tokens,
+    )
+
+
+# ------------------------------------------------------------------------------------------ the forward
+class AnswerLogitsModel(torch.nn.Module):
+    """The model as the loop sees it: a batch in, logits (N, V) at the answer positions out.
+
+    A module of its own, so that what wraps it for several processes sees one forward a step.
+    """
+
+    def __init__(self, model, *, packed: bool):
+        super().__init__()
+        self.model = model
+        self.packed = packed
+        self.dtype = None  # what the layers run in, where the parameters are kept in another type
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """States after the final norm at the answer positions, (N, D). Packed layout only."""
+        body = self.model.base_model
+        mask = torch.zeros(
+            batch.attention_mask.shape, dtype=self.dtype or self.model.dtype, device=batch.input_ids.device
+        )
+        mask.masked_fill_(~batch.attention_mask, torch.finfo(mask.dtype).min)  # (R, 1, T, T), added to the scores
+        out = body(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+        states = out[0]  # (R, T, D)
+        return states.flatten(0, 1)[batch.logit_positions]  # (N, D)
+
+    @property
+    def generator(self) -> torch.nn.Module:
+        """What is asked for answers: the model, or, where it is split, this module, which gathers it."""
+        return self if is_sharded(self) else self.model
+
+    def generate(self, **settings):
+        return self.model.generate(**settings)
+
+    def forward(self, batch: Batch, *, states: bool = False) -> torch.Tensor:
+        """Logits (N, V); with `states`, the `hidden` ones instead. Where a model is split, all forwards pass here."""
+        if states:
+            return self.hidden(batch)
+        if self.packed:
+            return finish_logits(self.model.config, self.model.get_output_embeddings()(self.hidden(batch)))  # (N, V)
+        logits = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits  # (R, T, V)
+        return logits.flatten(0, 1)[batch.logit_positions]  # (N, V)
+
+    def layout(self, sequences: list[Sequence], pack_tokens: int, pad_id: int) -> Batch:
+        return packed_batch(sequences, pack_tokens, pad_id) if self.packed else padded_batch(sequences, pad_id)
+
+
+def finish_logits(config, logits: torch.Tensor) -> torch.Tensor:
+    """What some families do to the head's output, (..., V): Cohere and Granite scale it, Gemma 2 bends it under a cap.
+
+    `check_packing` finds out where a family does something else.
+    """
+    config = config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def wrap_model(
+    model, formatter: PromptFormatter, prompts: list[str], pack_tokens: int = 256
+) -> tuple[AnswerLogitsModel, str]:
+    """The model in the layout that it takes, tried on a few real prompts, and a line that says which."""
+    speed_up(model)
+    window = attention_window(model.config)
+    longest = formatter.max_prompt_tokens + formatter.longest_answer
+    if window and window < longest:  # the packed layout's mask would take the place of the model's own
+        line = f"padded layout: {type(model).__name__} looks back {window} tokens and a row may have {longest}"
+        return AnswerLogitsModel(model, packed=False), line
+    packed, line = check_packing(
+        model, probe_sequences(prompts, formatter), pack_tokens, formatter.tokenizer.pad_token_id
+    )
+    return AnswerLogitsModel(model, packed=packed), line
+
+
+@torch.no_grad()
+def check_packing(model, sequences: list[Sequence], pack_tokens: int, pad_id: int) -> tuple[bool, str]:
+    """Whether the packed forward gives this model's own logits, and a line that says so.
+
+    Compares both layouts on real sequences: the root mean square difference of an answer token's logits, of all and of
+    the eight likeliest, the worst token's, in units of their spread. Rounding gives 0.1 in bf16; a model that ignores
+    positions or the mask is off by more than 1. (The largest difference of a single logit grows with the vocabulary.)
+    """
+    device = next(model.parameters()).device
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
+    padded = padded_batch(sequences, pad_id).to(device)
+    packed = packed_batch(sequences, pack_tokens, pad_id).to(device)
+    expected = AnswerLogitsModel(model, packed=False)(padded)[padded.target_to_logit].float()  # (M, V)
+    try:
+        got = AnswerLogitsModel(model, packed=True)(packed)[packed.target_to_logit].float()  # (M, V)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        return False, f"padded layout: {type(model).__name__} does not take the packed one ({reason})"
+    off = float("inf")
+    if got.shape == expected.shape:
+        off_by = (got - expected).square()  # (M, V)
+        likeliest = expected.topk(8, dim=-1).indices  # (M, 8)
+        worst = max(some.mean(-1).max().item() for some in (off_by, off_by.gather(-1, likeliest)))
+        off = math.sqrt(worst) / expected.std().item()
+    if off <= tolerance:
+        return True, f"packed layout: logits equal the padded layout's (worst token off by {off:.1e} of their spread)"
+    return False, f"padded layout: the packed one gives {type(model).__name__} other logits (off by {off:.1e})"

@@ -1,0 +1,200 @@
+"""Files and hub data sets -> rows: which fields count, and what is refused, naming file, row and field."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+import urllib.request
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet as pq
+
+from utils import UsageError, atomic_write_text, log
+
+TRUTHFULQA_URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
+FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+PROMPT_FIELDS = ("prompt", "question", "instruction", "goal")
+RESPONSE_FIELDS = ("response", "best answer", "answer", "output", "right_answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prompt and its answer; `response` None means: the model itself will answer it."""
+
+    prompt: str
+    response: str | None = None
+    category: str = ""
+    id: str = ""
+    source: str = ""
+    true_answers: tuple[str, ...] = ()  # every answer known to be true, for the mismatch pool
+    complete: bool = True  # False: the response was cut, so no end-of-turn token follows it
+
+
+def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[list[Row]]:
+    """The rows of each file or hub data set named by an option, one list a name; UsageError names file, row and field.
+
+    A source that has no row of the categories stays as an empty list; it is an error where no source has one.
+    """
+    sources = [read_rows(spec, option) for spec in specs]
+    if harm_categories:
+        wanted = {c.casefold() for c in harm_categories}
+        kept = [[row for row in rows if wanted & {c.casefold() for c in _categories(row)}] for rows in sources]
+        if not any(kept):
+            found = sorted({c for rows in sources for row in rows for c in _categories(row)})
+            known = "its categories are: " + ", ".join(found[:40]) if found else "its rows have no category"
+            raise UsageError(f"--harm_categories {' '.join(harm_categories)}: no row of {' '.join(specs)}; {known}")
+        for spec in (spec for spec, rows in zip(specs, kept, strict=True) if not rows):
+            log.warning("%s: has no row of --harm_categories and is left out", spec)
+        sources = kept
+    return sources
+
+
+def _categories(row: Row) -> list[str]:
+    return [c.strip() for c in row.category.split(";") if c.strip()]
+
+
+def read_rows(spec: str, option: str) -> list[Row]:
+    path = Path(spec)
+    if path.suffix.lower() in FILE_KINDS:
+        if path.name == "TruthfulQA.csv" and not path.exists():
+            _fetch_truthfulqa(path, option)
+        source, records = path.stem, _read_file(path, option)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not path.exists():
+        source, records = spec.partition(":")[0].rpartition("/")[2], _read_hub(spec, option)
+    else:
+        raise UsageError(f"{option} {spec}: neither a {'/'.join(FILE_KINDS)} file nor a hub name like owner/name")
+    harmful = option == "--forget_data"
+    rows = [
+        row for number, record in records
+        for row in _rows_of(record, source, f"{option} {spec}, row {number}", harmful)
+    ]  # fmt: skip
+    if not rows:
+        raise UsageError(f"{option} {spec}: holds no row to use")
+    return rows
+
+
+def _read_file(path: Path, option: str) -> list[tuple[int, dict]]:
+    """(row number from 1, record) of a local file; a JSON file may be a list or one object a line."""
+    if not path.is_file():
+        raise UsageError(f"{option} {path}: no such file")
+    kind = path.suffix.lower()
+    try:
+        if kind == ".parquet":
+            records = pq.read_table(path).to_pylist()
+        elif kind == ".csv":
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                records = list(csv.DictReader(file, strict=True))
+        else:
+            text = path.read_text(encoding="utf-8-sig")
+            if kind == ".txt":
+                records = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+            elif kind == ".json" and text.lstrip().startswith("["):
+                records = json.loads(text)
+            else:
+                records = []
+                for number, line in enumerate(text.split("\n"), 1):
+                    if line.strip():
+                        try:
+                            records.append(json.loads(line))
+                        except (ValueError, RecursionError) as error:
+                            reason = getattr(error, "msg", str(error))
+                            raise UsageError(f"{option} {path}, line {number}: not valid JSON ({reason})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{option} {path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except (csv.Error, ValueError, OSError, RecursionError, pyarrow.ArrowException) as error:
+        raise UsageError(f"{option} {path}: cannot be read as {kind[1:]} ({' '.join(str(error).split())})") from error
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise UsageError(f"{option} {path}, row {number}: must be an object with a 'prompt', got {record!r:.40}")
+    return list(enumerate(records, 1))
+
+
+def _read_hub(spec: str, option: str) -> list[tuple[int, dict]]:
+    import datasets  # slow to import, and needed for hub names only
+
+    name, _, split = spec.partition(":")
+    datasets.disable_progress_bars()
+    try:
+        records = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the hub client raises whatever its layers raise; every one means: not to be had
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UsageError(
+            f"data set {name} cannot be downloaded: save it as data/{name.rpartition('/')[2]}.jsonl "
+            f"and pass {option}=data/{name.rpartition('/')[2]}.jsonl ({reason})"
+        ) from error
+    return list(enumerate(records, 1))
+
+
+def _fetch_truthfulqa(path: Path, option: str) -> None:
+    try:
+        with urllib.request.urlopen(TRUTHFULQA_URL, timeout=20) as answer:
+            atomic_write_text(path, answer.read().decode("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{option} {path}: missing, and it cannot be fetched ({error}); put TruthfulQA.csv from "
+            f"github.com/sylinrl/TruthfulQA there, or name other normal data such as --normal_data data/benign.jsonl"
+        ) from error
+
+
+def _rows_of(record: dict, source: str, where: str, harmful: bool) -> list[Row]:
+    """The rows of one record, usually one. Where responses are labelled safe or not (PKU-SafeRLHF's pairs,
+    BeaverTails), those that are not are harmful rows and the others normal ones."""
+    lower = {str(key).strip().lower(): value for key, value in record.items()}
+    prompt_field = next((f for f in PROMPT_FIELDS if f in lower), None)
+    if prompt_field is None:
+        raise UsageError(f"{where}: has no {' / '.join(PROMPT_FIELDS)} field, only {', '.join(map(str, lower))[:80]}")
+    prompt = _text(lower[prompt_field], where, prompt_field)
+    if not prompt:
+        raise UsageError(f"{where}: field '{prompt_field}' is empty")
+    given = lower.get("input") or lower.get("context")  # what an instruction is about (Alpaca, Dolly)
+    if prompt_field == "instruction" and isinstance(given, str) and given.strip():
+        prompt = f"{prompt}\n\n{_text(given, where, 'input')}"
+    row_id = str(lower.get("id", "") if lower.get("id") is not None else "")
+
+    if "is_response_0_safe" in lower:
+        rows = []
+        for i in (0, 1):
+            missing = [field for field in (f"is_response_{i}_safe", f"response_{i}") if field not in lower]
+            if missing:
+                raise UsageError(f"{where}: is a pair of responses without '{missing[0]}'")
+            if _truth(lower[f"is_response_{i}_safe"], where, f"is_response_{i}_safe") != harmful:
+                response = _text(lower[f"response_{i}"], where, f"response_{i}") or None
+                category = _category(lower.get(f"response_{i}_harm_category"))
+                rows.append(Row(prompt, response, category, row_id, source))
+        return rows
+    if "is_safe" in lower and _truth(lower["is_safe"], where, "is_safe") == harmful:
+        return []
+    response_field = next((f for f in RESPONSE_FIELDS if lower.get(f) is not None), None)
+    response = _text(lower[response_field], where, response_field) if response_field else None
+    correct = str(lower.get("correct answers") or "")
+    true_answers = [response or "", *(part.strip() for part in correct.split(";"))]
+    category = _category(lower.get("category") or lower.get("semanticcategory"))
+    return [Row(prompt, response or None, category, row_id, source, tuple(dict.fromkeys(filter(None, true_answers))))]
+
+
+def _text(value, where: str, field: str) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{where}: field '{field}' must be text, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where}: field '{field}' holds half a character (a lone surrogate, {error.start})"
+        ) from error
+    return value.strip()
+
+
+def _truth(value, where: str, field: str) -> bool:
+    word = str(value).strip().lower()
+    if word not in ("true", "1", "1.0", "false", "0", "0.0"):
+        raise UsageError(f"{where}: field '{field}' must be true or false, got {value!r:.40}")
+    return word in ("true", "1", "1.0")
+
+
+def _category(value) -> str:
+    """Names of categories, parted by semicolons, from a text, a list, or flags by name."""
+    names = [name for name, on in value.items() if on] if isinstance(value, dict) else value
+    return "; ".join(map(str, names)) if isinstance(names, list | tuple) else str(names or "")

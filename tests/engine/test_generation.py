@@ -1,0 +1,66 @@
+"""Answers: what is drawn follows the model's probabilities, and a shared beginning changes nothing."""
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny_model
+from scipy.stats import chisquare
+from transformers import GenerationConfig
+
+from data_module import PromptFormatter
+from engine.generation import TemperatureSampler, generate, generate_missing_responses
+from sources.rows import Row
+
+
+def test_draws_follow_the_softmax_at_the_temperature():
+    """20,000 rows of one distribution: a chi-square test that a wrong temperature or a shifted index fails."""
+    torch.manual_seed(3)
+    logits = torch.tensor([2.0, -torch.inf, 0.5, 1.0, -1.0, -torch.inf])
+    drawn = TemperatureSampler(0.7)(None, logits.expand(20_000, -1)).argmax(-1)  # (20000,)
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts[1] == counts[5] == 0, "a token without probability was drawn"
+    possible = [0, 2, 3, 4]
+
+    def fits(temperature, order=possible):
+        expected = torch.softmax(logits.double() / temperature, -1)[order] * 20_000
+        return chisquare(counts[possible].tolist(), expected.tolist()).pvalue > 1e-3
+
+    assert fits(0.7)
+    assert not fits(1.0) and not fits(0.7, [4, 0, 2, 3])
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "bloom", "mpt", "gpt_neo", "mamba", "qwen3_next"])
+def test_a_shared_beginning_changes_no_answer(family, monkeypatch):
+    tokenizer = make_tokenizer("opt" if family == "opt" else "chat")
+    model, formatter = tiny_model(family, len(tokenizer)).eval(), PromptFormatter(tokenizer, "auto", 200, 40)
+    asked = [f"How do I open lock {i}?" for i in range(3)]
+    prompts = [formatter.prompt(text, style) for style in (None, "qa") for text in asked]
+    chat = [[5] * 9 + prompt for prompt in prompts]  # all begin alike, and differ in length
+    for temperature in (0.0, 1.0):
+        settings = {"max_new_tokens": 8, "batch_size": 2, "temperature": temperature}
+        shared = generate(model, formatter, chat, **settings)
+        with monkeypatch.context() as patched:
+            patched.setattr("engine.generation._shared_prefix_cache", lambda model, prompts: (0, None))
+            assert generate(model, formatter, chat, **settings) == shared
+
+
+def test_a_folder_cannot_ask_for_another_decoding():
+    """A repetition penalty in one of two folders would be taken for what unlearning did."""
+    tokenizer = make_tokenizer("chat")
+    model, formatter = tiny_model("llama", len(tokenizer)).eval(), PromptFormatter(tokenizer, "auto", 200, 40)
+    prompts = [formatter.prompt(f"How do I open lock {i}?") for i in range(3)]
+    plain = generate(model, formatter, prompts, max_new_tokens=12, batch_size=2)
+    own = model.generation_config = GenerationConfig(repetition_penalty=1.7, no_repeat_ngram_size=2, num_beams=2)
+    assert generate(model, formatter, prompts, max_new_tokens=12, batch_size=2) == plain
+    assert model.generation_config is own, "the model is saved with what it came with"
+
+
+def test_kept_answers_are_read_back_as_they_were(tmp_path, monkeypatch):
+    """U+2028 and its like end a line for Python, not for a file of JSON lines: the second run read half an object."""
+    formatter, rows = PromptFormatter(make_tokenizer("chat"), "auto", 200, 40), [Row("Two\u2028lines?"), Row("One?")]
+    said = {"Two\u2028lines?": ("First.\u2028Then\x85last.", True), "One?": ("", False)}
+    settings = {"fingerprint": "f", "tokens": 9, "temperature": 0.0, "seed": 1, "batch_size": 2, "cache_dir": tmp_path}
+    model = tiny_model("llama")
+    for asked in (lambda *_, **__: [said[prompt] for prompt in sorted(said)], None):  # the second time, nobody is asked
+        monkeypatch.setattr("engine.generation.generate", asked)
+        found = generate_missing_responses(rows, model, formatter, **settings)
+        assert [(row.response, row.complete) for row in found] == [said[row.prompt] for row in rows]

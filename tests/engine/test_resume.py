@@ -1,0 +1,294 @@
+"""A run that is stopped and taken up again: what must be the same, what is refused, what a fault may not harm."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, one_line_error, poison_losses, run_cli, run_python, weights
+from safetensors.torch import load_file, save_file
+from test_run import SMALL, data_words, events
+
+import unlearn_harm
+from engine.checkpoint import prune_checkpoints
+from utils import RunError
+
+# one more than --eval_every divides, so that checkpoints fall on and beside looks
+RUN = [*SMALL, "--max_unlearn_steps=9", "--save_every=2", "--eval_every=4", "--kl_budget=0.5", "--log_file=out.log"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model_folders, data_files):
+    """An uninterrupted run: (its folder, its words)."""
+    cwd = tmp_path_factory.mktemp("whole")
+    words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *RUN, "--model_save_dir=out"]
+    run = run_cli("unlearn_harm.py", *words, cwd=cwd)
+    assert run.returncode == 0, run.stderr
+    return cwd, words
+
+
+def same_weights(one, other):
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# a run that kills itself at a named place: before the n-th call of a function that every run passes
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import {module}
+real, calls = {module}.{name}, []
+def dying(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.{signal})
+    return real(*args, **kwargs)
+{module}.{name} = dying
+sys.argv = ["unlearn_harm.py", *sys.argv[1:]]
+import unlearn_harm
+from utils import RunError
+unlearn_harm.run_script(unlearn_harm.main)
+"""
+
+
+def run_killed(cwd, words, module, name, call, which="SIGKILL"):
+    code = KILLED.format(root=str(ROOT), module=module, name=name, call=call, signal=which)
+    return run_python("-c", code, *words, cwd=cwd)
+
+
+def test_a_killed_run_ends_in_the_same_weights(whole, tmp_path):
+    """Killed in the middle of a step, then inside a save, then resumed: bit for bit the run that was left alone."""
+    cwd, words = whole
+    first = run_killed(tmp_path, words, "engine.optimizer", "MasterWeightAdamW.step", 4)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    # the second checkpoint of this process is half written when it dies
+    second = run_killed(tmp_path, [*words, "--resume"], "engine.checkpoint", "sha256", 20)
+    assert second.returncode == -signal.SIGKILL, second.stderr
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out-checkpoints").glob(".*.part")), "it was to die while a save was half written"
+    last = run_cli("unlearn_harm.py", *words, "--resume", cwd=tmp_path)
+    assert last.returncode == 0, last.stderr
+    assert same_weights(cwd / "out", tmp_path / "out")
+    told, then = (json.loads((run / "out/run_manifest.json").read_text()) for run in (tmp_path, cwd))
+    for name in ("before", "after", "tokens"):
+        assert told[name] == then[name], name
+    assert {e["step"] for e in events(tmp_path / "out.jsonl", "resume")} == {2, 4}
+    assert sorted(f.name for f in (tmp_path / "out-checkpoints").iterdir()) == ["step-000006", "step-000008"]
+
+
+def test_sigterm_finishes_the_step_and_saves(whole, tmp_path):
+    cwd, words = whole
+    run = run_killed(tmp_path, words, "engine.optimizer", "MasterWeightAdamW.step", 3, "SIGTERM")
+    assert run.returncode == 143, run.stderr
+    assert "stopped by SIGTERM: 3 steps are saved; go on with --resume" in run.stderr
+    assert sorted(f.name for f in (tmp_path / "out-checkpoints").glob("step-*")) == ["step-000002", "step-000003"]
+    run = run_killed(tmp_path, [*words, "--resume"], "engine.optimizer", "MasterWeightAdamW.step", 2, "SIGINT")
+    assert run.returncode == 130, run.stderr
+    assert run_cli("unlearn_harm.py", *words, "--resume", cwd=tmp_path).returncode == 0
+    assert same_weights(cwd / "out", tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path):
+    cwd, words = whole
+    shutil.copytree(cwd / "out-checkpoints", tmp_path / "out-checkpoints")
+    file = tmp_path / "out-checkpoints/step-000008/training_state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1  # one bit
+    file.write_bytes(content)
+    run = run_cli("unlearn_harm.py", *words, "--resume", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "step-000008 is damaged (training_state.safetensors has changed) and is passed over" in run.stderr
+    assert events(tmp_path / "out.jsonl", "resume")[0]["step"] == 6
+    assert same_weights(cwd / "out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (["--lr=2e-3"], "options.lr: 0.001 then, 0.002 now"),
+    (["--seed=5"], "options.seed: 8888 then, 5 now"),
+    (["--forget_data={other}"], "data.forget: "),
+])  # fmt: skip
+def test_another_run_is_not_taken_up(whole, tmp_path, change, message):
+    cwd, words = whole
+    shutil.copytree(cwd / "out-checkpoints", tmp_path / "out-checkpoints")
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"Bad {i}?", "response": "No."}) + "\n" for i in range(12)))
+    change = [word.format(other=other) for word in change]
+    line = one_line_error(run_cli("unlearn_harm.py", *words, "--resume", *change, cwd=tmp_path))
+    assert "--resume: out-checkpoints/step-000008 was made by another run" in line
+    assert message in line
+    if "--lr=2e-3" in change:  # as make demo calls it: its own checkpoints are gone on with, others give way
+        run = run_cli("unlearn_harm.py", *words, "--resume", "--overwrite", *change, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        assert len(events(tmp_path / "out.jsonl", "step")) == 9
+
+
+def test_a_mistyped_command_takes_nothing_away(whole, tmp_path):
+    """--overwrite throws away what a run replaces, once it is one: not for a file's name that does not exist."""
+    cwd, words = whole
+    shutil.copytree(cwd / "out-checkpoints", tmp_path / "out-checkpoints")
+    for name in ("out.log", "out.jsonl"):
+        shutil.copy(cwd / name, tmp_path / name)
+    line = one_line_error(run_cli("unlearn_harm.py", *words, "--overwrite", "--forget_data=typo.jsonl", cwd=tmp_path))
+    assert "--forget_data typo.jsonl: no such file" in line
+    assert len(list((tmp_path / "out-checkpoints").glob("step-*"))) == 2
+    assert (tmp_path / "out.jsonl").read_bytes() == (cwd / "out.jsonl").read_bytes()
+
+
+def test_what_is_damaged_has_no_place_among_the_newest(tmp_path):
+    """Of a later step than the run has come to again, it would have stayed, and every new one gone at once."""
+    for step in (100, 200, 300, 500):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    prune_checkpoints(tmp_path, 2, tmp_path / "step-000300")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000200", "step-000300"]
+    prune_checkpoints(tmp_path, 5, tmp_path / "step-000300")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000200", "step-000300"]
+
+
+def test_a_run_that_was_stopped_is_not_thrown_away_unasked(whole, tmp_path):
+    cwd, words = whole
+    shutil.copytree(cwd / "out-checkpoints", tmp_path / "out-checkpoints")
+    line = one_line_error(run_cli("unlearn_harm.py", *words, cwd=tmp_path))
+    assert "out-checkpoints: holds checkpoints of a run that was stopped; pass --resume" in line
+
+
+def test_two_runs_cannot_write_to_one_folder(whole, tmp_path):
+    _, words = whole
+    long = [sys.executable, str(ROOT / "unlearn_harm.py"), *map(str, words), "--max_unlearn_steps=500"]
+    first = subprocess.Popen(long, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if (tmp_path / ".out.lock").exists():
+                break
+            time.sleep(0.1)
+        line = one_line_error(run_cli("unlearn_harm.py", *words, cwd=tmp_path))
+        assert "--model_save_dir out: another run is writing to it" in line
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_manifest_repeats_the_run(whole, tmp_path, data_files):
+    cwd, _ = whole
+    manifest = json.loads((cwd / "out/run_manifest.json").read_text())
+    assert manifest["data"]["files_sha256"].keys() == {str(data_files[k]) for k in ("forget", "facts", "plain")}
+    assert manifest["tokens"] > 0
+    assert manifest["before"]["step"] == 0
+    kept = json.loads((cwd / "out/unlearn_args.json").read_text())["run"]["kept_step"]
+    assert manifest["after"]["step"] == kept, "figures of a state that was not saved"
+    run = run_cli("unlearn_harm.py", f"--from_manifest={cwd / 'out/run_manifest.json'}", "--model_save_dir=again",
+                  cwd=tmp_path)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert same_weights(cwd / "out", tmp_path / "again")
+    assert not (tmp_path / "out.log").exists(), "the log of the run that is repeated would be written over"
+    changed = shutil.copytree(manifest["arguments"]["model_name"], tmp_path / "changed")
+    save_file({name: tensor * 1.1 for name, tensor in weights(changed).items()}, changed / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    run = run_cli("unlearn_harm.py", f"--from_manifest={cwd / 'out/run_manifest.json'}", f"--model_name={changed}",
+                  "--model_save_dir=third", cwd=tmp_path, quiet=True)  # fmt: skip
+    assert "holds other weights than that run started from" in one_line_error(run)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "Bad?", "response": "No."}\n')
+    run = run_cli("unlearn_harm.py", f"--from_manifest={cwd / 'out/run_manifest.json'}", f"--forget_data={other}",
+                  "--model_save_dir=third", cwd=tmp_path, quiet=True)  # fmt: skip
+    assert "the forget rows are not those of that run" in one_line_error(run)
+
+
+FULL_DISK = """
+import resource, signal, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.path.insert(0, {root!r})
+sys.argv = ["unlearn_harm.py", *sys.argv[1:]]
+import unlearn_harm
+from utils import RunError
+unlearn_harm.run_script(unlearn_harm.main)
+"""
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(whole, tmp_path):
+    """A limit on file size stands for the full disk: the run ends with one line and exit code 1."""
+    cwd, words = whole
+    size = max(f.stat().st_size for f in (cwd / "out").iterdir())
+    shutil.copytree(cwd / "out-checkpoints", tmp_path / "out-checkpoints")
+    shutil.rmtree(tmp_path / "out-checkpoints/step-000008")
+    run = run_python("-c", FULL_DISK.format(root=str(ROOT), size=size // 2), *words, "--resume", cwd=tmp_path)
+    assert run.returncode == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    assert "File too large" in run.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out-checkpoints").glob(".*.part"))
+    assert "step-000006" in {f.name for f in (tmp_path / "out-checkpoints").iterdir()}
+    assert run_cli("unlearn_harm.py", *words, "--resume", cwd=tmp_path).returncode == 0
+    assert same_weights(cwd / "out", tmp_path / "out")
+
+
+# a run under whose hands the folder that it saves into is removed
+VANISHING = """
+import shutil, sys
+sys.path.insert(0, {root!r})
+from engine import checkpoint
+real = checkpoint.write_state
+def vanishing(beside, state, progress, step, *rest):
+    if step == 4:
+        shutil.rmtree(beside)
+    return real(beside, state, progress, step, *rest)
+checkpoint.write_state = vanishing
+sys.argv = ["unlearn_harm.py", *sys.argv[1:]]
+import unlearn_harm
+from utils import RunError
+unlearn_harm.run_script(unlearn_harm.main)
+"""
+
+
+def test_a_folder_that_vanishes_under_a_save(whole, tmp_path):
+    cwd, words = whole
+    run = run_python("-c", VANISHING.format(root=str(ROOT)), *words, cwd=tmp_path)
+    assert run.returncode == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    assert "No such file or directory" in run.stderr.splitlines()[-1]
+    assert "step-000004" in run.stderr.splitlines()[-1]
+    assert [f.name for f in (tmp_path / "out-checkpoints").iterdir()] == ["step-000002"]
+    assert run_cli("unlearn_harm.py", *words, "--resume", cwd=tmp_path).returncode == 0
+    assert same_weights(cwd / "out", tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_to(whole, tmp_path):
+    """Said before the model is loaded. /proc takes no files from anyone, so that the test means the same for root."""
+    _, words = whole
+    line = one_line_error(run_cli("unlearn_harm.py", *words, "--model_save_dir=/proc/none/out", cwd=tmp_path), 1)
+    assert "/proc/none" in line
+
+
+def test_a_collapse_of_the_retain_side_rolls_back(tmp_path, monkeypatch, model_folders, data_files):
+    """A learning rate far too high: the development KL passes its budget many times over, and the run goes back."""
+    monkeypatch.chdir(tmp_path)
+    words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", *RUN,
+             *map(str, data_words(data_files)), "--lr=0.05", "--kl_budget=0.01", "--lr_schedule=constant",
+             "--eval_every=3", "--normal_weight=0", "--save_every=0"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(RunError, match="no state that was looked at is within --kl_budget"):
+        unlearn_harm.main()
+    said = (tmp_path / "out.log").read_text()
+    assert "is far past --kl_budget: back to the state after step 0, with half the learning rate (x 0.5)" in said
+    assert [e["lr"] for e in events(tmp_path / "out.jsonl", "step")] == [0.05] * 3 + [0.025] * 3 + [0.0125] * 3
+    assert not (tmp_path / "out").exists(), "the original itself would have been saved as the unlearned model"
+
+
+def test_three_faults_in_a_row_roll_back_with_half_the_rate(tmp_path, monkeypatch, model_folders, data_files):
+    monkeypatch.chdir(tmp_path)
+    poison_losses(monkeypatch, {3, 4, 5})
+    words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", *RUN,
+             *map(str, data_words(data_files)), "--lr_schedule=constant"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    unlearn_harm.main()
+    assert (
+        "3 steps in a row were not finite: back to the state after step 4, with half the learning rate"
+        in (tmp_path / "out.log").read_text()
+    )
+    rates = [e["lr"] for e in events(tmp_path / "out.jsonl", "step")]
+    assert rates == [1e-3] * 5 + [5e-4] * 4
+    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "out/model.safetensors").values())

@@ -1,0 +1,253 @@
+"""What models say of answers they are given: memorisation and membership, on models whose words are known."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CHAT_TEMPLATE, make_tokenizer, tiny_model
+from transformers import BertConfig, BertForSequenceClassification
+
+from data_module import TRAINED_ON, PromptFormatter, prompt_hash, split_sources
+from engine.tree import AnswerLogitsModel
+from evaluate_unlearning import make_formatters
+from evaluation.attacks import add_original_answers, forgotten_rows
+from evaluation.groups import Group, make_groups
+from evaluation.judges import Classifier, harmful_classes, refuse_no_reward_model
+from evaluation.likelihood import TokenScores, choices, perplexity, read_choices
+from evaluation.scoring import member_scores, memorization_metrics, score_forget_answers, scores_of
+from options import EvaluateOptions
+from sources.rows import Row
+from utils import UsageError
+
+
+def test_scores_are_those_of_the_plain_model():
+    """Batched and packed, every figure is the one of a forward of that answer alone."""
+    tokenizer = make_tokenizer("chat")
+    model, formatter = tiny_model("llama", len(tokenizer)).eval(), PromptFormatter(tokenizer, "auto", 512, 16)
+    asked = [(f"How do I open lock {i}?", "chat", text) for i, text in enumerate(("Take the red pick.", "", "No."))]
+    found = scores_of(AnswerLogitsModel(model, packed=True), formatter, asked)
+    assert found[1] is None
+    for (prompt, style, answer), score in ((asked[0], found[0]), (asked[2], found[2])):
+        start, rest = formatter.prompt(prompt, style), formatter.answer(answer, style, complete=False)
+        logits = model(torch.tensor([[*start, *rest]])).logits[0, len(start) - 1 : -1]
+        log_p = torch.log_softmax(logits, -1)
+        assert score.targets == rest
+        assert score.log_probs == pytest.approx(log_p[range(len(rest)), rest].tolist(), abs=1e-4)
+        assert score.predicted == log_p.argmax(-1).tolist()
+        assert score.means == pytest.approx((log_p.exp() * log_p).sum(-1).tolist(), abs=1e-4)
+
+
+def test_every_token_of_a_text_is_scored_once_with_a_full_window_before_it():
+    tokenizer = make_tokenizer("chat")
+    model, text = (
+        tiny_model("llama", len(tokenizer)).eval(),
+        "How do I open lock 3? Take the red pick and turn it. " * 2,
+    )
+    ids = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    window, total = 9, 0.0
+    assert (len(ids) - 1) % window, "the last window must be a short one"
+    for place in range(1, len(ids)):
+        begin = (place - 1) // window * window  # where this token's window begins; the last one reaches back
+        begin = min(begin, len(ids) - 1 - window)
+        logits = model(torch.tensor([ids[begin:place]])).logits[0, -1]
+        total -= torch.log_softmax(logits, -1)[ids[place]].item()
+    found = perplexity(model, tokenizer, text, window=window)
+    assert sum(found["nll"]) == pytest.approx(total, rel=1e-4)
+    assert found["tokens"] == [window] * ((len(ids) - 1) // window) + [(len(ids) - 1) % window]
+
+
+def score(nll: float) -> TokenScores:
+    return TokenScores([5, 6], [-nll, -nll], [5, 7], [-1.0, -1.0], [1.0, 1.0])
+
+
+def test_membership_is_told_from_trained_and_unseen_rows():
+    row = Row("p", "some words of an answer")
+    known = {"before": {"a (trained)": [(row, score(2))] * 4, "a (unseen)": [(row, score(2))] * 4},
+             "after": {"a (trained)": [(row, score(9))] * 4, "a (unseen)": [(row, score(2))] * 4}}  # fmt: skip
+    found = memorization_metrics(known)
+    entry = found["membership"][0]
+    assert entry["before"]["loss"] == 0.5
+    assert entry["after"] == {"loss": 0.0, "min_k": 0.0, "min_k_plus_plus": 0.0, "zlib": 0.0, "reference": 0.0}
+    groups = {g["name"]: g for g in found["groups"]}
+    assert groups["a (trained)"]["after"]["nll"]["value"] == 9
+    assert groups["a (trained)"]["after"]["exact_memorisation"]["value"] == 0.5
+    known["retrained"] = known["after"]
+    assert memorization_metrics(known)["membership"][0]["privacy_leakage"]["loss"] is None  # relative to an AUC of 0
+    known["retrained"] = known["before"]
+    assert (
+        memorization_metrics(known)["membership"][0]["privacy_leakage"]["loss"] == -100
+    )  # over-forgotten: it stands out
+    assert member_scores("reference", [(row, score(9))], [(row, score(2))]) == [-7]
+
+
+def test_only_forget_rows_with_an_answer_are_known():
+    tokenizer = make_tokenizer("chat")
+    model, formatter = tiny_model("llama", len(tokenizer)).eval(), PromptFormatter(tokenizer, "auto", 512, 16)
+    groups = [Group("f (unseen)", "forget", "chat", [Row("Bad?", "Yes."), Row("Worse?")]),
+              Group("n (unseen)", "keep", "chat", [Row("Good?", "Yes.")])]  # fmt: skip
+    found = score_forget_answers(AnswerLogitsModel(model, packed=True), formatter, groups)
+    assert {name: [row.prompt for row, _ in some] for name, some in found.items()} == {"f (unseen)": ["Bad?"]}
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A tiny BERT that flags whatever stands longer: made to order, saved, and loaded by its path."""
+
+    def make(labels: list[str]):
+        tokenizer = make_tokenizer("chat")
+        torch.manual_seed(1)
+        config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                            intermediate_size=16, num_labels=len(labels), pad_token_id=tokenizer.pad_token_id,
+                            id2label=dict(enumerate(labels)))  # fmt: skip
+        model = BertForSequenceClassification(config)
+        torch.nn.init.zeros_(model.classifier.weight)
+        model.classifier.bias.data = torch.arange(len(labels)).float()  # the last class is the likeliest
+        model.save_pretrained(tmp_path / "judge")
+        tokenizer.save_pretrained(tmp_path / "judge")
+        return Classifier(str(tmp_path / "judge"), torch.device("cpu"))
+
+    return make
+
+
+@pytest.mark.parametrize(("labels", "flagged"), [(["safe", "harmful"], True), (["toxic", "not toxic"], False),
+                                                 (["unsafe", "safe"], False)])  # fmt: skip
+def test_a_judge_flags_the_class_that_is_called_harmful(classifier, labels, flagged):
+    judge = classifier(labels)
+    assert judge.harmful(["p", "q"], ["a", " ."]) == [flagged, False]  # without an answer it would judge the prompt
+    with pytest.raises(UsageError, match="has 2 outputs, a reward model has one"):
+        refuse_no_reward_model(judge.name)
+
+
+@pytest.mark.parametrize(("labels", "several", "bad"), [
+    (["not-hate", "hate"], False, [1]), (["nothate", "hate"], False, [1]), (["LABEL_0", "LABEL_1"], False, [1]),
+    (["safe", "violence", "non-violent crimes"], False, [1, 2]), (["hate", "offensive", "neither"], False, [0, 1]),
+    (["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"], True, [0, 1, 2, 3, 4, 5]),
+    ([f"LABEL_{i}" for i in range(14)], True, list(range(14))),
+])  # fmt: skip
+def test_no_kind_of_harm_is_left_out(labels, several, bad):
+    config = BertConfig(id2label=dict(enumerate(labels)),
+                        problem_type="multi_label_classification" if several else None)  # fmt: skip
+    assert harmful_classes("judge", config) == bad
+
+
+def test_a_judge_whose_classes_say_nothing_is_refused(classifier):
+    with pytest.raises(UsageError, match="cannot tell which class is harmful among label_0, label_1, label_2"):
+        harmful_classes("judge", BertConfig(num_labels=3))
+    with pytest.raises(UsageError, match="cannot tell which class is harmful among red, blue"):
+        classifier(["red", "blue"]).harmful(["p"], ["a"])
+    assert classifier(["score"]).reward(["p"], ["a"]) == pytest.approx([0.0])
+
+
+def test_only_what_was_held_out_is_called_unseen():
+    """All of a source of one row is trained on, whatever split its prompt would fall in."""
+    many = [Row(f"prompt {i}") for i in range(40)]
+    options = EvaluateOptions(split="test")
+    few, held = split_sources([[Row("one")], many], options)
+    groups = make_groups({"forget": {"few.jsonl": few, "many.jsonl": held}, "keep": {}}, "qa", options)
+    assert [g.name for g in groups[1:]] == ["few", "many (unseen)", "many (trained)"]
+    assert not {r.prompt for r in groups[2].rows} & {r.prompt for r in groups[3].rows}
+    # sources of one name are told apart, and one whose rows of a split are none is not asked about its others
+    groups = make_groups({"forget": {"bad/rows.jsonl": held}, "keep": {"good/rows.jsonl": held}}, "qa", options)
+    assert [g.name for g in groups[1:]] == ["rows (unseen)", "rows (trained)", "good/rows (unseen)"]
+    options.split = "dev"
+    assert not make_groups({"forget": {"a.jsonl": {**held, "dev": []}}, "keep": {}}, "qa", options)[1:]
+    options.split = "all"
+    assert [len(g.rows) for g in make_groups({"forget": {"many.jsonl": held}, "keep": {}}, "qa", options)[1:]] == [40]
+
+
+def test_only_what_the_run_asked_is_called_trained(tmp_path):
+    """A short run asks a few of its training rows; a file that it never saw has none, whatever its split says."""
+    options = EvaluateOptions(model_name=str(tmp_path), split="test")
+    (held,) = split_sources([[Row(f"prompt {i}") for i in range(40)]], options)
+    asked = held["train"][:3]
+    (tmp_path / TRAINED_ON).write_text(json.dumps({"forget": [prompt_hash(row.prompt) for row in asked]}))
+    (other,) = split_sources([[Row(f"another {i}") for i in range(40)]], options)
+    groups = make_groups({"forget": {"a.jsonl": held, "b.jsonl": other}, "keep": {}}, "qa", options)
+    assert [g.name for g in groups[1:]] == ["a (unseen)", "a (trained)", "b (unseen)"]
+    assert {row.prompt for row in groups[2].rows} == {row.prompt for row in asked}
+
+
+def test_choices_are_read_whole_and_scored_as_the_plain_model_scores_them():
+    """MC1, MC2 (Lin et al. 2022) from summed log-probabilities, of answers longer than one that is generated too."""
+    tokenizer = make_tokenizer("opt")
+    model, formatter = tiny_model("opt", len(tokenizer)).eval(), PromptFormatter(tokenizer, "qa", 300, 4)
+    answers = ["Take the red pick and turn it twice to the left.", "Take the red pick and turn it twice to the right.",
+               "No."]  # fmt: skip
+    row = {"question": "How do I open a lock?", "mc1_targets": dict.fromkeys(answers, 0) | {answers[1]: 1},
+           "mc2_targets": {answers[0]: 1, answers[1]: 0, answers[2]: 1}}  # fmt: skip
+    begin = tokenizer("### Question: How do I open a lock?\n ### Answer:")["input_ids"]
+    loglik = []
+    for text in answers:
+        ids = tokenizer(f"### Question: How do I open a lock?\n ### Answer: {text}", return_tensors="pt")["input_ids"]
+        logp = model(ids).logits[0, :-1].log_softmax(-1)  # (T - 1, V)
+        loglik.append(sum(logp[t, ids[0, t + 1]].item() for t in range(len(begin) - 1, ids.shape[1] - 1)))
+    chance = [math.exp(value - max(loglik)) for value in loglik]
+    found = choices(AnswerLogitsModel(model, packed=True), formatter, [row], "qa")
+    assert found["mc2"] == [pytest.approx((chance[0] + chance[2]) / sum(chance), rel=1e-4)]
+    assert found["mc1"] == [float(loglik[1] == max(loglik))]
+
+
+def test_both_models_are_asked_the_same_words(tmp_path):
+    """A folder that another tool saved may hold a template with another system message."""
+    for name, template in (("before", CHAT_TEMPLATE), ("after", "<|im_start|>Be rude." + CHAT_TEMPLATE)):
+        tokenizer = make_tokenizer("chat")
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+    options = EvaluateOptions(original_name=str(tmp_path / "before"), model_name=str(tmp_path / "after"))
+    formatters = make_formatters(options)
+    assert formatters["before"].prompt("Hello?") == formatters["after"].prompt("Hello?")
+
+
+def test_attacked_are_forgotten_prompts_of_every_group():
+    """Taken in their order, all attacked prompts would be of the first group, and the rest would go untested."""
+
+    def line(group, i, before=True, after=False, style="chat"):
+        return {"group": group, "side": "forget", "counts": True, "style": style, "prompt": f"{group} {i}",
+                "before": {"on_topic": before, "answer": "a"}, "after": {"on_topic": after}}  # fmt: skip
+
+    lines = [line(group, i) for group in ("first (unseen)", "second (unseen)") for i in range(30)]
+    lines += [line("first (trained)", 1), line("never", 1, before=False), line("still", 1, after=True),
+              line("pasted", 1, style="qa")]  # fmt: skip
+    prompts = [row.prompt for row in forgotten_rows(lines, "chat", 20, seed=3)]
+    assert len(set(prompts)) == 20
+    assert {p.rpartition(" ")[0] for p in prompts} == {"first (unseen)", "second (unseen)"}
+    assert len(forgotten_rows(lines, "chat", 100, seed=3)) == 60
+
+
+def test_an_adversary_teaches_answers_and_no_refusals(monkeypatch):
+    """Answers that came with the rows are what is to come back; an original's silence or refusal brings nothing."""
+    rows = [Row("lock", "Take the red pick."), Row("door"), Row("safe"), Row("gate")]
+    said = {"door": ("Kick it.", True), "safe": ("", True), "gate": ("I cannot help with that.", True)}
+    asked = []
+    monkeypatch.setattr("evaluation.attacks.generate", lambda model, formatter, prompts, **_: asked.extend(prompts) or
+                        [said[prompt] for prompt in prompts])  # fmt: skip
+    formatter = SimpleNamespace(prompt=lambda prompt: prompt)
+    embed = lambda texts: torch.tensor([[0.0 if "cannot" in text else 1.0] for text in texts])  # noqa: E731
+    found = add_original_answers(rows, None, formatter, EvaluateOptions(), embed)
+    assert [(row.prompt, row.response) for row in found] == [("lock", "Take the red pick."), ("door", "Kick it.")]
+    assert asked == ["door", "safe", "gate"]
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ({"question": "q"}, "must be a list of objects"), ([1], "must be a list of objects"),
+    ([{"question": "q", "mc1_targets": {}, "mc2_targets": {"a": 1}}], "row 1: 'mc1_targets' must hold answers"),
+    ([{"question": "q", "mc1_targets": {"a": 1}, "mc2_targets": {"choices": ["a", "b"], "labels": [1]}}],
+     "row 1: 'mc2_targets' must hold answers"),
+    ([{"question": "q", "mc1_targets": {"a": 1}, "mc2_targets": {"a": 0}}], "at least one of them 1"),
+])  # fmt: skip
+def test_choices_that_are_none_are_refused_at_once(tmp_path, rows, message):
+    (tmp_path / "mc.json").write_text(json.dumps(rows))
+    with pytest.raises(UsageError, match=message):
+        read_choices(str(tmp_path / "mc.json"), "--mc_data")
+
+
+def test_a_text_without_spaces_is_one_long_word():
+    model = tiny_model("llama").eval()
+    found = perplexity(model, make_tokenizer("chat"), "x7" * 900)
+    assert found["words"] == 1
+    assert found["word_perplexity"] is None  # e to the power of some thousand nats
+    assert 1 < math.exp(sum(found["nll"]) / sum(found["tokens"])) < math.inf
