@@ -32,8 +32,9 @@ from data_module import (
     split_sources,
 )
 from engine import checkpoint
+from engine.adapters import LoraSettings, add_lora, freeze
 from engine.generation import generate_missing_responses
-from engine.optimizer import MasterWeightAdamW, add_lora, freeze, refuse_missing_8bit
+from engine.optimizer import MasterWeightAdamW, OptimizerSettings, refuse_missing_8bit
 from engine.processes import gather_to_main_cpu, local_microbatches, shard, start_processes
 from engine.reference import ReferenceCache
 from engine.run_metadata import RunMetadata
@@ -123,7 +124,8 @@ def main() -> None:
     some = [source[0].prompt for source in rows.forget + rows.normal]
     forward, layout_line = wrap_model(model, formatter, some, options.pack_tokens)
     frozen = freeze(model, options.frozen_layers)
-    adapters = add_lora(model, options, frozen) if options.use_lora else None
+    lora = LoraSettings(options.lora_rank, options.lora_alpha, tuple(options.lora_targets))
+    adapters = add_lora(model, lora, frozen) if options.use_lora else None
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # without it, nothing before the first trained weight gets a gradient
@@ -132,9 +134,11 @@ def main() -> None:
         if not forward.packed:
             raise UsageError(f"--shard needs the packed layout, and this model does not take it ({layout_line})")
         shard(forward, dtype, accelerator.device.type)
-    stepper = MasterWeightAdamW(
-        model, options, torch.float32 if options.shard else dtype
-    )  # split: the parts are the masters
+    optimizer_settings = OptimizerSettings(
+        options.lr, options.max_unlearn_steps, options.lr_schedule, options.warmup_steps, options.weight_decay,
+        options.max_grad_norm, options.optimizer, options.use_lora,
+    )  # fmt: skip
+    stepper = MasterWeightAdamW(model, optimizer_settings, torch.float32 if options.shard else dtype)
     run_log.event(
         "model", f"{options.model_name} in {str(dtype)[6:]} on {accelerator.device}, template {formatter.style}, "
         f"{layout_line}; {accelerator.num_processes} process{'es, the model split over them' if options.shard else ''}",

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_module import PromptFormatter, UnlearnBatchSampler
-from engine.optimizer import MasterWeightAdamW
+from engine.optimizer import MasterWeightAdamW, OptimizerSettings
 from engine.reference import ReferenceCache
 from engine.speedups import speed_up
 from engine.tree import AnswerLogitsModel
@@ -86,7 +86,7 @@ class OurStep:
         self.formatter = PromptFormatter(tokenizer, "qa", 512, options.answer_tokens)
         model = load_model(options.model_name)
         speed_up(model)
-        self.stepper = MasterWeightAdamW(model, self.run, dtype)
+        self.stepper = MasterWeightAdamW(model, OptimizerSettings(kind=optimizer), dtype)
         self.forward = AnswerLogitsModel(model, packed=True)
         visited = [s for step in range(self.run.max_unlearn_steps) for s in self.rows.sequences(step, self.formatter)]
         normal = [s for s in visited if s.kind == "normal"]

@@ -8,8 +8,8 @@ tensor part by part: the fp32 forms of a part's gradient and weights exist only 
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -20,61 +20,22 @@ from utils import UsageError
 
 # elements taken through fp32 at a time: on a processor 1 MiB an array, which stays in the cache
 PART = {"cpu": 1 << 18, "gpu": 1 << 24}
-# they read the weights of some layers past the module: peft refuses adapters there, or they would learn nothing
-WITH_FUSED_KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
-def freeze(model, count: int) -> str | None:
-    """Leave the first `count` layers as they are, and with them the embeddings: the backward stops above them.
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """How the weights are moved. `total_steps`: where the linear schedule ends; `adapters`: only low-rank adapters are
+    trained, so what rounding takes from the base is not kept."""
 
-    Returns a regular expression for the names of what lies in these layers; None where nothing is frozen.
-    """
-    if count == 0:
-        return None
-    total = model.config.get_text_config().num_hidden_layers
-    if count >= total:
-        raise UsageError(f"--frozen_layers {count}: the model has {total} layers, so at most {total - 1} can be frozen")
-    name, layers = next((name, module) for name, module in model.named_modules()
-                        if isinstance(module, torch.nn.ModuleList) and len(module) == total)  # fmt: skip
-    for part in (*layers[:count], model.get_input_embeddings(), model.get_output_embeddings()):
-        part.requires_grad_(False)
-    return rf"{re.escape(name)}\.({'|'.join(map(str, range(count)))})\..*"
-
-
-def add_lora(model, options, frozen: str | None):
-    """Put trainable adapters into the model's layers but the frozen ones, in place; returns the wrapper that saves
-    them."""
-    import peft
-
-    targets, experts, exclude = options.lora_targets, [], [frozen] if frozen else []
-    if targets == ["all-linear"]:
-        targets = "all-linear"
-        # the experts of a mixture, stored as one tensor, are no linear layers; peft knows them in some families alone
-        experts = [f"{module_name}.{name}" for module_name, module in model.named_modules()
-                   for name, weight in module.named_parameters(recurse=False)
-                   if weight.dim() == 3 and not type(module).__name__.startswith("Conv")]  # fmt: skip
-        experts = [name for name in experts if not (frozen and re.fullmatch(frozen, name))]
-        # a family's own kind of linear layer may return more than one tensor (Llama 4's router)
-        exclude += [
-            re.escape(name)
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and "transformers.models" in type(module).__module__
-        ]
-        if model.config.model_type in WITH_FUSED_KERNELS:
-            exclude.append(r".*\.(out_proj|conv1d|dt_proj)")
-    config = peft.LoraConfig(
-        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, task_type="CAUSAL_LM",
-        exclude_modules="|".join(exclude) or None, target_parameters=experts or None,
-    )  # fmt: skip
-    try:
-        wrapped = peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise UsageError(f"--lora_targets {' '.join(options.lora_targets)}: {str(error).splitlines()[0]}") from error
-    for name, weight in model.named_parameters():  # peft gives experts adapters wherever they are
-        if frozen and re.fullmatch(frozen, name):
-            weight.requires_grad_(False)
-    return wrapped
+    lr: float = 2e-6
+    total_steps: int = 1000
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    kind: str = "adamw"
+    adapters: bool = False
 
 
 class MasterWeightAdamW:
@@ -84,9 +45,9 @@ class MasterWeightAdamW:
     rate of 1e-5 an update is smaller than half the distance between neighbouring bf16 numbers and would be lost.
     """
 
-    def __init__(self, model, options, dtype: torch.dtype):
+    def __init__(self, model, settings: OptimizerSettings, dtype: torch.dtype):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._adapters = options.use_lora
+        self._adapters = settings.adapters
         self._residuals: dict[torch.nn.Parameter, torch.Tensor] = {}  # int16; none for a parameter that lost nothing
         for parameter in model.parameters():
             if dtype == torch.float32 or parameter.dtype != torch.float32:  # 4- and 8-bit codes stay what they are
@@ -100,21 +61,20 @@ class MasterWeightAdamW:
                     self._residuals[parameter] = residual
         self._scratch = WorkBuffers(self.parameters)
         self._moments: list[dict] = [{} for _ in self.parameters]  # filled by a parameter's first update
-        self._update = adamw_8bit if options.optimizer == "adamw8bit" else adamw_32bit
-        self.max_grad_norm, self.weight_decay = options.max_grad_norm, options.weight_decay
-        self.peak_lr, self.warmup, self.linear = options.lr, options.warmup_steps, options.lr_schedule == "linear"
-        self.total = options.max_unlearn_steps
+        self._update = adamw_8bit if settings.kind == "adamw8bit" else adamw_32bit
+        self.settings = settings
         self.num_updates, self.lr_scale = 0, 1.0  # updates made so far; halved by `halve_lr_and_reset`
 
     @property
     def lr(self) -> float:
         """The learning rate of the next update: warm-up, then down to zero in a line, or level."""
-        if self.num_updates < self.warmup:
-            factor = (self.num_updates + 1) / (self.warmup + 1)
+        settings, done = self.settings, self.num_updates
+        if done < settings.warmup_steps:
+            factor = (done + 1) / (settings.warmup_steps + 1)
         else:
-            left = max(self.total - self.num_updates, 0) / max(self.total - self.warmup, 1)
-            factor = left if self.linear else 1.0
-        return self.peak_lr * factor * self.lr_scale
+            left = max(settings.total_steps - done, 0) / max(settings.total_steps - settings.warmup_steps, 1)
+            factor = left if settings.schedule == "linear" else 1.0
+        return settings.lr * factor * self.lr_scale
 
     @torch.no_grad()
     def step(self) -> float:
@@ -124,7 +84,7 @@ class MasterWeightAdamW:
         """
         norms = [self._scratch.norm(p.grad) for p in self.parameters if p.grad is not None]
         norm = full_tensor(torch.linalg.vector_norm(torch.stack(norms))).item() if norms else 0.0
-        scale, lr = min(1.0, self.max_grad_norm / (norm + 1e-6)), self.lr
+        scale, lr = min(1.0, self.settings.max_grad_norm / (norm + 1e-6)), self.lr
         for parameter, moments in zip(self.parameters, self._moments, strict=True):
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None and math.isfinite(norm):
@@ -139,10 +99,10 @@ class MasterWeightAdamW:
         for part in parts_of(flat):
             weights, grad = flat[part], self._scratch.fp32(grads[part]).mul_(scale)
             if residual is None:
-                self._update(weights, grad, moments, parameter, part, lr=lr, weight_decay=self.weight_decay)
+                self._update(weights, grad, moments, parameter, part, lr=lr, weight_decay=self.settings.weight_decay)
             else:
                 master = merge_fp32(weights, residual.view(-1)[part], out=self._scratch.master[: len(weights)])
-                self._update(master, grad, moments, parameter, part, lr=lr, weight_decay=self.weight_decay)
+                self._update(master, grad, moments, parameter, part, lr=lr, weight_decay=self.settings.weight_decay)
                 split_fp32(master, weights, residual.view(-1)[part], high_bits=self._scratch.high_bits[: len(weights)])
 
     def drop_gradients(self) -> None:

@@ -16,13 +16,15 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from data_module import PromptFormatter, make_sequence, sample
+from engine.adapters import LoraSettings, add_lora
 from engine.generation import generate
-from engine.optimizer import MasterWeightAdamW, add_lora
+from engine.optimizer import MasterWeightAdamW, OptimizerSettings
+from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel, finish_logits
 from evaluation import metrics
 from evaluation.groups import read_trained_on, trained_rows, unseen_groups
-from method.losses import fused_nll_and_kl, sequence_mean, token_nll
-from options import EvaluateOptions, UnlearnOptions
+from method.losses import sequence_mean, token_nll
+from options import EvaluateOptions
 from sources.rows import Row
 from utils import UsageError, log
 
@@ -121,9 +123,9 @@ class Attacker:
         rows = rows[: self.relearn_rows]
         if not rows:
             return
-        settings = UnlearnOptions(use_lora=True, lr=self.relearn_lr, lr_schedule="constant", max_unlearn_steps=steps)
+        settings = OptimizerSettings(lr=self.relearn_lr, total_steps=steps, schedule="constant", adapters=True)
         torch.manual_seed(self.seed)  # the adapters' first values
-        adapters = add_lora(model, settings, None)
+        adapters = add_lora(model, LoraSettings(), None)
         tuned = torch.nn.ParameterList(weight for weight in model.parameters() if weight.requires_grad)
         stepper, forward = MasterWeightAdamW(tuned, settings, model.dtype), AnswerLogitsModel(model, packed=self.packed)
         marks = {max(1, steps // 4), max(1, steps // 2), steps}

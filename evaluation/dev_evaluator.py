@@ -9,10 +9,10 @@ import torch
 from data_module import PromptFormatter, make_sequence
 from engine.generation import generate
 from engine.reference import ReferenceCache
+from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel
 from evaluation.judges import SentenceEmbedder
 from evaluation.metrics import is_empty, on_topic
-from method.losses import fused_nll_and_kl
 from sources.rows import Row
 
 

@@ -9,10 +9,10 @@ import torch
 
 from data_module import Sequence
 from engine.reference import ReferenceCache
+from engine.token_values import fused_nll_and_kl
 from engine.tree import Batch
 from method.losses import (
     dpo,
-    fused_nll_and_kl,
     gradient_ascent,
     npo,
     random_mismatch,

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 import evaluate_unlearning
 import unlearn_harm
-from engine.optimizer import MasterWeightAdamW, add_lora, freeze
+from engine.adapters import LoraSettings, add_lora, freeze
+from engine.optimizer import MasterWeightAdamW, OptimizerSettings
 from engine.tree import AnswerLogitsModel
 from evaluate_unlearning import load_cached_report, report_folder
 from options import EvaluateOptions, UnlearnOptions, parse
@@ -311,8 +312,8 @@ def test_adapters_reach_experts_but_those_of_frozen_layers(tmp_path, model_folde
     tiny_model("mixtral", len(tokenizer)).save_pretrained(tmp_path / "base")
     model = load_model(str(tmp_path / "base")).eval()
     options = UnlearnOptions(model_name=str(tmp_path / "base"), use_lora=True, lr=1e-1, warmup_steps=0, frozen_layers=1)
-    adapters = add_lora(model, options, freeze(model, 1))
-    stepper = MasterWeightAdamW(model, options, torch.float32)
+    adapters = add_lora(model, LoraSettings(), freeze(model, 1))
+    stepper = MasterWeightAdamW(model, OptimizerSettings(lr=1e-1, adapters=True), torch.float32)
     ids = torch.randint(0, 500, (2, 12), generator=torch.Generator().manual_seed(1))
     for _ in range(3):
         model(ids, labels=ids).loss.backward()

@@ -9,8 +9,9 @@ from conftest import make_tokenizer, tiny_model
 
 from data_module import PromptFormatter, Sequence
 from engine.reference import ReferenceCache
+from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel, check_packing, packed_batch, padded_batch, wrap_model
-from method.losses import fused_nll_and_kl, gradient_ascent, random_mismatch
+from method.losses import gradient_ascent, random_mismatch
 
 PAD = 1
 

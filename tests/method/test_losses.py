@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from engine.token_values import fused_nll_and_kl
 from method.losses import (
     dpo,
-    fused_nll_and_kl,
     gradient_ascent,
     npo,
     random_mismatch,
