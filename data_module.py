@@ -1,20 +1,18 @@
-"""Rows -> splits -> tokenised sequences -> the rows of one step.
+"""Rows -> splits -> tokens -> the sequences that the draws of a step ask for.
 
-Everything here is a pure function of the rows, the seed and the step number: no draw depends on
-how many processes run, on what was drawn before, or on when a run was resumed.
+Everything here is a pure function of the rows, the seed and the step number: no draw depends on how many processes
+run, on what was drawn before, or on when a run was resumed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import hashlib
 import re
 
 import numpy as np
 
-from sources.paraphrase import paraphrase
 from sources.rows import Row
 from utils import UsageError, context_length, log
 
@@ -210,222 +208,39 @@ class PromptFormatter:
         return sorted({self.tokenizer.eos_token_id, *self._end.values()})
 
 
-# ------------------------------------------------------------------------------------ the rows of one step
+# --------------------------------------------------------------------------------------------- sequences
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """One prompt and one answer in tokens. `group` numbers its row within the step, over all processes.
+    """One prompt and one continuation in tokens.
 
-    `targets`: what is to follow at each place of the answer, where that is not the answer itself.
+    `draw`: name of the draw that made it. `example_id`: number of its row within the step and its side, over all
+    processes. `targets`: what is to follow at each place of the continuation, where that is not the continuation itself.
     """
 
-    kind: str  # "forget", "random" or "normal"
-    group: int
+    draw: str
+    example_id: int
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     targets: tuple[int, ...] | None = None
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer."""
+        """Tokens of prompt and continuation."""
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
-def make_sequence(kind: str, group: int, row: Row, formatter: PromptFormatter) -> Sequence:
-    """A row with its response in the encoder's own style."""
+def make_sequence(draw: str, example_id: int, row: Row, formatter: PromptFormatter) -> Sequence:
+    """Put a row and its response into tokens, in the formatter's own style."""
     answer = formatter.answer(row.response, complete=row.complete)
-    return Sequence(kind, group, tuple(formatter.prompt(row.prompt)), tuple(answer))
+    return Sequence(draw, example_id, tuple(formatter.prompt(row.prompt)), tuple(answer))
 
 
-def stopped(slot: int, prompt: tuple[int, ...], words, style: str, formatter: PromptFormatter) -> Sequence:
-    """A harmful prompt with `words` begun after it, each of them to be followed by the end of the turn."""
-    return Sequence("random", slot, prompt, tuple(words), tuple(formatter.answer("", style) * len(words)))
+def make_eot_sequence(draw: str, example_id: int, prompt: tuple[int, ...], prefix, end: list[int]) -> Sequence:
+    """A prompt with the tokens of `prefix` after it; the target at each of these places is the end of the turn."""
+    return Sequence(draw, example_id, prompt, tuple(prefix), tuple(end * len(prefix)))
 
 
 def probe_sequences(prompts: list[str], formatter: PromptFormatter) -> list[Sequence]:
     """A few real prompts with short answers, branches among them: enough to tell one layout from another."""
     texts = ("Yes, and this is why.", "It depends on the weather in spring.")
-    return [make_sequence("normal", 0, Row(prompt, text), formatter) for prompt in prompts for text in texts]
-
-
-@functools.lru_cache(maxsize=64)
-def _pass_order(count: int, seed: int, stream: int, number: int) -> np.ndarray:
-    return np.random.default_rng([seed, stream, number]).permutation(count)
-
-
-def visit(count: int, seed: int, stream: int, place: int) -> int:
-    """The row at `place` (0, 1, 2, ...) of an endless stream that is shuffled anew for each pass over `count` rows."""
-    return int(_pass_order(count, seed, stream, place // count)[place % count])
-
-
-FOR_THE_POOL = 32  # rows a source that are answered for the random answers alone
-
-
-class UnlearnBatchSampler:
-    """Which rows a step sees, in which words, with which random answers: a function of seed and step."""
-
-    # names of the random streams; the last four have one a source: 100 + i, 200 + i, ...
-    ANSWERS, STYLES, WORDS, BEGUN, TURNS, NORMAL, FIRST, FORGET, EMPTY = 3, 4, 5, 6, 7, 100, 200, 300, 400
-    EARLIER_TOKENS = 16  # of the answer that stands in an earlier turn
-
-    def __init__(self, forget: list[list[Row]], normal: list[list[Row]], options):
-        self.forget, self.normal, self.options = forget, normal, options
-        self.normal_tokens = options.normal_answer_tokens or options.max_answer_tokens
-        self.pool: list[tuple[str, bool]] = []  # (answer, complete); filled with the responses
-        self.answered: list[list[Row]] = []  # harmful and normal rows with an answer, filled with the responses
-        self.normal_count = options.normal_batch_size or options.batch_size
-        self.first_count = options.first_token_rows
-        if options.normal_weight == 0:
-            self.normal_count = self.first_count = 0
-
-    def forget_visits(self, step: int) -> list[tuple[int, int]]:
-        """(source, row) pairs: the sources take turns, so that each has the same share, whatever its size."""
-        return self._turns(self.forget, step, self.FORGET, self.options.batch_size)
-
-    def empty_visits(self, step: int) -> list[tuple[int, int]]:
-        """The same for the further harmful rows with the empty answer alone."""
-        rows = self.options.empty_answer_rows if self.options.random_weight > 0 else 0
-        return self._turns(self.forget, step, self.EMPTY, rows)
-
-    def normal_visits(self, step: int) -> list[tuple[int, int]]:
-        """The same for the normal rows."""
-        return self._turns(self.normal, step, self.NORMAL, self.normal_count)
-
-    def first_token_visits(self, step: int) -> list[tuple[int, int]]:
-        """The same for the rows of which the first answer token alone is looked at."""
-        return self._turns(self.normal, step, self.FIRST, self.first_count)
-
-    def _turns(self, sources: list[list[Row]], step: int, stream: int, count: int) -> list[tuple[int, int]]:
-        visits = []
-        for place in range(step * count, (step + 1) * count):
-            source, turn = place % len(sources), place // len(sources)
-            visits.append((source, visit(len(sources[source]), self.options.seed, stream + source, turn)))
-        return visits
-
-    def rows_to_visit(self) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-        """(source, row) pairs of the harmful and of the normal rows that are visited with an answer."""
-        steps = range(self.options.max_unlearn_steps)
-        return tuple({v for step in steps for v in visits(step)} for visits in (self.forget_visits, self.normal_visits))
-
-    def trained_prompts(self, steps: int) -> set[str]:
-        """The forget prompts that the first `steps` steps ask."""
-        visits = (v for step in range(steps) for v in self.forget_visits(step) + self.empty_visits(step))
-        return {self.forget[source][row].prompt for source, row in visits}
-
-    def fill_responses(self, answer) -> None:
-        """Give every row that the run will visit a response: `answer(rows, tokens) -> rows` asks the model where
-        one lacks, for an answer of at most so many tokens."""
-        limits = (self.options.max_answer_tokens, self.normal_tokens)
-        for sources, visited, tokens in zip((self.forget, self.normal), self.rows_to_visit(), limits, strict=True):
-            pairs = sorted(visited)
-            if not pairs and self.options.random_weight > 0 and len(self._given()) < self.options.num_random_answers:
-                # no KL, but the random answers come from here
-                pairs = [(s, i) for s, source in enumerate(sources) for i in range(min(len(source), FOR_THE_POOL))]
-            for (s, i), row in zip(pairs, answer([sources[s][i] for s, i in pairs], tokens), strict=True):
-                sources[s][i] = row
-        self.answered = [
-            sorted({row.prompt: row for row in side if row.response}.values(), key=lambda row: row.prompt)
-            for side in ([row for source in sources for row in source] for sources in (self.forget, self.normal))
-        ]
-        self.answered = [side for side in self.answered if side]
-        if self.options.random_weight > 0:
-            self._make_pool()
-
-    def _given(self) -> list[str]:
-        """The true answers that came with the normal rows, each once."""
-        return list(dict.fromkeys(a for source in self.normal for row in source for a in row.true_answers))
-
-    def _make_pool(self) -> None:
-        """The random answers: true ones that came with the normal rows; the model's own where fewer than K came."""
-        rows = [row for source in self.normal for row in source]
-        self.pool = [(answer, True) for answer in self._given()]
-        if len(self.pool) < max(self.options.num_random_answers, 1):
-            own = {row.response: row.complete for row in rows if row.response and not row.true_answers}
-            self.pool += list(own.items())
-        if len(self.pool) < self.options.num_random_answers:
-            raise UsageError(
-                f"--num_random_answers {self.options.num_random_answers}: the normal data holds only {len(self.pool)} "
-                f"different answers; lower it or add normal rows"
-            )
-
-    def ask(
-        self, prompt: str, step: int, stream: int, slot: int, formatter: PromptFormatter
-    ) -> tuple[tuple[int, ...], str]:
-        """(prompt tokens, style) of one visit: a share of the visits in other words, in another template, as the
-        second turn of a talk."""
-        rng = np.random.default_rng([self.options.seed, self.WORDS, stream, step, slot])
-        if rng.random() < self.options.rephrase_share:
-            prompt = paraphrase(prompt, rng)
-        rng = np.random.default_rng([self.options.seed, self.STYLES, stream, step, slot])
-        style = formatter.style
-        if rng.random() < self.options.other_template_share:
-            others = [other for other in TRAINED_STYLES if other != style]
-            style = others[rng.integers(len(others))]
-        rng = np.random.default_rng([self.options.seed, self.TURNS, stream, step, slot])
-        talks = self.answered and rng.random() < self.options.earlier_turn_share
-        earlier = (self.earlier_turn(rng, formatter),) if talks else ()
-        return tuple(formatter.prompt(prompt, style, earlier)), style
-
-    def earlier_turn(self, rng: np.random.Generator, formatter: PromptFormatter) -> tuple[str, str]:
-        """(prompt, beginning of its answer) of any row, harmful or normal alike: it tells nothing of the next turn."""
-        side = self.answered[rng.integers(len(self.answered))]
-        row = side[rng.integers(len(side))]
-        words = formatter.answer(row.response, complete=False, limit=self.EARLIER_TOKENS)
-        return row.prompt, formatter.tokenizer.decode(words, skip_special_tokens=True).strip()
-
-    def random_answers(self, step: int, slot: int) -> list[tuple[str, bool]]:
-        """K different answers for one harmful row of one step; a share of them empty where asked for."""
-        count = self.options.num_random_answers
-        empty = round(count * self.options.empty_answer_share)
-        rng = np.random.default_rng([self.options.seed, self.ANSWERS, step, slot])
-        drawn = [self.pool[i] for i in rng.choice(len(self.pool), size=count - empty, replace=False)]
-        return drawn + [("", True)] * empty
-
-    def begun(
-        self, row: Row, style: str, stream: int, step: int, slot: int, formatter: PromptFormatter
-    ) -> tuple[int, ...]:
-        """The first --begun_answer_tokens of an answer to `row`: of its own, where it has one, or of any row's.
-
-        Harmful and normal rows are begun alike, so that the words tell nothing of what the prompt asks for.
-        """
-        rng = np.random.default_rng([self.options.seed, self.BEGUN, stream, step, slot])
-        side = self.answered[rng.integers(len(self.answered))]
-        text = row.response if row.response and rng.random() < 0.5 else side[rng.integers(len(side))].response
-        words = formatter.answer(text, style, complete=False)[: self.options.begun_answer_tokens]
-        return tuple(words or formatter.answer("", style))
-
-    def sequences(self, step: int, formatter: PromptFormatter) -> list[Sequence]:
-        """Every sequence of a step, over all processes: harmful rows with their random answers, then normal rows."""
-        out = []
-        for slot, (source, index) in enumerate(self.forget_visits(step)):
-            row = self.forget[source][index]
-            prompt, style = self.ask(row.prompt, step, self.FORGET, slot, formatter)
-            if row.response:  # a model that is silent already is not to be pushed away from silence
-                answer = formatter.answer(row.response, style, complete=row.complete)
-                out.append(Sequence("forget", slot, prompt, tuple(answer)))
-                if self.options.random_weight > 0 and self.options.begun_answer_tokens:
-                    out.append(stopped(slot, prompt, answer, style, formatter))
-            if self.options.random_weight > 0:
-                for text, complete in self.random_answers(step, slot):
-                    answer = formatter.answer(text, style, complete=complete)
-                    out.append(Sequence("random", slot, prompt, tuple(answer)))
-        for slot, (source, index) in enumerate(self.empty_visits(step), self.options.batch_size):
-            row = self.forget[source][index]
-            prompt, style = self.ask(row.prompt, step, self.FORGET, slot, formatter)
-            out.append(Sequence("random", slot, prompt, tuple(formatter.answer("", style))))
-            if self.options.begun_answer_tokens:
-                words = self.begun(row, style, self.FORGET, step, slot, formatter)
-                out.append(stopped(slot, prompt, words, style, formatter))
-        for slot, (source, index) in enumerate(self.normal_visits(step)):
-            row = self.normal[source][index]
-            prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, formatter)
-            answer = formatter.answer(row.response, style, complete=row.complete, limit=self.normal_tokens)
-            out.append(Sequence("normal", slot, prompt, tuple(answer)))
-        for slot, (source, index) in enumerate(self.first_token_visits(step), self.normal_count):
-            row = self.normal[source][index]
-            prompt, style = self.ask(row.prompt, step, self.NORMAL, slot, formatter)
-            if self.options.begun_answer_tokens:
-                words = self.begun(row, style, self.NORMAL, step, slot, formatter)
-            else:  # the KL at the first place does not depend on which token follows: any one will do
-                words = tuple(formatter.answer("", style))
-            out.append(Sequence("normal", slot, prompt, words))
-        return out
+    return [make_sequence("probe", 0, Row(prompt, text), formatter) for prompt in prompts for text in texts]

@@ -2,7 +2,7 @@
 
     python sweep.py --config configs/demo.yaml --grid configs/sweep.yaml --sweep_dir sweeps/demo
 
-The grid file holds lists: `normal_weight: [3, 6]`. A sweep that was stopped goes on where it was: what is finished is
+The grid file holds lists: `normal_weight: [3, 6]`, `stop.prefill_tokens: [0, 5]`, `lora.targets: [[q_proj, v_proj]]`. A sweep that was stopped goes on where it was: what is finished is
 not run again, and a run that was cut is resumed. It prints a table and writes front.svg and sweep.json.
 """
 
@@ -20,7 +20,8 @@ import yaml
 from engine import checkpoint
 from evaluation import verdict
 from evaluation.report import front_plot, print_table
-from options import POSITIVE, OneLineParser, UnlearnOptions, option, parse
+from method.recipe import old_names, parse_run
+from options import POSITIVE, OneLineParser, UnlearnOptions, option
 from utils import RunError, UsageError, atomic_write_text, run_script, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -68,11 +69,12 @@ def combinations(path: str) -> list[dict]:
         grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--grid {path}: cannot be read ({' '.join(str(error).split())})") from error
-    known = {field.name for field in dataclasses.fields(UnlearnOptions)}
+    known = {field.name for field in dataclasses.fields(UnlearnOptions) if field.init} | old_names().keys()
     if not isinstance(grid, dict) or not grid:
         raise UsageError(f"--grid {path}: must hold one 'option: [value, ...]' a line")
     for name, values in grid.items():
-        if name not in known or name in ("config", "model_save_dir", "log_file", "overwrite", "resume"):
+        own = ("config", "model_save_dir", "log_file", "overwrite", "resume", "set")
+        if "." not in str(name) and (name not in known or name in own):
             raise UsageError(f"--grid {path}: {name!r} is not an option that can be varied")
         if not isinstance(values, list) or not values:
             raise UsageError(f"--grid {path}: option {name!r} needs a list of values")
@@ -80,12 +82,28 @@ def combinations(path: str) -> list[dict]:
 
 
 def slug(settings: dict) -> str:
-    return ",".join(f"{name}={value}" for name, value in settings.items()).replace("/", "_")
+    """A combination's name, fit for a folder."""
+
+    def text(value) -> str:
+        return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return ",".join(f"{name}={text(value)}" for name, value in settings.items()).replace("/", "_")
+
+
+def words_for(settings: dict) -> list[str]:
+    """A combination as words of a command line; a name with a point is a setting of the recipe."""
+    words = []
+    for name, value in settings.items():
+        if "." in name:
+            words += ["--set", f"{name}={json.dumps(value)}"]
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def judged(folder: Path, settings: dict, options) -> dict:
     """Figures of one combination: run it and evaluate it, unless that is done."""
-    words = [f"--{name}={value}" for name, value in settings.items()]
+    words = words_for(settings)
     if (folder / "unlearn_args.json").is_file():
         refuse_other_settings(folder, [f"--config={options.config}", *words])
     else:
@@ -106,9 +124,9 @@ def judged(folder: Path, settings: dict, options) -> dict:
 def refuse_other_settings(folder: Path, words: list[str]) -> None:
     """A finished run that these words would not make again has no place on the same front: UsageError."""
     made = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["options"]
-    now = dataclasses.asdict(parse(UnlearnOptions, words))
+    then, now = (checkpoint.flat(some) for some in (made, dataclasses.asdict(parse_run(words))))
     names = now.keys() - checkpoint.FREE - {"model_save_dir"}
-    if differ := checkpoint.differences(*({name: some.get(name) for name in names} for some in (made, now))):
+    if differ := checkpoint.differences(*({name: some.get(name) for name in names} for some in (then, now))):
         raise UsageError(f"{folder}: made with other settings ({'; '.join(differ)}); remove it or change --sweep_dir")
 
 

@@ -1,50 +1,45 @@
-"""Make a causal language model forget harmful answers and keep the rest (Yao, Xu and Liu 2023).
+"""Make a causal language model forget listed text and keep the rest (Yao, Xu and Liu 2023).
 
     python unlearn_harm.py --model_name=facebook/opt-1.3b --model_save_dir=models/opt1.3b_unlearned
 
-Reads top to bottom: options -> processes -> data -> model -> own answers -> reference -> loop -> save.
-A step minimises, over the trainable parameters,
-
-    bad_weight * L_forget + random_weight * L_random + normal_weight * L_normal
+Reads top to bottom: prepare (processes, rows, model, own answers, the original's states), train, finish. A step
+minimises the weighted sum of a recipe's terms over the trainable parameters.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import shutil
 import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from data_module import (
-    TRAINED_ON,
-    PromptFormatter,
-    UnlearnBatchSampler,
-    prompt_hash,
-    refuse_overlap,
-    sample,
-    split_sources,
-)
+from data_module import TRAINED_ON, PromptFormatter, prompt_hash, refuse_overlap, sample, split_sources
 from engine import checkpoint
-from engine.adapters import LoraSettings, add_lora, freeze
+from engine.adapters import add_lora, freeze
 from engine.generation import generate_missing_responses
-from engine.optimizer import MasterWeightAdamW, OptimizerSettings, refuse_missing_8bit
-from engine.processes import gather_to_main_cpu, local_microbatches, shard, start_processes
+from engine.optimizer import MasterWeightAdamW, refuse_missing_8bit
+from engine.processes import gather_to_main_cpu, refuse_idle_processes, shard, start_processes
 from engine.reference import ReferenceCache
 from engine.run_metadata import RunMetadata
-from engine.tree import wrap_model
+from engine.saving import gather_weights, lock_output_dir, write_model
+from engine.state import BestState, TrainingState
+from engine.tree import AnswerLogitsModel, wrap_model
 from evaluation.dev_evaluator import DevEvaluator
 from evaluation.report import write_model_card
-from method.objective import compute_losses, sequences_needing_reference
 from method.plan import print_plan
-from options import UnlearnOptions, parse
-from sources.rows import read_sources
+from method.recipe import Recipe, parse_run, read_recipe
+from method.sampler import UnlearnBatchSampler
+from method.step import StepStats, compute_gradients
+from method.terms import layers_of, sequences_needing_reference
+from options import UnlearnOptions
+from sources.rows import Row, read_sources
 from utils import (
     RunError,
     RunLog,
@@ -63,345 +58,386 @@ from utils import (
     write_json,
 )
 
-MAX_SKIPPED_STEPS = 3  # in a row, for a loss or gradient that is not finite; then the run rolls back
+MAX_SKIPPED_STEPS = 3  # in a row, for a loss or gradient that is not finite; then the learning rate is halved
 MAX_ROLLBACKS = 5  # each halves the learning rate
 TRIM_EVERY = 2  # steps; each one leaves a third of what it used in holes that the next one cannot use
-COLLAPSE = 5  # times --kl_budget: from there on the retain side has collapsed, and the run rolls back
+COLLAPSE_FACTOR = 5  # times --kl_budget: from there on the retain side has collapsed, and the run rolls back
 
 
 def main() -> None:
-    # ------------------------------------------------------------------------------ options and processes
-    options = parse(UnlearnOptions)
-    save_dir = Path(options.model_save_dir)
+    options = parse_run()
     seed_everything(options.seed, options.threads)
+    stop = StopSignals()
+    with contextlib.ExitStack() as held:
+        setup = prepare(options, held)
+        if options.dry_run:
+            print_plan(options, setup.recipe, setup.formatter, setup.sampler, setup.answer_model, setup.layout_line)
+            return
+        state = resume_or_start(setup)
+        state, reason = train(setup, state, stop)
+        finish(setup, state, reason)
+
+
+# ------------------------------------------------------------------------------------------------ prepare
+@dataclasses.dataclass
+class Setup:
+    """All that a run works with. `newest`: the checkpoint to go on from, where there is one; `wrapped`: the model as
+    several processes call it; `started`: when this process began, in seconds since the epoch."""
+
+    options: UnlearnOptions
+    recipe: Recipe
+    accelerator: Accelerator
+    metadata: RunMetadata
+    run_log: RunLog
+    newest: Path | None
+    started: float
+    formatter: PromptFormatter
+    sampler: UnlearnBatchSampler
+    dev_rows: dict[str, list[Row]]
+    row_counts: dict[str, list[dict[str, int]]]
+    answer_model: AnswerLogitsModel | None = None
+    layout_line: str = ""
+    adapters: object = None
+    optimizer: MasterWeightAdamW | None = None
+    reference: ReferenceCache | None = None
+    evaluator: DevEvaluator | None = None
+    wrapped: torch.nn.Module | None = None
+
+    @property
+    def save_dir(self) -> Path:
+        return Path(self.options.model_save_dir)
+
+    @property
+    def model(self):
+        return self.answer_model.model
+
+    def layout(self, sequences):
+        batch = self.answer_model.layout(
+            sequences, self.recipe.layout.pack_tokens, self.formatter.tokenizer.pad_token_id
+        )
+        return batch.to(self.accelerator.device)
+
+
+def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
+    """Read rows and model, ask the original. Raises UsageError before anything is trained or written."""
+    started = time.time()
     accelerator = start_processes(options)
     refuse_missing_8bit(options)
-    held = lock_output_dir(save_dir, options, accelerator)
-    newest = checkpoint.latest_valid_checkpoint(checkpoint.folder_of(save_dir)) if options.resume else None
-    started = time.time()
-    stop = StopSignals()
-
-    # -------------------------------------------------------------------------- rows and their three splits
-    sources = {
-        "forget": [
-            some for some in read_sources(options.forget_data, "--forget_data", options.harm_categories) if some
-        ],
-        "normal": read_sources(options.normal_data, "--normal_data"),
-    }
-    all_rows = {side: [row for some in by_source for row in some] for side, by_source in sources.items()}
-    refuse_overlap(all_rows["forget"], all_rows["normal"])
+    held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
+    recipe = read_recipe(options)
+    sources = read_both_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
-    provenance = RunMetadata(options, all_rows)
-    if newest:  # before minutes go into the original's answers; the model is compared where the state is read
-        try:
-            checkpoint.check_same_run(newest, {k: v for k, v in provenance.identity().items() if k != "model"})
-        except UsageError as error:
-            if not options.overwrite:
-                raise
-            log.warning("%s; with --overwrite, that is done", error)
-            newest = None
-    # what a mistyped name could not replace is started anew only here
+    metadata = RunMetadata(options, {side: [row for rows in some for row in rows] for side, some in sources.items()})
+    newest = checkpoint.resumable(options, metadata) if options.resume else None
+    # an earlier log is started anew only here, where no mistyped name can stop the run any more
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
-    forget, normal = (split_sources(by_source, options) for by_source in sources.values())
-    rows = UnlearnBatchSampler([parts["train"] for parts in forget], [parts["train"] for parts in normal], options)
-    dev_forget = sample([row for parts in forget for row in parts["dev"]], options.eval_prompts, options.seed)
-    kinds = {spec: parts["dev"] for spec, parts in zip(options.normal_data, normal, strict=True)}  # each file once
-    dev_normal = [
-        row for some in kinds.values() for row in sample(some, -(-options.eval_prompts // len(kinds)), options.seed)
-    ]
-    if options.kl_budget and not dev_normal:
-        raise UsageError("--kl_budget: no normal row is held out to measure it on; raise --dev_share or give more rows")
-    counts = {"forget": [_counts(parts) for parts in forget], "normal": [_counts(parts) for parts in normal]}
+    splits = {side: split_sources(some, options) for side, some in sources.items()}
+    sampler = UnlearnBatchSampler(
+        *([parts["train"] for parts in some] for some in splits.values()),
+        list({term.draw.name: term.draw for term in recipe.terms}.values()),
+        seed=options.seed, steps=options.max_unlearn_steps, wording=recipe.wording,
+    )  # fmt: skip
+    counts = {side: [{name: len(rows) for name, rows in parts.items()} for parts in some]
+              for side, some in splits.items()}  # fmt: skip
     run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
+    setup = Setup(
+        options, recipe, accelerator, metadata, run_log, newest, started,
+        PromptFormatter(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens),
+        sampler, development_rows(splits, options, recipe.dev.prompts), counts,
+    )  # fmt: skip
+    refuse_idle_processes(accelerator, sampler.examples_per_step())
+    load_weights(setup)
+    ask_original(setup)
+    return setup
 
-    # ------------------------------------------------------------------------- model, tokenizer, optimizer
-    formatter = PromptFormatter(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
+
+def read_both_sides(options: UnlearnOptions) -> dict[str, list[list[Row]]]:
+    """The rows of every source, by side. A prompt on both sides is refused."""
+    forget = read_sources(options.forget_data, "--forget_data", options.harm_categories)
+    sources = {"forget": [rows for rows in forget if rows],
+               "normal": read_sources(options.normal_data, "--normal_data")}  # fmt: skip
+    refuse_overlap(*([row for rows in some for row in rows] for some in sources.values()))
+    return sources
+
+
+def development_rows(splits: dict, options: UnlearnOptions, count: int) -> dict[str, list[Row]]:
+    """The rows of both sides that the run evaluates on the way, never trained on."""
+    forget = sample([row for parts in splits["forget"] for row in parts["dev"]], count, options.seed)
+    by_spec = {spec: parts["dev"] for spec, parts in zip(options.normal_data, splits["normal"], strict=True)}
+    share = -(-count // len(by_spec))  # of each file, however often it is named
+    normal = [row for rows in by_spec.values() for row in sample(rows, share, options.seed)]
+    if options.kl_budget and not normal:
+        raise UsageError("--kl_budget: no normal row is held out to measure it on; raise --dev_share or give more rows")
+    return {"forget": forget, "normal": normal}
+
+
+def load_weights(setup: Setup) -> None:
+    """The model with its adapters, and the optimizer of what is trained."""
+    options, recipe, accelerator, formatter = setup.options, setup.recipe, setup.accelerator, setup.formatter
     model = load_model(options.model_name, **options.trust())
     if not options.shard:  # a model that is to be split need not fit on one device
         model.to(accelerator.device)
-    provenance.set_base_model(fingerprint(model))
-    formatter.fit(model.config, max(options.max_answer_tokens, rows.normal_tokens, options.eval_tokens))
-    some = [source[0].prompt for source in rows.forget + rows.normal]
-    forward, layout_line = wrap_model(model, formatter, some, options.pack_tokens)
-    frozen = freeze(model, options.frozen_layers)
-    lora = LoraSettings(options.lora_rank, options.lora_alpha, tuple(options.lora_targets))
-    adapters = add_lora(model, lora, frozen) if options.use_lora else None
+    setup.metadata.set_base_model(fingerprint(model))
+    answer_tokens = max(options.max_answer_tokens, setup.sampler.answer_tokens("normal"), recipe.dev.tokens)
+    formatter.fit(model.config, answer_tokens)
+    prompts = [source[0].prompt for sources in setup.sampler.rows.values() for source in sources]
+    answer_model, setup.layout_line = wrap_model(model, formatter, prompts, recipe.layout.pack_tokens)
+    frozen = freeze(model, recipe.trainable.frozen_layers)
+    setup.adapters = add_lora(model, recipe.lora, frozen) if options.use_lora else None
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # without it, nothing before the first trained weight gets a gradient
     dtype = pick_dtype(options.dtype, accelerator.device)
     if options.shard:
-        if not forward.packed:
-            raise UsageError(f"--shard needs the packed layout, and this model does not take it ({layout_line})")
-        shard(forward, dtype, accelerator.device.type)
-    optimizer_settings = OptimizerSettings(
-        options.lr, options.max_unlearn_steps, options.lr_schedule, options.warmup_steps, options.weight_decay,
-        options.max_grad_norm, options.optimizer, options.use_lora,
-    )  # fmt: skip
-    stepper = MasterWeightAdamW(model, optimizer_settings, torch.float32 if options.shard else dtype)
-    run_log.event(
-        "model", f"{options.model_name} in {str(dtype)[6:]} on {accelerator.device}, template {formatter.style}, "
-        f"{layout_line}; {accelerator.num_processes} process{'es, the model split over them' if options.shard else ''}",
-        packed=forward.packed, dtype=str(dtype)[6:], processes=accelerator.num_processes, shard=options.shard,
+        if not answer_model.packed:
+            raise UsageError(f"--shard needs the packed layout, and this model does not take it ({setup.layout_line})")
+        shard(answer_model, dtype, accelerator.device.type)
+    masters = torch.float32 if options.shard else dtype  # split: the parts are the masters
+    setup.optimizer, setup.answer_model = MasterWeightAdamW(model, recipe.optimizer, masters), answer_model
+    name, count = str(dtype).removeprefix("torch."), accelerator.num_processes
+    setup.run_log.event(
+        "model", f"{options.model_name} in {name} on {accelerator.device}, template {formatter.style}, "
+        f"{setup.layout_line}; {count} process{'es, the model split over them' if options.shard else ''}",
+        packed=answer_model.packed, dtype=name, processes=count, shard=options.shard,
     )  # fmt: skip
 
-    # -------------------------------------------------- own answers, then the original's states (read-only)
-    def bar(items, label):
+
+def ask_original(setup: Setup) -> None:
+    """The original's own answers, then its states on the sequences that the run will visit."""
+    options, recipe, sampler = setup.options, setup.recipe, setup.sampler
+
+    def bar(items, label: str):
         return tqdm(items, desc=label, leave=False, disable=None)  # None: a terminal has one, a file has none
 
-    def answer(wanted, tokens):
+    def answer(rows: list[Row], tokens: int) -> list[Row]:
         if options.dry_run:  # a plan needs lengths, not answers
-            return [r if r.response else dataclasses.replace(r, response=f"own answer {r.prompt[:30]} " * 8)
-                    for r in wanted]  # fmt: skip
+            return [row if row.response else dataclasses.replace(row, response=f"own answer {row.prompt[:30]} " * 8)
+                    for row in rows]  # fmt: skip
         return generate_missing_responses(
-            wanted, forward.generator, formatter, fingerprint=provenance.base_model, tokens=tokens,
-            temperature=options.answer_temperature, seed=options.seed, batch_size=options.generation_batch,
+            rows, setup.answer_model.generator, setup.formatter, fingerprint=setup.metadata.base_model, tokens=tokens,
+            temperature=recipe.own_answers.temperature, seed=options.seed, batch_size=recipe.own_answers.batch_size,
             cache_dir=options.cache_dir, progress=lambda chunks: bar(chunks, "own answers"),
         )  # fmt: skip
 
-    rows.fill_responses(answer)
-    watch = DevEvaluator(
-        answer(dev_forget, options.max_answer_tokens), answer(dev_normal, rows.normal_tokens), formatter, options
-    )
-    if options.dry_run:
-        print_plan(options, formatter, rows, forward, layout_line)
-        return
-    scheduled_sequences = [s for step in range(options.max_unlearn_steps) for s in rows.sequences(step, formatter)]
-    reference = ReferenceCache(
-        forward,
-        sequences_needing_reference(scheduled_sequences, options),
-        options.pack_tokens,
-        tokenizer.pad_token_id,
-        progress=lambda chunks: bar(chunks, "reference"),
-    )
-    reference.precompute(forward, sequences_needing_reference(watch.sequences, options))
-    run_log.event(
-        "reference", f"the original's states on the normal rows: {reference.bytes() / 2**20:.0f} MiB, "
-        f"ready after {time.time() - started:.0f} s", mib=reference.bytes() / 2**20, seconds=time.time() - started,
+    sampler.fill_responses(answer)
+    normal_tokens = sampler.answer_tokens("normal") or options.max_answer_tokens
+    setup.evaluator = DevEvaluator(
+        answer(setup.dev_rows["forget"], options.max_answer_tokens), answer(setup.dev_rows["normal"], normal_tokens),
+        setup.formatter, answer_tokens=recipe.dev.tokens, pack_tokens=recipe.layout.pack_tokens,
+        batch_size=recipe.own_answers.batch_size,
     )  # fmt: skip
-    wrapped = forward if options.shard else accelerator.prepare(forward)
+    if options.dry_run:
+        return
+    scheduled = [s for step in range(options.max_unlearn_steps) for s in sampler.sequences(step, setup.formatter)]
+    setup.reference = ReferenceCache(
+        setup.answer_model, sequences_needing_reference(scheduled, recipe.terms), recipe.layout.pack_tokens,
+        setup.formatter.tokenizer.pad_token_id, layers=layers_of(recipe.terms),
+        progress=lambda chunks: bar(chunks, "reference"),
+    )  # fmt: skip
+    normal = [s for s in setup.evaluator.sequences if s.draw == "normal"]
+    setup.reference.precompute(setup.answer_model, normal)
+    mib, seconds = setup.reference.bytes() / 2**20, time.time() - setup.started
+    setup.run_log.event("reference", f"the original's states: {mib:.0f} MiB, ready after {seconds:.0f} s",
+                        mib=mib, seconds=seconds)  # fmt: skip
+    setup.run_log.event("objective", "minimised: " + ", ".join(f"{t.weight:g} x {t.name}" for t in recipe.terms),
+                        terms=[t.describe() for t in recipe.terms])  # fmt: skip
+    setup.wrapped = setup.answer_model if options.shard else setup.accelerator.prepare(setup.answer_model)
 
-    # ------------------------------------------------------------------- where a run that was stopped goes on
-    def save_checkpoint(step: int) -> None:
-        # every process: what is split is gathered
-        state, weights = stepper.state(), gather_weights(model, stepper, adapters)
-        kept = {**best, "state": [gather_to_main_cpu(t) for t in best["state"] or ()] or None} if best else None
-        if accelerator.is_main_process:
-            with atomic_dir(checkpoint.folder_of(save_dir) / f"step-{step:06d}") as beside:
-                write_model(beside, model, weights, adapters, tokenizer, options, merged=False)
-                checkpoint.write_state(beside, state, stepper.progress(), step, kept, guard, provenance.identity(),
-                                       {"seconds": time.time() - started, "tokens": provenance.tokens,
-                                        "looks": run_log.looks[:1]})  # fmt: skip
-            folder = checkpoint.folder_of(save_dir)
-            checkpoint.prune_checkpoints(folder, options.keep_checkpoints, folder / f"step-{step:06d}")
-        accelerator.wait_for_everyone()
 
-    first_step, best, guard = 0, None, {"skipped": 0, "rollbacks": 0}
-    if newest:
-        first_step, best, guard, past = checkpoint.read_state(newest, stepper, provenance.identity())
-        started, provenance.tokens, run_log.looks = started - past["seconds"], past["tokens"], past["looks"]
-        run_log.event("resume", f"going on after step {first_step}, from {newest}", step=first_step)
-    elif options.resume:
-        log.info("--resume: no whole checkpoint of this run in %s: it starts anew", checkpoint.folder_of(save_dir))
-    if not newest and options.overwrite and accelerator.is_main_process:
-        shutil.rmtree(checkpoint.folder_of(save_dir), ignore_errors=True)
-
-    # ---------------------------------------------------------------------------------------------- the loop
-    stop_reason = f"--max_unlearn_steps {options.max_unlearn_steps} reached"
-    loop_started = time.time()
-    steps = tqdm(range(first_step, options.max_unlearn_steps), desc="unlearning", disable=None)
+# -------------------------------------------------------------------------------------------------- train
+def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[TrainingState, str]:
+    """Go through the steps; returns the state at the end and why it ended there."""
+    options, run_log = setup.options, setup.run_log
+    first, loop_started, reason = state.step, time.time(), f"--max_unlearn_steps {options.max_unlearn_steps} reached"
+    steps = tqdm(range(first, options.max_unlearn_steps), desc="unlearning", disable=None)
     with logging_redirect_tqdm([log]), stop:
         for step in steps:
-            # ---- save, look, keep the best state: all with the weights as `step` updates have made them
-            if accelerator.num_processes == 1:
+            # ---- save and evaluate, with the weights as `step` updates have made them
+            if setup.accelerator.num_processes == 1:
                 stop.asked = stop.signalled
-            if step > first_step and (stop.asked or (options.save_every and step % options.save_every == 0)):
-                save_checkpoint(step)
+            if step > first and (stop.asked or (options.save_every and step % options.save_every == 0)):
+                save_checkpoint(setup, state)
             if stop.asked:
                 raise SystemExit(stop.farewell(f"{step} steps are saved; go on with --resume"))
             if step == 0 or (options.eval_every and step % options.eval_every == 0):
-                best = look(step, watch, forward, reference, stepper, best, options, run_log)
-                if options.kl_budget and (best["last_kl"] or 0) > COLLAPSE * options.kl_budget:
-                    guard = roll_back(f"development KL {best['last_kl']:.3f} is far past --kl_budget", stepper, best,
-                                      guard, options)  # fmt: skip
-
-            # ---- this process's rows of the step: one forward, or one a part where gradients are accumulated
+                evaluate(setup, state)
+            # ---- one step: gradients, the stop rule, the update
             tick = time.perf_counter()
-            step_sequences = rows.sequences(step, formatter)
-            parts = local_microbatches(step_sequences, options.gradient_accumulation, accelerator)
-            sums = torch.zeros(7, device=accelerator.device)
-            for number, part in enumerate(parts):
-                last = number == len(parts) - 1
-                batch = forward.layout(part, options.pack_tokens, tokenizer.pad_token_id).to(accelerator.device)
-                # split, gradients are added up in their parts: put off, each GPU would hold all of them
-                with contextlib.nullcontext() if last or options.shard else accelerator.no_sync(wrapped):
-                    logits = wrapped(batch)  # (N, V)
-                    bad, random, kl, first_kl = compute_losses(batch, logits, reference, options, step_sequences)
-                    loss = bad["loss"] + random["loss"] + kl["loss"] + first_kl["loss"]
-                    accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
-                means = [bad["mean"], random["mean"], kl["mean"], first_kl["mean"]]
-                counts_of_part = loss.new_tensor([float(last and stop.signalled), batch.num_tokens])
-                sums += torch.cat([torch.stack([loss.detach(), *means]), counts_of_part])
-                del batch, logits, loss  # the next part's come before these would go
-            figures = accelerator.reduce(sums, "sum").tolist()
-            _, bad_loss, random_loss, normal_loss, first_token_kl, signals, tokens = figures
-            stop.asked = signals > 0  # of several processes, all stop after the same step
-
-            # ---- the stop rules, looked at every step, before the weights are touched
-            if options.bad_weight > 0 and bad_loss >= options.max_bad_loss:
-                stop_reason = f"--max_bad_loss {options.max_bad_loss:g} reached: bad_loss {bad_loss:.3f}"
+            stats = compute_gradients(
+                setup.sampler.sequences(step, setup.formatter), setup.recipe.terms, setup.wrapped, setup.layout,
+                setup.reference, setup.accelerator, num_parts=options.gradient_accumulation, sharded=options.shard,
+                signalled=stop.signalled,
+            )  # fmt: skip
+            stop.asked = stats.signals > 0  # of several processes, all stop after the same step
+            if found := reached_max_bad_loss(setup, stats):
+                reason = found
                 break
-
-            # ---- the update; one that is not finite never reaches the weights
-            lr, grad_norm = stepper.lr, math.nan
-            if math.isfinite(figures[0]):
-                grad_norm = stepper.step()
-            else:
-                stepper.drop_gradients()
-            if math.isfinite(grad_norm):
-                guard["skipped"] = 0
-                provenance.tokens += int(tokens)
-            else:
-                guard["skipped"] += 1
-                log.warning("step %d: loss %s, gradient norm %s: not finite, the step is not taken", step + 1,
-                            figures[0], grad_norm)  # fmt: skip
+            lr, grad_norm = update(setup, state, stats)
+            state.step = step + 1
             if step % TRIM_EVERY == 0:
                 trim_cpu_heap()
-            if guard["skipped"] == MAX_SKIPPED_STEPS:
-                guard = roll_back(f"{MAX_SKIPPED_STEPS} steps in a row were not finite", stepper, best, guard, options)
-
-            # ---- one line a step
             seconds = time.perf_counter() - tick
-            left = (time.time() - loop_started) / (step + 1 - first_step) * (options.max_unlearn_steps - step - 1)
-            run_log.event(
-                "step",
-                f"step {step + 1}/{options.max_unlearn_steps}  bad_loss {bad_loss:.3f}  random_loss {random_loss:.3f}  "
-                f"normal_loss {normal_loss:.4f}  first_kl {first_token_kl:.4f}  grad_norm {grad_norm:.2f}  "
-                f"lr {lr:.2e}  {tokens / seconds:.0f} tokens/s  "
-                f"{left:.0f} s left",
-                step=step + 1, bad_loss=bad_loss, random_loss=random_loss, normal_loss=normal_loss,
-                first_token_kl=first_token_kl, grad_norm=grad_norm, lr=lr, seconds=seconds,
-                tokens_per_second=tokens / seconds, seconds_left=left,
-            )  # fmt: skip
-        else:
-            step = options.max_unlearn_steps
-        best = look(step, watch, forward, reference, stepper, best, options, run_log)
+            left = (time.time() - loop_started) / (step + 1 - first) * (options.max_unlearn_steps - step - 1)
+            log_step(run_log, setup.recipe, stats, step + 1, options.max_unlearn_steps, grad_norm=grad_norm, lr=lr,
+                     seconds=seconds, tokens_per_second=stats.tokens / seconds, seconds_left=left)  # fmt: skip
+        evaluate(setup, state)
+    return state, reason
 
-    # -------------------------------------------------------------------------- the best state, saved whole
-    if options.kl_budget:
-        if best["step"] == 0:
-            raise RunError(
-                f"no state that was looked at is within --kl_budget {options.kl_budget:g}, so nothing is saved: "
-                "raise it, or lower --lr or --eval_every"
-            )
-        if best["state"] is not None and best["step"] != step:
-            stepper.restore(best["state"])
-        log.info("the state after step %d is kept: best within --kl_budget %g", best["step"], options.kl_budget)
-    if not stepper.num_updates:
-        raise RunError(f"{stop_reason} before the first update, so nothing is saved: the model is the original")
-    seconds = time.time() - started
-    summary = {"steps": step, "kept_step": best["step"] if options.kl_budget else step, "stop_reason": stop_reason,
-               "seconds": round(seconds, 1), "cut_prompts": len(formatter.cut),
-               "peak_gib": round(peak_memory_gib(accelerator.device), 2)}  # fmt: skip
-    if formatter.cut:
-        log.warning("%d prompts were longer than %d tokens and lost their beginning", len(formatter.cut),
-                    formatter.max_prompt_tokens)  # fmt: skip
+
+def reached_max_bad_loss(setup: Setup, stats: StepStats) -> str | None:
+    """Why the run stops, before the weights are touched, where a watched term has reached --max_bad_loss."""
+    ceiling = setup.options.max_bad_loss
+    for term in setup.recipe.terms:
+        if term.watch and term.weight > 0 and stats.means[term.name] >= ceiling:
+            return f"--max_bad_loss {ceiling:g} reached: {term.field} {stats.means[term.name]:.3f}"
+    return None
+
+
+def update(setup: Setup, state: TrainingState, stats: StepStats) -> tuple[float, float]:
+    """Move the weights; returns (learning rate, gradient norm). What is not finite never reaches them."""
+    optimizer = setup.optimizer
+    lr, grad_norm = optimizer.lr, math.nan
+    if math.isfinite(stats.loss):
+        grad_norm = optimizer.step()
+    else:
+        optimizer.drop_gradients()
+    if math.isfinite(grad_norm):
+        state.skipped = 0
+        state.tokens += int(stats.tokens)
+        return lr, grad_norm
+    state.skipped += 1
+    log.warning("step %d: loss %s, gradient norm %s: not finite, the step is not taken", state.step + 1, stats.loss,
+                grad_norm)  # fmt: skip
+    if state.skipped == MAX_SKIPPED_STEPS:
+        roll_back(setup, state, f"{MAX_SKIPPED_STEPS} steps in a row were not finite")
+    return lr, grad_norm
+
+
+def log_step(run_log: RunLog, recipe: Recipe, stats: StepStats, step: int, steps: int, **figures) -> None:
+    """One readable line and one JSON object: each term's mean under its own name, then the rest."""
+    means = {term.field: stats.means[term.name] for term in recipe.terms}
+    shown = [f"{field} {value:.{4 if 'kl' in field or 'normal' in field else 3}f}" for field, value in means.items()]
+    run_log.event(
+        "step",
+        f"step {step}/{steps}  {'  '.join(shown)}  grad_norm {figures['grad_norm']:.2f}  lr {figures['lr']:.2e}  "
+        f"{figures['tokens_per_second']:.0f} tokens/s  {figures['seconds_left']:.0f} s left",
+        step=step, **means, weighted_losses=stats.weighted, **figures,
+    )  # fmt: skip
+
+
+def evaluate(setup: Setup, state: TrainingState) -> None:
+    """Evaluate on the development split, log the result, and keep the best state within the KL budget.
+
+    The untouched original is the one to go back to after a fault, and gives way to whatever is within the budget.
+    """
+    options, evaluator = setup.options, setup.evaluator
     trim_cpu_heap()
-    weights = gather_weights(model, stepper, adapters)
+    metrics = evaluator.evaluate(setup.answer_model, setup.reference)
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
+    state.last_evaluation = {"step": state.step, **metrics}
+    state.first_evaluation = state.first_evaluation or state.last_evaluation
+    setup.run_log.event("eval", f"after step {state.step}: {shown}", **state.last_evaluation)
+    if not options.kl_budget:
+        return
+    dev_kl, key, best = metrics["dev_kl"] or 0.0, evaluator.selection_key(metrics), state.best
+    within = dev_kl <= options.kl_budget
+    if best is None or (within and (best.step == 0 or key <= best.selection_key)):
+        state.best = BestState(state.step, key, state.last_evaluation, setup.optimizer.snapshot())
+    if dev_kl > COLLAPSE_FACTOR * options.kl_budget and state.step < options.max_unlearn_steps:
+        roll_back(setup, state, f"development KL {dev_kl:.3f} is far past --kl_budget")
+
+
+def roll_back(setup: Setup, state: TrainingState, why: str) -> None:
+    """After a fault: the best state that is kept (else the last finite weights), half the learning rate."""
+    state.rollbacks += 1
+    if state.rollbacks > MAX_ROLLBACKS:
+        raise RunError(f"{why}, after {MAX_ROLLBACKS} times half the learning rate: lower --lr (now "
+                       f"{setup.options.lr:g})")  # fmt: skip
+    place = "last finite weights"
+    if state.best is not None:
+        setup.optimizer.restore(state.best.weights)
+        place = f"state after step {state.best.step}"
+    setup.optimizer.halve_lr_and_reset()
+    state.skipped = 0
+    log.warning("%s: back to the %s, with half the learning rate (x %g)", why, place, setup.optimizer.lr_scale)
+
+
+# ------------------------------------------------------------------------------------- checkpoints of a run
+def save_checkpoint(setup: Setup, state: TrainingState) -> None:
+    """Every process must call it: what is split is gathered."""
+    options, optimizer = setup.options, setup.optimizer
+    tensors, weights = optimizer.state(), gather_weights(setup.model, optimizer, setup.adapters)
+    kept = dataclasses.replace(state, seconds=time.time() - setup.started)
+    if state.best is not None:
+        gathered = [gather_to_main_cpu(tensor) for tensor in state.best.weights]
+        kept.best = dataclasses.replace(state.best, weights=gathered)
+    if setup.accelerator.is_main_process:
+        folder = checkpoint.folder_of(setup.save_dir)
+        path = folder / f"step-{state.step:06d}"
+        with atomic_dir(path) as beside:
+            write_model(beside, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options, merged=False)
+            checkpoint.write_state(beside, kept, tensors, optimizer.progress(), setup.metadata.identity())
+        checkpoint.prune_checkpoints(folder, setup.recipe.checkpoints.keep, path)
+    setup.accelerator.wait_for_everyone()
+
+
+def resume_or_start(setup: Setup) -> TrainingState:
+    """The state of the newest checkpoint, or of a run that begins."""
+    options, folder = setup.options, checkpoint.folder_of(setup.save_dir)
+    if setup.newest:
+        state = checkpoint.read_state(setup.newest, setup.optimizer, setup.metadata.identity())
+        setup.started -= state.seconds
+        setup.run_log.event("resume", f"going on after step {state.step}, from {setup.newest}", step=state.step)
+        return state
+    if options.resume:
+        log.info("--resume: no whole checkpoint of this run in %s: it starts anew", folder)
+    if options.overwrite and setup.accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    return TrainingState()
+
+
+# ------------------------------------------------------------------------------------------------- finish
+def finish(setup: Setup, state: TrainingState, reason: str) -> None:
+    """Restore the best state within the budget, save the model whole, and tell what the run was."""
+    options, optimizer, accelerator = setup.options, setup.optimizer, setup.accelerator
+    saved = choose_state(setup, state)
+    if not optimizer.num_updates:
+        raise RunError(f"{reason} before the first update, so nothing is saved: the model is the original")
+    seconds, cut = time.time() - setup.started, len(setup.formatter.cut)
+    summary = {"steps": state.step, "kept_step": saved["step"], "stop_reason": reason, "seconds": round(seconds, 1),
+               "cut_prompts": cut, "peak_gib": round(peak_memory_gib(accelerator.device), 2)}  # fmt: skip
+    if cut:
+        log.warning("%d prompts were longer than %d tokens and lost their beginning", cut,
+                    setup.formatter.max_prompt_tokens)  # fmt: skip
+    trim_cpu_heap()
+    weights = gather_weights(setup.model, optimizer, setup.adapters)
     if accelerator.is_main_process:
-        with atomic_dir(save_dir) as beside:
-            write_model(beside, model, weights, adapters, tokenizer, options)
+        with atomic_dir(setup.save_dir) as beside:
+            write_model(beside, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options)
             write_json(beside / "unlearn_args.json", {"options": dataclasses.asdict(options), "run": summary})
-            shown = best["found"] if options.kl_budget else run_log.looks[-1]
-            write_json(beside / "run_manifest.json", provenance.manifest(counts, accelerator, seconds,
-                                                                         run_log.looks[0], shown))  # fmt: skip
-            asked = rows.trained_prompts(summary["kept_step"])
+            asked = setup.sampler.trained_prompts(saved["step"])
             write_json(beside / TRAINED_ON, {"forget": sorted(map(prompt_hash, asked))})
+            manifest = setup.metadata.manifest(setup.row_counts, accelerator, seconds, state.tokens,
+                                               state.first_evaluation, saved)  # fmt: skip
+            write_json(beside / "run_manifest.json", manifest)
             write_model_card(beside)
     accelerator.wait_for_everyone()
-    run_log.event("done", f"{stop_reason}; model saved to {save_dir} after {seconds:.0f} s, "
-                  f"peak memory {summary['peak_gib']:.2f} GiB", **summary)  # fmt: skip
-    held.close()
+    setup.run_log.event("done", f"{reason}; model saved to {setup.save_dir} after {seconds:.0f} s, "
+                        f"peak memory {summary['peak_gib']:.2f} GiB", **summary)  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ parts of the run
-def look(step, watch: DevEvaluator, forward, reference, stepper, best, options, run_log) -> dict:
-    """Evaluate on the development split, log it, and return the best state so far; the untouched original is the
-    one to go back to after a fault, and gives way to whatever is within the budget."""
-    trim_cpu_heap()
-    found = watch.look(forward, reference)
-    shown = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if v is not None)
-    run_log.event("eval", f"after step {step}: {shown}", step=step, **found)
-    within = (found["dev_kl"] or 0.0) <= options.kl_budget
-    selection_key = watch.selection_key(found)
-    if best is None or (within and (best["step"] == 0 or selection_key <= best["badness"])):
-        best = {"step": step, "badness": selection_key, "state": stepper.snapshot() if options.kl_budget else None,
-                "found": {"step": step, **found}}  # fmt: skip
-    return {**best, "last_kl": found["dev_kl"]}
-
-
-def gather_weights(model, stepper: MasterWeightAdamW, adapters) -> dict[str, torch.Tensor | None]:
-    """The fp32 weights that are saved, by name, whole in the first process: with adapters these alone. Every process
-    must call it."""
-    named = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()
-             if adapters is None or tensor.requires_grad}  # fmt: skip
-    saved: dict[int, torch.Tensor | None] = {}  # a tied weight has two names and stays one tensor
-    for tensor in named.values():
-        if id(tensor) not in saved:
-            saved[id(tensor)] = gather_to_main_cpu(stepper.master(tensor))
-    return {name: saved[id(tensor)] for name, tensor in named.items()}
-
-
-def write_model(beside: Path, model, weights: dict, adapters, tokenizer, options, *, merged: bool = True) -> None:
-    """Fill a folder with the model as it is now and its tokenizer; adapters are merged into a fresh base."""
-    if adapters is None:
-        model.save_pretrained(beside, state_dict=weights)
-        config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-        # the weights are: a config that says bf16 would have them rounded where they are loaded
-        write_json(beside / "config.json", config | {"dtype": "float32"})
-    else:
-        import peft
-
-        named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-        adapters.save_pretrained(beside / "adapter", state_dict=named)
-        if merged:
-            base = load_model(options.model_name, **options.trust())
-            peft.PeftModel.from_pretrained(base, beside / "adapter").merge_and_unload().save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-
-
-def roll_back(why: str, stepper: MasterWeightAdamW, best: dict | None, guard: dict, options) -> dict:
-    """After a fault: the best state that is kept (else the last finite weights), half the learning rate."""
-    rollbacks = guard["rollbacks"] + 1
-    if rollbacks > MAX_ROLLBACKS:
-        raise RunError(f"{why}, after {MAX_ROLLBACKS} times half the learning rate: lower --lr (now {options.lr:g})")
-    place = "last finite weights"
-    if best and best["state"] is not None:
-        stepper.restore(best["state"])
-        place = f"state after step {best['step']}"
-    stepper.halve_lr_and_reset()
-    log.warning("%s: back to the %s, with half the learning rate (x %g)", why, place, stepper.lr_scale)
-    return {"skipped": 0, "rollbacks": rollbacks}
-
-
-def lock_output_dir(save_dir: Path, options, accelerator):
-    """Refuse a folder with something in it, or that another run writes to; the lock is held until it is closed."""
-    if options.dry_run or not accelerator.is_main_process:
-        return contextlib.ExitStack()
-    if save_dir.resolve() in (here := Path.cwd(), *here.parents):
-        raise UsageError(f"--model_save_dir {save_dir}: is where this runs, or above it; name a folder of its own")
-    held = checkpoint.OutputDirLock(save_dir)
-    if save_dir.exists() and any(save_dir.iterdir()) and not options.overwrite:
-        raise UsageError(f"--model_save_dir {save_dir}: is not empty; pass --overwrite to replace it")
-    checkpoints = checkpoint.folder_of(save_dir)
-    if checkpoints.exists() and not (options.resume or options.overwrite):
-        raise UsageError(f"{checkpoints}: holds checkpoints of a run that was stopped; pass --resume to go on with "
-                         "it, or --overwrite to start anew")  # fmt: skip
-    return held
-
-
-def _counts(parts: dict) -> dict:
-    return {split: len(part) for split, part in parts.items()}
+def choose_state(setup: Setup, state: TrainingState) -> dict:
+    """Restore the state that is saved; returns its evaluation. RunError where none is within the budget."""
+    budget, best = setup.options.kl_budget, state.best
+    if not budget:
+        return state.last_evaluation
+    if best.step == 0:
+        raise RunError(f"no evaluated state is within --kl_budget {budget:g}, so nothing is saved: raise it, or lower "
+                       "--lr or --eval_every")  # fmt: skip
+    if best.step != state.step:
+        setup.optimizer.restore(best.weights)
+    log.info("the state after step %d is kept: best within --kl_budget %g", best.step, budget)
+    return best.metrics
 
 
 if __name__ == "__main__":

@@ -169,7 +169,6 @@ class RunLog:
     def __init__(self, path: str | Path, *, write: bool = True, resume: bool = False):
         self.path = Path(path)
         self._json = None
-        self.looks: list[dict] = []  # the fields of every "eval" event so far
         mode = "a" if resume else "w"
         log.handlers.clear()
         log.setLevel(logging.INFO if write else logging.ERROR)
@@ -188,8 +187,6 @@ class RunLog:
     def event(self, kind: str, line: str, **fields) -> None:
         """One readable line, and the same as one JSON object with its `event` kind."""
         log.info(line)
-        if kind == "eval":
-            self.looks.append(fields)
         if self._json:
             self._json.write(json.dumps({"event": kind, **fields}, ensure_ascii=False) + "\n")
 

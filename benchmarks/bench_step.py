@@ -25,13 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_module import PromptFormatter, UnlearnBatchSampler
-from engine.optimizer import MasterWeightAdamW, OptimizerSettings
+from data_module import PromptFormatter
+from engine.optimizer import MasterWeightAdamW
 from engine.reference import ReferenceCache
 from engine.speedups import speed_up
 from engine.tree import AnswerLogitsModel
-from method.objective import compute_losses
-from options import POSITIVE, OneLineParser, UnlearnOptions, option
+from method.recipe import parse_run, read_recipe
+from method.sampler import UnlearnBatchSampler
+from method.terms import compute_losses, count_draws, sequences_needing_reference
+from options import POSITIVE, OneLineParser, option
 from sources.rows import Row, read_rows
 from utils import load_model, load_tokenizer, peak_memory_gib, run_script, seed_everything, write_json
 
@@ -51,7 +53,7 @@ class BenchOptions:
 
 # ------------------------------------------------------------------------------------------------ the rows
 def make_rows(options: BenchOptions, extra_answers: int = 0):
-    """(UnlearnBatchSampler, the run's options): this project's prompts, with answers put together from its facts."""
+    """(sampler, recipe of the published run): this project's prompts, with answers put together from its facts."""
     facts = read_rows(str(ROOT / "data/facts.jsonl"), "facts")
     text = " ".join(row.response for row in facts).split()
 
@@ -65,13 +67,15 @@ def make_rows(options: BenchOptions, extra_answers: int = 0):
     plain = [
         Row(row.prompt, long_answer(i + 7)) for i, row in enumerate(read_rows(str(ROOT / "data/benign.jsonl"), "n"))
     ]
-    run = UnlearnOptions(
-        template="qa", batch_size=options.batch_size, num_random_answers=options.num_random_answers + extra_answers,
-        max_answer_tokens=options.answer_tokens, max_unlearn_steps=options.steps + 1,
-    )  # fmt: skip
-    rows = UnlearnBatchSampler([harmful], [plain, facts], run)
+    run = parse_run([
+        f"--batch_size={options.batch_size}", f"--max_answer_tokens={options.answer_tokens}",
+        f"--max_unlearn_steps={options.steps + 1}", f"--set=mismatch.answers={options.num_random_answers + extra_answers}",
+    ])  # fmt: skip
+    recipe = read_recipe(run)
+    draws = list({term.draw.name: term.draw for term in recipe.terms}.values())
+    rows = UnlearnBatchSampler([harmful], [plain, facts], draws, seed=run.seed, steps=run.max_unlearn_steps)
     rows.fill_responses(lambda wanted, tokens: wanted)
-    return rows, run
+    return rows, recipe
 
 
 # -------------------------------------------------------------------------------------------- kinds of step
@@ -79,24 +83,26 @@ class OurStep:
     """Pack, one forward, fused losses, backward, update: what unlearn_harm.py does."""
 
     def __init__(self, options: BenchOptions, dtype: torch.dtype, extra_answers: int = 0, optimizer: str = "adamw"):
-        self.rows, self.run = make_rows(options, extra_answers)
-        self.run.optimizer = optimizer
+        self.rows, self.recipe = make_rows(options, extra_answers)
+        self.pack_tokens = self.recipe.layout.pack_tokens
         tokenizer = load_tokenizer(options.model_name)
         self.pad_id = tokenizer.pad_token_id
         self.formatter = PromptFormatter(tokenizer, "qa", 512, options.answer_tokens)
         model = load_model(options.model_name)
         speed_up(model)
-        self.stepper = MasterWeightAdamW(model, OptimizerSettings(kind=optimizer), dtype)
+        self.stepper = MasterWeightAdamW(model, dataclasses.replace(self.recipe.optimizer, kind=optimizer), dtype)
         self.forward = AnswerLogitsModel(model, packed=True)
-        visited = [s for step in range(self.run.max_unlearn_steps) for s in self.rows.sequences(step, self.formatter)]
-        normal = [s for s in visited if s.kind == "normal"]
-        self.reference = ReferenceCache(self.forward, normal, self.run.pack_tokens, self.pad_id)
+        visited = [s for step in range(self.rows.steps) for s in self.rows.sequences(step, self.formatter)]
+        needed = sequences_needing_reference(visited, self.recipe.terms)
+        self.reference = ReferenceCache(self.forward, needed, self.pack_tokens, self.pad_id)
 
     def __call__(self, step: int) -> None:
         sequences = self.rows.sequences(step, self.formatter)
-        batch = self.forward.layout(sequences, self.run.pack_tokens, self.pad_id)
-        terms = compute_losses(batch, self.forward(batch), self.reference, self.run, sequences)
-        sum(term["loss"] for term in terms).backward()
+        batch = self.forward.layout(sequences, self.pack_tokens, self.pad_id)
+        losses = compute_losses(
+            self.recipe.terms, batch, self.forward(batch), {}, self.reference, count_draws(sequences)
+        )
+        sum(term.loss for term in losses).backward()
         self.stepper.step()
 
 
@@ -104,13 +110,13 @@ class PublishedStep:
     """Yao et al.'s published step, its cost and not its mistakes: four forwards of padded rows, full logits."""
 
     def __init__(self, options: BenchOptions):
-        self.rows, self.run = make_rows(options)
+        self.rows, recipe = make_rows(options)
         tokenizer = load_tokenizer(options.model_name)
         self.pad_id = tokenizer.pad_token_id
         self.formatter = PromptFormatter(tokenizer, "qa", 512, options.answer_tokens)
         self.model = load_model(options.model_name)
         self.original = load_model(options.model_name).eval()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.run.lr)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.optimizer.lr)
 
     def padded(self, sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """ids (R, T), attention mask (R, T), answer mask (R, T)."""
@@ -138,8 +144,8 @@ class PublishedStep:
 
     def __call__(self, step: int) -> None:
         step_sequences = self.rows.sequences(step, self.formatter)
-        kinds = {kind: [s for s in step_sequences if s.kind == kind] for kind in ("forget", "random", "normal")}
-        loss = -0.5 * self.answer_loss(kinds["forget"]) + self.answer_loss(kinds["random"]) + self.kl(kinds["normal"])
+        kinds = {draw: [s for s in step_sequences if s.draw == draw] for draw in ("forget", "mismatch", "retain")}
+        loss = -0.5 * self.answer_loss(kinds["forget"]) + self.answer_loss(kinds["mismatch"]) + self.kl(kinds["retain"])
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -7,6 +7,7 @@ import re
 
 import torch
 
+from options import POSITIVE, option
 from utils import UsageError
 
 # they read the weights of some layers past the module: peft refuses adapters there, or they would learn nothing
@@ -17,9 +18,16 @@ WITH_FUSED_KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_
 class LoraSettings:
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): rank, scale as alpha / rank, names of the target layers."""
 
-    rank: int = 16
-    alpha: int = 32
-    targets: tuple[str, ...] = ("all-linear",)
+    rank: POSITIVE = option(16, "rank of the adapters")
+    alpha: POSITIVE = option(32, "scale of the adapters, as alpha / rank")
+    targets: tuple[str, ...] = option(("all-linear",), "names of the layers that get adapters")
+
+
+def decoder_layers(model) -> tuple[str, torch.nn.ModuleList]:
+    """The name and the list of a model's transformer layers."""
+    total = model.config.get_text_config().num_hidden_layers
+    return next((name, module) for name, module in model.named_modules()
+                if isinstance(module, torch.nn.ModuleList) and len(module) == total)  # fmt: skip
 
 
 def freeze(model, count: int) -> str | None:
@@ -32,8 +40,7 @@ def freeze(model, count: int) -> str | None:
     total = model.config.get_text_config().num_hidden_layers
     if count >= total:
         raise UsageError(f"--frozen_layers {count}: the model has {total} layers, so at most {total - 1} can be frozen")
-    name, layers = next((name, module) for name, module in model.named_modules()
-                        if isinstance(module, torch.nn.ModuleList) and len(module) == total)  # fmt: skip
+    name, layers = decoder_layers(model)
     for part in (*layers[:count], model.get_input_embeddings(), model.get_output_embeddings()):
         part.requires_grad_(False)
     return rf"{re.escape(name)}\.({'|'.join(map(str, range(count)))})\..*"

@@ -8,6 +8,7 @@ step and row alone, so the step number is the place in every stream.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -19,10 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.processes import shard_like
+from engine.state import BestState, TrainingState
 from utils import UsageError, log, write_json
 
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
-FREE = {"resume", "overwrite", "dry_run", "config", "log_file", "save_every", "keep_checkpoints", "from_manifest"}
+FREE = {"resume", "overwrite", "dry_run", "config", "log_file", "save_every", "from_manifest", "set", "forget_loss",
+        "bad_weight", "random_weight", "normal_weight", "recipe.checkpoints.keep"}  # fmt: skip
 
 
 def folder_of(save_dir: Path) -> Path:
@@ -52,21 +55,35 @@ class OutputDirLock:
         self._file.close()
 
 
+def resumable(options, metadata) -> Path | None:
+    """The newest whole checkpoint of this run. Compares all but the model, before minutes go into its answers."""
+    newest = latest_valid_checkpoint(folder_of(Path(options.model_save_dir)))
+    if newest is None:
+        return None
+    try:
+        check_same_run(newest, {k: v for k, v in metadata.identity().items() if k != "model"})
+    except UsageError as error:
+        if not options.overwrite:
+            raise
+        log.warning("%s; with --overwrite, that is done", error)
+        return None
+    return newest
+
+
 # ------------------------------------------------------------------------------------------------ writing
 def write_state(
-    beside: Path, state: dict[str, torch.Tensor], progress: dict, step: int, best: dict | None, guard: dict,
-    identity: dict, past: dict,
-) -> None:  # fmt: skip
+    beside: Path, state: TrainingState, tensors: dict[str, torch.Tensor], schedule: dict, identity: dict
+) -> None:
     """Fill a folder, that holds the model already, with what the run needs to go on; the manifest comes last.
 
-    state, progress: the stepper's, whole; past: what the manifest of the whole run will tell of its part so far."""
-    tensors = {f"optimizer.{name}": tensor for name, tensor in state.items()}
-    best = dict(best or {})
-    for i, tensor in enumerate(best.pop("state", None) or []):
-        tensors[f"best.{i:05d}"] = tensor
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / TENSORS)
-    write_json(beside / STATE, {"step": step, "best": best, "guard": guard, "schedule": progress,
-                                "identity": identity, "past": past})  # fmt: skip
+    tensors, schedule: the optimizer's, whole; state.best.weights: whole as well."""
+    saved = {f"optimizer.{name}": tensor for name, tensor in tensors.items()}
+    for i, tensor in enumerate(state.best.weights if state.best else []):
+        saved[f"best.{i:05d}"] = tensor
+    save_file({name: tensor.contiguous() for name, tensor in saved.items()}, beside / TENSORS)
+    best = dataclasses.replace(state.best, weights=None) if state.best else None
+    content = dataclasses.asdict(dataclasses.replace(state, best=best))
+    write_json(beside / STATE, {"state": content, "schedule": schedule, "identity": identity})
     files = sorted(file for file in beside.rglob("*") if file.is_file())
     write_json(beside / MANIFEST, {str(f.relative_to(beside)): {"bytes": f.stat().st_size, "sha256": sha256(f)}
                                    for f in files})  # fmt: skip
@@ -113,19 +130,20 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, dict, dict]:
-    """Put a checkpoint's state into `stepper`; returns (step, best, guard, past). UsageError names what differs."""
+def read_state(path: Path, optimizer, identity: dict) -> TrainingState:
+    """Put a checkpoint's weights and moments into `optimizer`; returns the state. UsageError names what differs."""
     check_same_run(path, identity)
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    content = json.loads((path / STATE).read_text(encoding="utf-8"))
     tensors = load_file(path / TENSORS)
-    stepper.load_state({k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")},
-                       state["schedule"])  # fmt: skip
-    best = state["best"] or None
-    kept = [tensors[name] for name in sorted(tensors) if name.startswith("best.")]
-    if best is not None:
-        best["state"] = [shard_like(t, p) for t, p in zip(kept, stepper.parameters, strict=True)] if kept else None
-        best["badness"] = tuple(best["badness"])
-    return state["step"], best, state["guard"], state["past"]
+    moments = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+    optimizer.load_state(moments, content["schedule"])
+    state = TrainingState(**content["state"])
+    if state.best is not None:
+        best = BestState(**state.best)
+        kept = [tensors[name] for name in sorted(tensors) if name.startswith("best.")]
+        best.weights = [shard_like(t, p) for t, p in zip(kept, optimizer.parameters, strict=True)]
+        state.best = dataclasses.replace(best, selection_key=tuple(best.selection_key))
+    return state
 
 
 def check_same_run(path: Path, identity: dict) -> None:
@@ -143,10 +161,20 @@ def differences(then: dict, now: dict) -> list[str]:
             for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]  # fmt: skip
 
 
+def flat(options: dict) -> dict:
+    """Options with the settings of their recipe side by side: {"lr": ..., "recipe.forget.weight": ...}."""
+    recipe = options.get("recipe") or {}
+    terms = {term["name"]: term for term in recipe.get("terms", [])}
+    sections = {name: some for name, some in recipe.items() if name not in ("terms", "options", "whole_weights")}
+    settings = {f"recipe.{name}.{key}": value for name, some in {**sections, **terms}.items()
+                for key, value in (some or {}).items()}  # fmt: skip
+    return {name: value for name, value in options.items() if name != "recipe"} | settings
+
+
 def identity_of(options: dict, rows_hash: dict[str, str], base_model: str) -> dict:
     """What makes two runs the same one: options that change the result, rows, and the model they start from."""
     return {
-        "options": {name: value for name, value in options.items() if name not in FREE},
+        "options": {name: value for name, value in flat(options).items() if name not in FREE},
         "data": rows_hash,
         "model": {"fingerprint": base_model, "torch": torch.__version__},
     }

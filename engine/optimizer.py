@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from engine.processes import full_tensor, gather_to_main_cpu, local_shard, shard_like
+from options import COUNT, WEIGHT, number, option
 from utils import UsageError
 
 # elements taken through fp32 at a time: on a processor 1 MiB an array, which stays in the cache
@@ -28,12 +30,12 @@ class OptimizerSettings:
     """How the weights are moved. `total_steps`: where the linear schedule ends; `adapters`: only low-rank adapters are
     trained, so what rounding takes from the base is not kept."""
 
-    lr: float = 2e-6
-    total_steps: int = 1000
-    schedule: str = "linear"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    lr: float
+    total_steps: int
+    schedule: Literal["linear", "constant"] = option("linear", "after the warm-up: down to zero, or level")
+    warmup_steps: COUNT = option(0, "steps over which the learning rate rises")
+    weight_decay: WEIGHT = option(0.0, "decoupled weight decay of AdamW")
+    max_grad_norm: number(float, 0, above=True) = option(1.0, "gradients are clipped to this global norm")
     kind: str = "adamw"
     adapters: bool = False
 

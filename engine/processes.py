@@ -39,14 +39,17 @@ def start_processes(options) -> Accelerator:
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise UsageError(f"accelerate launch: {asked} processes asked for, {accelerator.num_processes} joined")
-    harmful = options.batch_size + options.empty_answer_rows
-    smallest = min(harmful, (options.normal_batch_size or options.batch_size) + options.first_token_rows)
-    if accelerator.num_processes > smallest:
-        raise UsageError(f"{accelerator.num_processes} processes share {smallest} rows a step: raise --batch_size")
     if options.shard and asked == 1:
         raise UsageError("--shard splits the model over processes, and this is one: start several with "
                          "'accelerate launch --config_file configs/accelerate/fsdp2.yaml ...'")  # fmt: skip
     return accelerator
+
+
+def refuse_idle_processes(accelerator, rows: dict[str, int]) -> None:
+    """UsageError where a step has fewer rows of a side than there are processes; `rows`: a side's, 0 if it has none."""
+    smallest = min(count for count in rows.values() if count)
+    if accelerator.num_processes > smallest:
+        raise UsageError(f"{accelerator.num_processes} processes share {smallest} rows a step: raise --batch_size")
 
 
 def join_processes() -> PartialState:
@@ -94,10 +97,12 @@ def local_microbatches(step_sequences: list, parts: int, processes) -> list[list
     As many parts as the process with the fewest rows can fill: a split model needs the same forwards on all of them.
     """
     count = processes.num_processes
-    groups = [sorted({s.group for s in step_sequences if s.group % count == process}) for process in range(count)]
+    groups = [
+        sorted({s.example_id for s in step_sequences if s.example_id % count == process}) for process in range(count)
+    ]
     parts = min(parts, *map(len, groups))
     mine = groups[processes.process_index]
-    return [[s for s in step_sequences if s.group in mine[part::parts]] for part in range(parts)]
+    return [[s for s in step_sequences if s.example_id in mine[part::parts]] for part in range(parts)]
 
 
 def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:

@@ -19,17 +19,22 @@ from engine.tree import AnswerLogitsModel, finish_logits, packed_batch, padded_b
 
 
 class ReferenceCache:
-    """`logits(sequences)` gives the original's logits (M, V) for the answer tokens, sequence after sequence."""
+    """What the original says at the answer tokens, sequence after sequence: `logits` (M, V), `states` (M, D)."""
 
     def __init__(
-        self, forward: AnswerLogitsModel, sequences: list[Sequence], pack_tokens: int, pad_id: int, progress=None
-    ):
-        """Visit `sequences` (repeats cost nothing) with the model as it is now, before the first step."""
-        self._pad_id, self._pack_tokens = pad_id, pack_tokens
+        self, forward: AnswerLogitsModel, sequences: list[Sequence], pack_tokens: int, pad_id: int, *,
+        layers: tuple[int, ...] = (), progress=None,
+    ):  # fmt: skip
+        """Visit `sequences` (repeats cost nothing) with the model as it is now, before the first step.
+
+        `layers`: those whose hidden states are kept as well as the final ones.
+        """
+        self._pad_id, self._pack_tokens, self._layers = pad_id, pack_tokens, layers
         self._device = next(forward.parameters()).device
         self._config = forward.model.config
         self._vocabulary = forward.model.get_output_embeddings().weight.shape[0]
-        self._states: dict[tuple, torch.Tensor] = {}
+        # by (prompt, answer): what is kept of a sequence, (M, D) each; the key None is the final states
+        self._states: dict[tuple, dict[int | None, torch.Tensor]] = {}
         self._model = None
         if not forward.packed:
             self._model = AnswerLogitsModel(copy.deepcopy(forward.model).requires_grad_(False).eval(), packed=False)
@@ -52,9 +57,12 @@ class ReferenceCache:
     @torch.no_grad()
     def _visit(self, forward: AnswerLogitsModel, sequences: list[Sequence]) -> None:
         batch = packed_batch(sequences, self._pack_tokens, self._pad_id).to(self._device)
-        states = forward(batch, states=True)[batch.target_to_logit].cpu()  # (M, D)
+        out = forward(batch, states=True, layers=self._layers)
+        kept = {None: out[0], **out[1]} if self._layers else {None: out}  # (N, D) each
+        kept = {layer: states[batch.target_to_logit].cpu() for layer, states in kept.items()}  # (M, D) each
         for s, sequence in enumerate(sequences):
-            self._states[sequence.prompt_ids, sequence.answer_ids] = states[(batch.sequence_ids == s).cpu()].clone()
+            mine = (batch.sequence_ids == s).cpu()
+            self._states[sequence.prompt_ids, sequence.answer_ids] = {k: v[mine].clone() for k, v in kept.items()}
 
     @torch.no_grad()
     def logits(self, sequences: list[Sequence]) -> torch.Tensor:
@@ -63,15 +71,27 @@ class ReferenceCache:
         if self._model is not None:
             batch = padded_batch(sequences, self._pad_id).to(self._device)
             return self._model(batch)[batch.target_to_logit]  # (M, V)
-        states = torch.cat([self._states[s.prompt_ids, s.answer_ids] for s in sequences])  # (M, D)
-        weight, bias = self._head
-        states = copy_to(self._device, states)
+        states, (weight, bias) = self._kept(sequences, None), self._head
         logits = F.linear(states, weight.to(states.dtype), None if bias is None else bias.to(states.dtype))  # (M, V)
         return finish_logits(self._config, logits)
 
+    @torch.no_grad()
+    def states(self, sequences: list[Sequence], layer: int) -> torch.Tensor:
+        """The original's hidden states after `layer`, where each answer token is predicted: (M, D)."""
+        if self._model is not None and sequences:
+            batch = padded_batch(sequences, self._pad_id).to(self._device)
+            return self._model(batch, layers=(layer,))[1][layer][batch.target_to_logit]
+        return self._kept(sequences, layer)
+
+    def _kept(self, sequences: list[Sequence], layer: int | None) -> torch.Tensor:
+        width = self._config.get_text_config().hidden_size
+        parts = [self._states[s.prompt_ids, s.answer_ids][layer] for s in sequences] or [torch.empty(0, width)]
+        return copy_to(self._device, torch.cat(parts))  # (M, D)
+
     def bytes(self) -> int:
         """Memory of the kept states (the head's copy not counted)."""
-        return sum(state.numel() * state.element_size() for state in self._states.values())
+        tensors = [tensor for kept in self._states.values() for tensor in kept.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def frozen_head(model) -> tuple[torch.Tensor, torch.Tensor | None]:

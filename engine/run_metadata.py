@@ -24,7 +24,7 @@ class RunMetadata:
     """Collected from the start of a run on; `rows` maps a side's name to every row that was read for it."""
 
     def __init__(self, options, rows: dict[str, list]):
-        self.options, self.base_model, self.tokens = options, "", 0
+        self.options, self.base_model = options, ""
         self._then = None  # the base model of the run that is to be repeated
         self.rows_hash = {side: _hash_rows(some) for side, some in rows.items()}
         self.started, self.energy = time.time(), _microjoules()
@@ -46,7 +46,7 @@ class RunMetadata:
     def identity(self) -> dict:
         return checkpoint.identity_of(dataclasses.asdict(self.options), self.rows_hash, self.base_model)
 
-    def manifest(self, counts: dict, accelerator, seconds: float, before: dict, after: dict) -> dict:
+    def manifest(self, counts: dict, accelerator, seconds: float, tokens: int, before: dict, after: dict) -> dict:
         """`before`, `after`: what a look at the original gave, and one at the state that is saved."""
         energy = _microjoules()
         files = [Path(name) for name in (*self.options.forget_data, *self.options.normal_data)]
@@ -68,7 +68,7 @@ class RunMetadata:
             "processes": accelerator.num_processes,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(seconds, 1),
-            "tokens": self.tokens,
+            "tokens": tokens,
             "energy_joules": None if energy is None or self.energy is None else round((energy - self.energy) / 1e6),
             "before": before,
             "after": after,

@@ -1,71 +1,159 @@
 """Token values from logits, a few logit rows at a time: the vocabulary is the largest axis of a step.
 
-Letters: N logit rows, M answer tokens, Q answer tokens with the original's logits, V vocabulary.
+Letters: N logit rows, M answer tokens of a request, n tokens or rows of a chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
+CHUNK = 16  # logit rows at a time: at a vocabulary of 50,000, 3 MiB in fp32, which stays in the cache
 
-class _AnswerTerms(torch.autograd.Function):
-    """`token_nll` and `token_kl` of one set of logits, a few logit rows at a time.
 
-    The vocabulary is the largest axis: full-size fp32 copies of (N, V) and their gradients cost more
-    than the matrix product that made them. Here only a chunk of rows is ever held in fp32.
+class TokenLoss:
+    """One value a token from its logit row. Subclasses say how in `values`; autograd gives the gradient."""
+
+    needs_original = False
+
+    def values(self, logits: torch.Tensor, targets: torch.Tensor, original: torch.Tensor | None) -> torch.Tensor:
+        """logits (n, V) fp32, targets (n,), original (n, V) fp32 where it is needed -> (n,) in nats."""
+        raise NotImplementedError
+
+
+class NegativeLogLikelihood(TokenLoss):
+    """-ln p(target). Its gradient is p minus the target, so the closed form below replaces autograd."""
+
+    def values(self, logits, targets, original):
+        return F.cross_entropy(logits, targets, reduction="none")
+
+
+class ForwardKL(TokenLoss):
+    """KL( original || model ) over the full vocabulary. Its gradient is p minus the original's probabilities."""
+
+    needs_original = True
+
+    def values(self, logits, targets, original):
+        log_model, log_original = F.log_softmax(logits, dim=-1), F.log_softmax(original, dim=-1)
+        return (log_original.exp() * (log_original - log_model)).sum(-1)
+
+
+NLL, KL = NegativeLogLikelihood(), ForwardKL()
+
+
+@dataclasses.dataclass
+class TokenRequest:
+    """Which tokens a loss is taken of: `rows` (M,) in [0, N) predict them, `targets` (M,), `original` (M, V) or None."""
+
+    loss: TokenLoss
+    rows: torch.Tensor
+    targets: torch.Tensor
+    original: torch.Tensor | None = None
+
+
+def token_values(logits: torch.Tensor, requests: list[TokenRequest]) -> list[torch.Tensor]:
+    """The values (M,) fp32 of every request, in one pass over logits (N, V). Gradient flows to `logits` only.
+
+    Full-size fp32 copies of (N, V) and their gradients cost more than the matrix product that made them: here only a
+    chunk of rows is ever held in fp32.
     """
-
-    CHUNK = 16  # logit rows at a time: at a vocabulary of 50,000, 3 MiB in fp32, which stays in the cache
-
-    @staticmethod
-    def forward(ctx, logits, target_to_logit, targets, kl_row, original_logits):
-        rows = logits.shape[0]  # N
-        log_partition = torch.empty(rows, dtype=torch.float32, device=logits.device)  # (N,)
-        for start in range(0, rows, _AnswerTerms.CHUNK):
-            part = slice(start, start + _AnswerTerms.CHUNK)
-            log_partition[part] = torch.logsumexp(logits[part].float(), dim=-1)
-        nll = log_partition[target_to_logit] - logits[target_to_logit, targets].float()  # (M,)
-        kl = torch.empty(len(kl_row), dtype=torch.float32, device=logits.device)
-        for start in range(0, len(kl_row), _AnswerTerms.CHUNK):
-            part = slice(start, start + _AnswerTerms.CHUNK)
-            log_model = logits[kl_row[part]].float() - log_partition[kl_row[part], None]  # (chunk, V)
-            log_original = F.log_softmax(original_logits[part].float(), dim=-1)
-            kl[part] = (log_original.exp() * (log_original - log_model)).sum(-1)
-        ctx.save_for_backward(logits, target_to_logit, targets, kl_row, original_logits, log_partition)
-        return nll, kl
-
-    @staticmethod
-    def backward(ctx, grad_nll, grad_kl):
-        logits, target_to_logit, targets, kl_row, original_logits, log_partition = ctx.saved_tensors
-        grad = torch.empty_like(logits)  # (N, V)
-        mass = torch.zeros_like(log_partition)  # (N,): how much of the model's own softmax each row gets
-        mass.index_add_(0, target_to_logit, grad_nll).index_add_(0, kl_row, grad_kl)
-        nll_order, kl_order = target_to_logit.argsort(), kl_row.argsort()
-        edges = torch.arange(0, logits.shape[0] + _AnswerTerms.CHUNK, _AnswerTerms.CHUNK, device=logits.device)
-        nll_edges = torch.searchsorted(target_to_logit[nll_order], edges).tolist()
-        kl_edges = torch.searchsorted(kl_row[kl_order], edges).tolist()
-        for i, start in enumerate(edges[:-1].tolist()):
-            part = slice(start, start + _AnswerTerms.CHUNK)
-            slope = (logits[part].float() - log_partition[part, None]).exp_().mul_(mass[part, None])  # (chunk, V)
-            tokens = nll_order[nll_edges[i] : nll_edges[i + 1]]
-            slope.index_put_((target_to_logit[tokens] - start, targets[tokens]), -grad_nll[tokens], accumulate=True)
-            tokens = kl_order[kl_edges[i] : kl_edges[i + 1]]
-            if len(tokens):
-                original = torch.softmax(original_logits[tokens].float(), dim=-1)
-                slope.index_add_(0, kl_row[tokens] - start, original.mul_(-grad_kl[tokens, None]))
-            grad[part] = slope
-        return grad, None, None, None, None
+    for request in requests:
+        assert request.rows.shape == request.targets.shape, (request.rows.shape, request.targets.shape)
+        if request.loss.needs_original:
+            expected = (len(request.rows), logits.shape[-1])
+            assert request.original.shape == expected, (request.original.shape, expected)
+    tensors = [t for request in requests for t in (request.rows, request.targets, request.original)]
+    return list(_TokenValues.apply(logits, [request.loss for request in requests], *tensors))
 
 
 def fused_nll_and_kl(
     logits: torch.Tensor, target_to_logit: torch.Tensor, targets: torch.Tensor, kl_row: torch.Tensor,
     original_logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(token_nll(logits, target_to_logit, targets), token_kl(logits[kl_row], original_logits)) in one pass.
+    """NLL of all targets and KL at `kl_row`, in one pass.
 
-    logits (N, V); target_to_logit, targets (M,); kl_row (Q,) in [0, N); original_logits (Q, V).
-    Returns fp32 (M,) and (Q,); equal to the two functions, values and gradients.
+    logits (N, V); target_to_logit, targets (M,); kl_row (Q,) in [0, N); original_logits (Q, V). Returns fp32 (M,), (Q,).
     """
-    assert original_logits.shape == (len(kl_row), logits.shape[-1]), (original_logits.shape, kl_row.shape)
-    return _AnswerTerms.apply(logits, target_to_logit, targets, kl_row, original_logits)
+    nll, kl = token_values(
+        logits, [TokenRequest(NLL, target_to_logit, targets), TokenRequest(KL, kl_row, kl_row, original_logits)]
+    )
+    return nll, kl
+
+
+class _TokenValues(torch.autograd.Function):
+    """`token_values`. Both closed forms share one softmax a row, scaled by all that is asked of the row."""
+
+    @staticmethod
+    def forward(ctx, logits, losses, *tensors):
+        requests = [TokenRequest(loss, *tensors[3 * i : 3 * i + 3]) for i, loss in enumerate(losses)]
+        count = logits.shape[0]  # N
+        log_partition = torch.empty(count, dtype=torch.float32, device=logits.device)  # (N,)
+        for start in range(0, count, CHUNK):
+            part = slice(start, start + CHUNK)
+            log_partition[part] = torch.logsumexp(logits[part].float(), dim=-1)
+        out = []
+        for request in requests:
+            rows, targets = request.rows, request.targets
+            if request.loss is NLL:
+                out.append(log_partition[rows] - logits[rows, targets].float())  # (M,)
+                continue
+            values = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+            for start in range(0, len(rows), CHUNK):
+                part = slice(start, start + CHUNK)
+                if request.loss is KL:
+                    log_model = logits[rows[part]].float() - log_partition[rows[part], None]  # (n, V)
+                    log_original = F.log_softmax(request.original[part].float(), dim=-1)
+                    values[part] = (log_original.exp() * (log_original - log_model)).sum(-1)
+                else:
+                    values[part] = request.loss.values(logits[rows[part]].float(), targets[part], _chunk(request, part))
+            out.append(values)
+        ctx.losses = losses
+        ctx.save_for_backward(logits, log_partition, *tensors)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        logits, log_partition, *tensors = ctx.saved_tensors
+        requests = [TokenRequest(loss, *tensors[3 * i : 3 * i + 3]) for i, loss in enumerate(ctx.losses)]
+        grad = torch.empty_like(logits)  # (N, V)
+        mass = torch.zeros_like(log_partition)  # (N,): how much of the model's own softmax each row gets
+        for request, value_grad in zip(requests, grads, strict=True):
+            if request.loss in (NLL, KL):
+                mass.index_add_(0, request.rows, value_grad)
+        edges = torch.arange(0, logits.shape[0] + CHUNK, CHUNK, device=logits.device)
+        orders = [request.rows.argsort() for request in requests]  # a request's tokens, by the row that predicts them
+        bounds = [
+            torch.searchsorted(request.rows[order], edges).tolist()
+            for request, order in zip(requests, orders, strict=True)
+        ]
+        for i, start in enumerate(edges[:-1].tolist()):
+            part = slice(start, start + CHUNK)
+            row_grad = (logits[part].float() - log_partition[part, None]).exp_().mul_(mass[part, None])  # (n, V)
+            for request, value_grad, order, bound in zip(requests, grads, orders, bounds, strict=True):
+                tokens = order[bound[i] : bound[i + 1]]
+                if len(tokens):
+                    _add_gradient(row_grad, start, logits, request, tokens, value_grad[tokens])
+            grad[part] = row_grad
+        return grad, None, *[None] * len(tensors)
+
+
+def _add_gradient(row_grad, start: int, logits, request: TokenRequest, tokens, value_grad) -> None:
+    """Add what `tokens` of a request ask of the rows from `start` on to row_grad (n, V), in place."""
+    rows, targets = request.rows[tokens], request.targets[tokens]
+    if request.loss is NLL:
+        row_grad.index_put_((rows - start, targets), -value_grad, accumulate=True)
+    elif request.loss is KL:
+        original = torch.softmax(request.original[tokens].float(), dim=-1)
+        row_grad.index_add_(0, rows - start, original.mul_(-value_grad[:, None]))
+    else:
+        with torch.enable_grad():
+            chunk = logits[rows].float().detach().requires_grad_()  # (tokens, V)
+            values = request.loss.values(chunk, targets, _chunk(request, tokens))
+            (slope,) = torch.autograd.grad(values, chunk, value_grad)
+        row_grad.index_add_(0, rows - start, slope)
+
+
+def _chunk(request: TokenRequest, part) -> torch.Tensor | None:
+    return request.original[part].float() if request.loss.needs_original else None

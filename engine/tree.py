@@ -12,6 +12,7 @@ Letters: R rows, T tokens a row, D hidden size, V vocabulary, N logit rows, M an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from data_module import PromptFormatter, Sequence, probe_sequences
+from engine.adapters import decoder_layers
 from engine.processes import copy_to, is_sharded
 from engine.speedups import speed_up
 from utils import attention_window
@@ -47,9 +49,9 @@ class Batch:
         }
         return dataclasses.replace(self, **moved)
 
-    def tokens_of(self, kind: str) -> torch.Tensor:
-        """(M,) bool: the answer tokens of one kind of sequence."""
-        chosen = torch.tensor([s.kind == kind for s in self.sequences], device=self.sequence_ids.device)
+    def tokens_of(self, draw: str) -> torch.Tensor:
+        """(M,) bool: the answer tokens of one draw's sequences."""
+        chosen = torch.tensor([s.draw == draw for s in self.sequences], device=self.sequence_ids.device)
         return chosen[self.sequence_ids]
 
 
@@ -180,16 +182,42 @@ class AnswerLogitsModel(torch.nn.Module):
     def generate(self, **settings):
         return self.model.generate(**settings)
 
-    def forward(self, batch: Batch, *, states: bool = False) -> torch.Tensor:
-        """Logits (N, V); with `states`, the `hidden` ones instead. Where a model is split, all forwards pass here."""
-        if states:
-            return self.hidden(batch)
-        if self.packed:
-            return finish_logits(self.model.config, self.model.get_output_embeddings()(self.hidden(batch)))  # (N, V)
-        logits = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits  # (R, T, V)
-        return logits.flatten(0, 1)[batch.logit_positions]  # (N, V)
+    def forward(self, batch: Batch, *, states: bool = False, layers: tuple[int, ...] = ()):
+        """Return logits (N, V); with `states`, the `hidden` ones (N, D) instead.
+
+        With `layers`, return (that, {layer: hidden states after it, (N, D)}). Where a model is split, all forwards
+        pass here.
+        """
+        with self._captured(layers) as captured:
+            if states:
+                out = self.hidden(batch)
+            elif self.packed:
+                out = finish_logits(self.model.config, self.model.get_output_embeddings()(self.hidden(batch)))  # (N, V)
+            else:
+                whole = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                out = whole.logits.flatten(0, 1)[batch.logit_positions]  # (R, T, V) -> (N, V)
+        if not layers:
+            return out
+        return out, {layer: state.flatten(0, 1)[batch.logit_positions] for layer, state in captured.items()}
+
+    @contextlib.contextmanager
+    def _captured(self, layers: tuple[int, ...]):
+        """Inside, the output (R, T, D) of each of these layers is noted in the dict that is given."""
+        found: dict[int, torch.Tensor] = {}
+        modules = decoder_layers(self.model)[1] if layers else ()
+
+        def note(layer: int):
+            def hook(module, inputs, output):
+                found[layer] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        hooks = [modules[layer].register_forward_hook(note(layer)) for layer in layers]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def layout(self, sequences: list[Sequence], pack_tokens: int, pad_id: int) -> Batch:
         return packed_batch(sequences, pack_tokens, pad_id) if self.packed else padded_batch(sequences, pad_id)

@@ -1,8 +1,6 @@
-"""How a run looks at itself on the way: a few development prompts of both sides, and which state is best."""
+"""How a run evaluates itself on the way: a few development prompts of both sides, and which state is best."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 
@@ -15,66 +13,71 @@ from evaluation.judges import SentenceEmbedder
 from evaluation.metrics import is_empty, on_topic
 from sources.rows import Row
 
+BATCH = 16  # sequences
 
-@dataclasses.dataclass
+
 class DevEvaluator:
-    """The development rows of a run, tokenised once. Each has a response by the time this is made."""
+    """The development rows of a run, put into tokens once. Each has a response by the time this is made."""
 
-    forget: list[Row]
-    normal: list[Row]
-    formatter: PromptFormatter
-    options: object
-
-    def __post_init__(self):
-        self.sequences = [make_sequence("forget", 0, row, self.formatter) for row in self.forget]
-        self.sequences += [make_sequence("normal", 0, row, self.formatter) for row in self.normal]
-        prompts = [row.prompt for row in self.forget + self.normal]
+    def __init__(
+        self, forget: list[Row], normal: list[Row], formatter: PromptFormatter, *, answer_tokens: int,
+        pack_tokens: int, batch_size: int,
+    ):  # fmt: skip
+        self.rows = {"forget": forget, "normal": normal}
+        self.formatter, self.answer_tokens = formatter, answer_tokens
+        self.pack_tokens, self.batch_size = pack_tokens, batch_size
+        self.sequences = [make_sequence(side, 0, row, formatter) for side, rows in self.rows.items() for row in rows]
+        prompts = [row.prompt for row in forget + normal]
         self.embed = SentenceEmbedder() if SentenceEmbedder.available() and prompts else None
         self.prompt_vectors = self.embed(prompts) if self.embed else None
 
     @torch.no_grad()
-    def look(self, forward: AnswerLogitsModel, reference: ReferenceCache) -> dict:
-        """Figures of the model as it is now; `docs/fields.md` says what each means. None: nothing to measure."""
-        totals = {"nll": [], "kl": [], "first_kl": []}
-        device = next(forward.parameters()).device
-        for start in range(0, len(self.sequences), 16):
-            part = self.sequences[start : start + 16]
-            batch = forward.layout(part, self.options.pack_tokens, self.formatter.tokenizer.pad_token_id).to(device)
-            logits = forward(batch)  # (N, V)
-            forget, normal = batch.tokens_of("forget"), batch.tokens_of("normal")
-            original = reference.logits([s for s in part if s.kind == "normal"])
+    def evaluate(self, answer_model: AnswerLogitsModel, reference: ReferenceCache) -> dict[str, float | None]:
+        """Metrics of the model as it is now; `docs/fields.md` says what each means. None: nothing to measure."""
+        values: dict[str, list[torch.Tensor]] = {"nll": [], "kl": [], "first_token_kl": []}
+        device = next(answer_model.parameters()).device
+        for start in range(0, len(self.sequences), BATCH):
+            part = self.sequences[start : start + BATCH]
+            batch = answer_model.layout(part, self.pack_tokens, self.formatter.tokenizer.pad_token_id).to(device)
+            forget, normal = batch.tokens_of("forget"), batch.tokens_of("normal")  # (M,) bool
+            original = reference.logits([s for s in part if s.draw == "normal"])
             nll, kl = fused_nll_and_kl(
-                logits, batch.target_to_logit, batch.targets, batch.target_to_logit[normal], original
+                answer_model(batch), batch.target_to_logit, batch.targets, batch.target_to_logit[normal], original
             )
-            totals["nll"].append(nll[forget])
-            totals["kl"].append(kl)
-            totals["first_kl"].append(kl[batch.is_first_token[normal]])
-        found = {f"dev_{name}": torch.cat(v).mean().item() if v and torch.cat(v).numel() else None
-                 for name, v in totals.items()}  # fmt: skip
-        return {**found, **self._answers(forward.generator)}
+            values["nll"].append(nll[forget])
+            values["kl"].append(kl)
+            values["first_token_kl"].append(kl[batch.is_first_token[normal]])
+        metrics = {f"dev_{name}": torch.cat(v).mean().item() if v and torch.cat(v).numel() else None
+                   for name, v in values.items()}  # fmt: skip
+        return metrics | self._answer_rates(answer_model.generator)
 
-    def _answers(self, model) -> dict:
-        rows = self.forget + self.normal
+    def _answer_rates(self, model) -> dict[str, float | None]:
+        """How many short greedy answers are on topic and how many are empty, a side."""
+        rows = [row for some in self.rows.values() for row in some]
         prompts = [self.formatter.prompt(row.prompt) for row in rows]
         answers = generate(
-            model, self.formatter, prompts, max_new_tokens=self.options.eval_tokens,
-            batch_size=self.options.generation_batch,
-        )  # fmt: skip
-        texts = [text for text, _ in answers]
-        found = {}
-        sides = {"forget": slice(0, len(self.forget)), "normal": slice(len(self.forget), None)}
+            model, self.formatter, prompts, max_new_tokens=self.answer_tokens, batch_size=self.batch_size
+        )
+        texts, rates, start = [text for text, _ in answers], {}, 0
+        topical = None
         if self.embed:
             cosine = (self.embed(texts) * self.prompt_vectors).sum(-1).tolist()
             topical = [on_topic(c, text) for c, text in zip(cosine, texts, strict=True)]
-            found = {f"dev_{side}_on_topic": _share(topical[part]) for side, part in sides.items()}
-        return found | {f"dev_{side}_empty": _share([is_empty(t) for t in texts[part]]) for side, part in sides.items()}
+        for side, some in self.rows.items():
+            part = slice(start, start + len(some))
+            if topical is not None:
+                rates[f"dev_{side}_on_topic"] = _rate(topical[part])
+            rates[f"dev_{side}_empty"] = _rate([is_empty(text) for text in texts[part]])
+            start += len(some)
+        return rates
 
-    def selection_key(self, found: dict) -> tuple[float, float]:
+    def selection_key(self, metrics: dict) -> tuple[float, float]:
         """Smaller is better, for states within the KL budget: answers lost or still given, then the KL."""
-        if self.embed and found["dev_forget_on_topic"] is not None and found["dev_normal_on_topic"] is not None:
-            return found["dev_forget_on_topic"] - found["dev_normal_on_topic"], found["dev_kl"] or 0.0
-        return -(found["dev_nll"] or 0.0), found["dev_kl"] or 0.0
+        forget, normal = metrics.get("dev_forget_on_topic"), metrics.get("dev_normal_on_topic")
+        if forget is not None and normal is not None:
+            return forget - normal, metrics["dev_kl"] or 0.0
+        return -(metrics["dev_nll"] or 0.0), metrics["dev_kl"] or 0.0
 
 
-def _share(flags: list[bool]) -> float | None:
+def _rate(flags: list[bool]) -> float | None:
     return sum(flags) / len(flags) if flags else None

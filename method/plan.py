@@ -2,95 +2,129 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
 from accelerate import PartialState
 
-from data_module import Sequence
+from data_module import PromptFormatter, Sequence
 from engine.processes import local_microbatches, local_shard
 from engine.reference import ReferenceCache
 from engine.tree import AnswerLogitsModel, Batch
-from method.objective import compute_losses, sequences_needing_reference
+from method.recipe import Recipe
+from method.sampler import UnlearnBatchSampler
+from method.terms import compute_losses, count_draws, layers_of, sequences_needing_reference
 from utils import current_memory_gib, free_memory_gib, peak_memory_gib, trim_cpu_heap
 
-SAMPLED_STEPS = 100  # evenly over the run, of which
-# Of what a step takes on a processor, so much stays in blocks that the next steps have no use for, with each tenfold of
+NUM_SAMPLED_STEPS = 100  # evenly over the run, of which
+NUM_TRIED_STEPS = 3  # the largest are tried; the first one warms up
+# On a CPU, each step leaves this fraction of what it uses in blocks that later steps cannot use, with each tenfold of
 # the steps: measured over 12, 60 and 300 of them (docs/LOG.md, "Memory that grows").
-HOLES = 1 / 3
-TRIED_STEPS = 3  # the largest are tried; the first one warms up
+FRAGMENTATION_FRACTION = 1 / 3
 
 
-def print_plan(options, formatter, rows, forward: AnswerLogitsModel, layout_line: str) -> None:
-    """Print the plan to standard output; no weight is changed.
+@dataclasses.dataclass
+class PlanEstimate:
+    """What the probe found: sizes of the first and of the largest batch, memory in GiB, seconds a step."""
 
-    What is tried is a forward and a backward of some of the steps, the largest last, since these decide the peak.
-    """
-    device, pad_id = next(forward.parameters()).device, formatter.tokenizer.pad_token_id
+    first: Batch
+    largest: Batch
+    peak_gib: float
+    optimizer_gib: float
+    available_gib: float
+    step_seconds: float
 
-    def first_part(step: int) -> tuple[list[Sequence], list[Sequence]]:
-        step_sequences = rows.sequences(step, formatter)
-        return max(
-            local_microbatches(step_sequences, options.gradient_accumulation, PartialState()), key=_tokens
-        ), step_sequences
 
-    sampled = range(0, options.max_unlearn_steps, -(-options.max_unlearn_steps // SAMPLED_STEPS))
-    by_size = sorted(sampled, key=lambda step: _tokens(first_part(step)[0]))
-    first = forward.layout(first_part(0)[0], options.pack_tokens, pad_id)
-    tried = [first_part(step) for step in by_size[-TRIED_STEPS:]]
-    scheduled_sequences = [s for sequences, _ in tried for s in sequences]
-    reference = ReferenceCache(
-        forward, sequences_needing_reference(scheduled_sequences, options), options.pack_tokens, pad_id
-    )
+def print_plan(
+    options, recipe: Recipe, formatter: PromptFormatter, sampler: UnlearnBatchSampler, answer_model: AnswerLogitsModel,
+    layout_line: str,
+) -> None:  # fmt: skip
+    """Print the plan to standard output; no weight is changed."""
+    estimate = estimate_plan(options, recipe, formatter, sampler, answer_model)
+    if PartialState().is_main_process:
+        print("\n".join(_plan_lines(options, recipe, formatter, sampler, answer_model, layout_line, estimate)))
+
+
+def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: AnswerLogitsModel) -> PlanEstimate:
+    """Try a forward and a backward of some of the steps, the largest last, since these decide the peak."""
+    device, pad_id = next(answer_model.parameters()).device, formatter.tokenizer.pad_token_id
+    pack_tokens, layers = recipe.layout.pack_tokens, layers_of(recipe.terms)
+
+    def largest_part(step: int) -> tuple[list[Sequence], list[Sequence]]:
+        sequences = sampler.sequences(step, formatter)
+        parts = local_microbatches(sequences, options.gradient_accumulation, PartialState())
+        return max(parts, key=_num_tokens), sequences
+
+    sampled = range(0, options.max_unlearn_steps, -(-options.max_unlearn_steps // NUM_SAMPLED_STEPS))
+    by_size = sorted(sampled, key=lambda step: _num_tokens(largest_part(step)[0]))
+    first = answer_model.layout(largest_part(0)[0], pack_tokens, pad_id)
+    tried = [largest_part(step) for step in by_size[-NUM_TRIED_STEPS:]]
+    scheduled = [s for sequences, _ in tried for s in sequences]
+    needed = sequences_needing_reference(scheduled, recipe.terms)
+    reference = ReferenceCache(answer_model, needed, pack_tokens, pad_id, layers=layers)
     trim_cpu_heap()
     before = current_memory_gib(device)
-    for sequences, step_sequences in tried:
+    for sequences, whole_step in tried:
         start = time.perf_counter()
-        largest = forward.layout(sequences, options.pack_tokens, pad_id).to(device)
-        sum(t["loss"] for t in compute_losses(largest, forward(largest), reference, options, step_sequences)).backward()
-        forward.zero_grad(set_to_none=True)
+        largest = answer_model.layout(sequences, pack_tokens, pad_id).to(device)
+        out = answer_model(largest, layers=layers)
+        logits, states = out if layers else (out, {})
+        losses = compute_losses(recipe.terms, largest, logits, states, reference, count_draws(whole_step))
+        sum(term.loss for term in losses).backward()
+        answer_model.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
 
-    visited_forget, visited_normal = rows.rows_to_visit()
-    weights = list(forward.parameters())
-    trained = sum(p.numel() for p in weights if p.requires_grad)
-    held = sum(local_shard(p).numel() for p in weights if p.requires_grad)  # by this process, where the model is split
-    seconds *= options.gradient_accumulation * first.num_tokens / largest.num_tokens
+    weights = list(answer_model.parameters())
+    trained = sum(local_shard(p).numel() for p in weights if p.requires_grad)  # by this process, where it is split
     # the probe has held weights, activations, logits and gradients; what only the first update and the cache add:
-    cached = sum(len(s.answer_ids) for s in largest.sequences if s.kind == "normal") * options.max_unlearn_steps
-    width = forward.model.config.get_text_config().hidden_size * weights[0].element_size()
+    cached = sum(len(s.answer_ids) for s in sequences_needing_reference(largest.sequences, recipe.terms))
+    cached *= options.max_unlearn_steps
+    width = answer_model.model.config.get_text_config().hidden_size * weights[0].element_size()
     kept = {"adamw": 8, "adamw8bit": 2}[options.optimizer] + 4 * bool(options.kl_budget)  # moments; best state
     tenfolds = math.log10(options.max_unlearn_steps) if device.type == "cpu" else 0.0
-    holes = HOLES * tenfolds * (peak_memory_gib(device) - before)
+    fragmented = FRAGMENTATION_FRACTION * tenfolds * (peak_memory_gib(device) - before)
     saves = 0 < options.save_every < options.max_unlearn_steps and not options.use_lora
     copies = 8 * sum(p.numel() for p in weights) if saves and device.type == "cpu" else 0  # masters and model, in fp32
-    peak = peak_memory_gib(device) + holes + (kept * held + cached * width + copies) / 2**30
-    room = peak_memory_gib(device) + free_memory_gib(device)
+    return PlanEstimate(
+        first, largest,
+        peak_gib=peak_memory_gib(device) + fragmented + (kept * trained + cached * width + copies) / 2**30,
+        optimizer_gib=kept * trained / 2**30,
+        available_gib=peak_memory_gib(device) + free_memory_gib(device),
+        step_seconds=seconds * options.gradient_accumulation * first.num_tokens / largest.num_tokens,
+    )  # fmt: skip
+
+
+def _plan_lines(options, recipe, formatter, sampler, answer_model, layout_line, estimate: PlanEstimate) -> list[str]:
+    parameters = list(answer_model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    visited = {side: len(sampler.answered_rows(side)) for side in sampler.rows}
+    rows = {side: sum(map(len, sources)) for side, sources in sampler.rows.items()}
+    terms = ", ".join(f"{term.weight:g} x {term.name}" for term in recipe.terms)
+    part = "a step" if options.gradient_accumulation == 1 else "part of a step"
     lines = [
-        f"model          {options.model_name}: {sum(p.numel() for p in weights):,} parameters, {trained:,} trained",
+        f"model          {options.model_name}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",
+        f"minimised      {terms}",
         f"layout         {layout_line}",
-        f"rows visited   {len(visited_forget):,} harmful of {sum(map(len, rows.forget)):,}, "
-        f"{len(visited_normal):,} normal of {sum(map(len, rows.normal)):,}; {len(rows.pool):,} random answers to draw",
-        f"{'a step' if options.gradient_accumulation == 1 else 'part of a step':14s} {_size(first)}; the largest: "
-        f"{_size(largest)}",
-        f"memory         {peak:.2f} GiB at most ({kept * held / 2**30:.2f} of it the optimizer's state); "
-        + _advice(peak, room, options),
-        f"time           {seconds:.1f} s a step (one probe step), {options.max_unlearn_steps} steps: "
-        f"{seconds * options.max_unlearn_steps / 60:.0f} min",
+        f"rows visited   {visited['forget']:,} forget of {rows['forget']:,}, {visited['normal']:,} normal of "
+        f"{rows['normal']:,}; {len(sampler.replacement_pool):,} replacement answers to draw from",
+        f"{part:14s} {_size(estimate.first)}; the largest: {_size(estimate.largest)}",
+        f"memory         {estimate.peak_gib:.2f} GiB at most ({estimate.optimizer_gib:.2f} of it the optimizer's "
+        f"state); {_advice(estimate, options)}",
+        f"time           {estimate.step_seconds:.1f} s a step (one probe step), {options.max_unlearn_steps} steps: "
+        f"{estimate.step_seconds * options.max_unlearn_steps / 60:.0f} min",
         "",
-        "first batch; [..] is an answer, trained on; the words before it are not:",
+        "first batch; [..] is the continuation that a term looks at; the words before it are the prompt:",
     ]
     decode = formatter.tokenizer.decode
-    for sequence in first.sequences:
-        prompt = decode(list(sequence.prompt_ids)).replace("\n", "\\n")
-        answer = decode(list(sequence.answer_ids)).replace("\n", "\\n")
-        follows = f" each token to be followed by [{decode(list(sequence.targets[:1]))}]" if sequence.targets else ""
-        lines.append(f"  {sequence.kind:7s} row {sequence.group}: {prompt}[{answer}]{follows}")
-    if PartialState().is_main_process:
-        print("\n".join(lines))
+    for s in estimate.first.sequences:
+        prompt, answer = (decode(list(ids)).replace("\n", "\\n") for ids in (s.prompt_ids, s.answer_ids))
+        follows = f" each token to be followed by [{decode(list(s.targets[:1]))}]" if s.targets else ""
+        lines.append(f"  {s.draw:8s} row {s.example_id}: {prompt}[{answer}]{follows}")
+    return lines
 
 
-def _tokens(sequences: list[Sequence]) -> int:
+def _num_tokens(sequences: list[Sequence]) -> int:
     return sum(s.length for s in sequences)
 
 
@@ -101,11 +135,13 @@ def _size(batch: Batch) -> str:
     )
 
 
-def _advice(peak: float, room: float, options) -> str:
+def _advice(estimate: PlanEstimate, options) -> str:
     """Whether it fits, and what to switch on where it does not."""
-    if not peak > 0.9 * room:
-        return f"fits in {room:.1f} GiB" if room > 0 else "the system does not tell how much there is"
+    if not estimate.peak_gib > 0.9 * estimate.available_gib:
+        if estimate.available_gib > 0:
+            return f"fits in {estimate.available_gib:.1f} GiB"
+        return "the system does not tell how much there is"
     switches = [text for text, on in (("--use_lora", options.use_lora),
                                       ("--gradient_checkpointing", options.gradient_checkpointing))
                 if not on]  # fmt: skip
-    return f"does not fit in {room:.1f} GiB: use {' and '.join(switches) or 'a larger machine'}"
+    return f"does not fit in {estimate.available_gib:.1f} GiB: use {' and '.join(switches) or 'a larger machine'}"

@@ -31,6 +31,7 @@ class Row:
     source: str = ""
     true_answers: tuple[str, ...] = ()  # every answer known to be true, for the mismatch pool
     complete: bool = True  # False: the response was cut, so no end-of-turn token follows it
+    wanted: str | None = None  # what the model is to answer instead, where the file tells
 
 
 def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[list[Row]]:
@@ -172,7 +173,9 @@ def _rows_of(record: dict, source: str, where: str, harmful: bool) -> list[Row]:
     correct = str(lower.get("correct answers") or "")
     true_answers = [response or "", *(part.strip() for part in correct.split(";"))]
     category = _category(lower.get("category") or lower.get("semanticcategory"))
-    return [Row(prompt, response or None, category, row_id, source, tuple(dict.fromkeys(filter(None, true_answers))))]
+    wanted = _text(lower["wanted"], where, "wanted") if lower.get("wanted") is not None else None
+    true_answers = tuple(dict.fromkeys(filter(None, true_answers)))
+    return [Row(prompt, response or None, category, row_id, source, true_answers, wanted=wanted or None)]
 
 
 def _text(value, where: str, field: str) -> str:

@@ -142,20 +142,20 @@ def run_python(*words, cwd: Path, env: dict = ENVIRONMENT):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
 
 
-def poison_losses(monkeypatch, calls_to_poison) -> None:
-    """From here on, the loss of these calls (1, 2, ...) of unlearn_harm.compute_losses is NaN."""
-    import unlearn_harm
+def poison_losses(monkeypatch, is_poisoned, value: float = float("nan")) -> None:
+    """From here on, the first term's loss of the calls (1, 2, ...) that `is_poisoned` names is `value`."""
+    from method import step
 
-    real, calls = unlearn_harm.compute_losses, []
+    real, calls = step.compute_losses, []
 
     def poisoned(*arguments):
         calls.append(1)
         terms = real(*arguments)
-        if len(calls) in calls_to_poison:
-            terms[0]["loss"] = terms[0]["loss"] * float("nan")
+        if is_poisoned(len(calls)):
+            terms[0].loss = terms[0].loss * value
         return terms
 
-    monkeypatch.setattr(unlearn_harm, "compute_losses", poisoned)
+    monkeypatch.setattr(step, "compute_losses", poisoned)
 
 
 def run_cli(script: str, *words, cwd: Path, launcher: tuple[str, ...] = (), env: dict | None = None,

@@ -122,7 +122,7 @@ def test_a_prompt_longer_than_the_context_is_cut_at_its_beginning():
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--num_random_answers=200"], "--num_random_answers 200: the normal data holds only"),
+    (["--set=mismatch.answers=200"], "mismatch.answers 200: the normal data holds only"),
     (["--model_name=."], "model .: not a model folder (it has no config.json)"),
     (["--max_answer_tokens=600"], "answers of 600 tokens leave no room"),
 ])  # fmt: skip

@@ -10,7 +10,9 @@ from conftest import SHARED, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_module import PromptFormatter, UnlearnBatchSampler, refuse_overlap, split_of, split_rows, split_sources
+from data_module import PromptFormatter, refuse_overlap, split_of, split_rows, split_sources
+from method.recipe import parse_run, read_recipe
+from method.sampler import UnlearnBatchSampler
 from options import UnlearnOptions
 from sources.rows import Row, read_rows, read_sources
 from utils import UsageError
@@ -20,16 +22,23 @@ def formatter(kind="opt", template="auto", prompt_tokens=512, answer_tokens=128)
     return PromptFormatter(make_tokenizer(kind), template, prompt_tokens, answer_tokens)
 
 
-def options(**changes):
-    return dataclasses.replace(UnlearnOptions(), **changes)
+def make_sampler(forget, normal, *words):
+    """A sampler of these sources with the draws of a run that was started with these words."""
+    options = parse_run(list(words))
+    recipe = read_recipe(options)
+    draws = list({term.draw.name: term.draw for term in recipe.terms}.values())
+    sampler = UnlearnBatchSampler(
+        forget, normal, draws, seed=options.seed, steps=options.max_unlearn_steps, wording=recipe.wording
+    )
+    return sampler
 
 
-def step_rows(normal=None, **changes):
+def filled_sampler(normal=None, *words):
     forget = [Row(f"bad {i}", f"bad answer {i}") for i in range(7)]
     normal = normal or [[Row(f"good {i}", f"fine {i}", true_answers=(f"fine {i}",)) for i in range(9)]]
-    rows = UnlearnBatchSampler([forget], normal, options(**changes))
-    rows.fill_responses(lambda wanted, tokens: wanted)
-    return rows
+    sampler = make_sampler([forget], normal, *words)
+    sampler.fill_responses(lambda wanted, tokens: wanted)
+    return sampler
 
 
 # ---------------------------------------------------------------------------------------- answer boundary
@@ -94,13 +103,14 @@ def test_a_model_that_is_silent_is_not_pushed_away_from_silence():
     """An empty harmful answer is the end of the turn alone; ascent on it would teach the model to speak."""
     forget = [Row("bad 0", ""), Row("bad 1", "take the pick")]
     normal = [[Row(f"good {i}", f"fine {i}", true_answers=(f"fine {i}",)) for i in range(9)]]
-    rows, e = UnlearnBatchSampler([forget], normal, options(begun_answer_tokens=3)), formatter("chat")
+    rows, e = make_sampler([forget], normal, "--set=stop.prefill_tokens=3"), formatter("chat")
     rows.fill_responses(lambda wanted, tokens: wanted)
-    asked = {"forget": set(), "random": set(), "normal": set()}
+    asked = {"forget": set(), "mismatch": set(), "stop": set(), "retain": set()}
     for s in (s for step in range(4) for s in rows.sequences(step, e)):
-        asked[s.kind].add(e.tokenizer.decode(s.prompt_ids).split("\n")[1])
+        asked[s.draw].add(e.tokenizer.decode(s.prompt_ids).split("\n")[1])
     assert asked["forget"] == {"bad 1<|im_end|>"}
-    assert asked["random"] == {"bad 0<|im_end|>", "bad 1<|im_end|>"}
+    assert asked["mismatch"] == {"bad 0<|im_end|>", "bad 1<|im_end|>"}
+    assert asked["stop"] == {"bad 1<|im_end|>"}
 
 
 def test_a_long_prompt_loses_its_beginning_and_is_counted():
@@ -189,8 +199,14 @@ def test_no_false_answer_is_ever_in_the_mismatch_pool(tmp_path):
              "Incorrect Answers": "a third lie"},
         ]
     ).to_csv(file, index=False, encoding="utf-8-sig")  # fmt: skip
-    rows = step_rows([read_rows(str(file), "--normal_data")], num_random_answers=5)
-    assert sorted(text for text, _ in rows.pool) == ["also so", "true four", "true one", "true three", "true two"]
+    rows = filled_sampler([read_rows(str(file), "--normal_data")], "--set=mismatch.answers=5")
+    assert sorted(text for text, _ in rows.replacement_pool) == [
+        "also so",
+        "true four",
+        "true one",
+        "true three",
+        "true two",
+    ]
 
 
 @pytest.mark.parametrize(("suffix", "write"), [
@@ -240,15 +256,17 @@ def test_splits_are_by_prompt_whatever_file_it_stands_in():
     assert len(split_rows([Row("one")], 3, 0.45, 0.45)["train"]) == 1  # a single row is trained on
     # and is held out nowhere then, in whichever file it stands
     held = next(row for row in parts["test"] if row.prompt in prompts["test"])
-    _, many = split_sources([[held], rows], options(seed=1, dev_share=0.1, test_share=0.2))
+    options = UnlearnOptions(seed=1, dev_share=0.1, test_share=0.2)
+    _, many = split_sources([[held], rows], options)
     assert held.prompt not in {row.prompt for row in many["test"] + many["dev"]}
     assert len(many["test"]) == len(parts["test"]) - 2
 
 
 def test_each_pass_shuffles_anew_and_leaves_no_row_out():
     """Published: harmful rows were never shuffled, and only the first few hundred were ever used."""
-    rows = step_rows(batch_size=2)
-    visited = [i for step in range(7) for _, i in rows.forget_visits(step)]  # 14 visits: two passes over 7 rows
+    rows = filled_sampler()
+    (draw,) = (draw for draw in rows.draws if draw.name == "forget")
+    visited = [e.index for step in range(7) for e in draw.examples(step, rows)]  # 14 visits: two passes over 7 rows
     assert sorted(visited[:7]) == sorted(visited[7:]) == list(range(7))
     assert visited[:7] != visited[7:]
 
@@ -257,24 +275,25 @@ def test_sources_take_turns_on_both_sides():
     """A small source among large ones gets its share: its rows are no fewer in a step than the others'."""
     normal = [[Row(f"a{i}", "x", true_answers=("x", "y", "z", "u", "v")) for i in range(50)], [Row("b", "y")]]
     forget = [[Row(f"bad {i}", "x") for i in range(50)], [Row("rare", "y"), Row("seldom", "z")]]
-    rows = UnlearnBatchSampler(forget, normal, options(batch_size=2, normal_batch_size=4, empty_answer_rows=6))
+    rows = make_sampler(forget, normal, "--batch_size=2", "--set=retain.rows=4", "--set=stop.rows=6")
     rows.fill_responses(lambda wanted, tokens: wanted)
-    assert [source for source, _ in rows.normal_visits(3)] == [0, 1, 0, 1]
-    assert [source for source, _ in rows.forget_visits(3)] == [0, 1]
-    assert [source for source, _ in rows.empty_visits(3)] == [0, 1, 0, 1, 0, 1]
+    sources = {draw.name: [e.source for e in draw.examples(3, rows)] for draw in rows.draws}
+    assert sources["retain"] == [0, 1, 0, 1]
+    assert sources["forget"] == sources["mismatch"] == [0, 1]
+    assert sources["stop"] == [0, 1, 0, 1, 0, 1]
     e = formatter()
     asked = [
-        e.tokenizer.decode(s.prompt_ids) for step in range(4) for s in rows.sequences(step, e) if s.kind == "forget"
+        e.tokenizer.decode(s.prompt_ids) for step in range(4) for s in rows.sequences(step, e) if s.draw == "forget"
     ]
     assert sum("rare" in text for text in asked) == sum("seldom" in text for text in asked) == 2
 
 
 def test_random_answers_depend_on_seed_step_and_row_alone():
-    rows, e = step_rows(num_random_answers=3, batch_size=4), formatter()
-    answers = {(s, r): rows.random_answers(s, r) for s in range(3) for r in range(4)}
+    rows, e = filled_sampler(None, "--set=mismatch.answers=3", "--batch_size=4"), formatter()
+    answers = {(s, r): rows.replacement_answers(s, r, 3) for s in range(3) for r in range(4)}
     assert len(set(map(tuple, answers.values()))) > 6
-    again = step_rows(num_random_answers=3, batch_size=4)
-    assert {key: again.random_answers(*key) for key in reversed(answers)} == answers
+    again = filled_sampler(None, "--set=mismatch.answers=3", "--batch_size=4")
+    assert {key: again.replacement_answers(*key, 3) for key in reversed(answers)} == answers
     assert all(len(set(drawn)) == 3 for drawn in answers.values())
     # a process's share of a step is a part of the whole step's rows: nothing is drawn from a running generator
     assert rows.sequences(2, e) == again.sequences(2, e)
@@ -289,17 +308,16 @@ def test_both_sides_are_put_in_other_words_at_the_share_asked_for():
     ]
     asked = {}
     for share in (0.0, 0.5):
-        rows = UnlearnBatchSampler(
-            [list(forget)], [list(normal[0])], options(rephrase_share=share, batch_size=4, num_random_answers=2)
-        )
+        rows = make_sampler([list(forget)], [list(normal[0])], f"--set=wording.paraphrase_fraction={share}",
+                            "--batch_size=4", "--set=mismatch.answers=2")  # fmt: skip
         rows.fill_responses(lambda wanted, tokens: wanted)
         plain = {tuple(e.prompt(row.prompt)) for row in forget + normal[0]}
         seen = [s for step in range(40) for s in rows.sequences(step, e)]
-        for kind in ("forget", "normal"):
-            prompts = [s.prompt_ids in plain for s in seen if s.kind == kind]
+        for kind, draw in (("forget", "forget"), ("normal", "retain")):
+            prompts = [s.prompt_ids in plain for s in seen if s.draw == draw]
             asked[share, kind] = sum(prompts) / len(prompts)
         # a row's random answers follow the very words that its own answer follows
-        assert all(len({s.prompt_ids for s in rows.sequences(3, e) if s.kind != "normal" and s.group == g}) == 1
+        assert all(len({s.prompt_ids for s in rows.sequences(3, e) if s.draw != "retain" and s.example_id == g}) == 1
                    for g in range(4))  # fmt: skip
         assert rows.sequences(3, e) == rows.sequences(3, e)
     assert asked[0.0, "forget"] == asked[0.0, "normal"] == 1
@@ -310,19 +328,19 @@ def test_both_sides_are_put_in_other_words_at_the_share_asked_for():
 @pytest.mark.parametrize(("kind", "style"), [("chat", "chat"), ("opt", "qa")])
 def test_an_earlier_turn_stands_before_a_share_of_both_sides(kind, style):
     """Its prompt and answer come from either side, so that it tells nothing; the request itself stays whole."""
-    rows, e = step_rows(earlier_turn_share=0.25), formatter(kind)
+    rows, e = filled_sampler(None, "--set=wording.multi_turn_fraction=0.25"), formatter(kind)
     plain, seen = {tuple(e.prompt(f"{side} {i}")) for side in ("bad", "good") for i in range(9)}, set()
-    counts = {"forget": [0, 0], "normal": [0, 0]}
+    counts = {"forget": [0, 0], "retain": [0, 0]}
     for step in range(200):
         for s in rows.sequences(step, e):
-            if s.kind != "random":
-                counts[s.kind][s.prompt_ids not in plain] += 1
+            if s.draw != "mismatch":
+                counts[s.draw][s.prompt_ids not in plain] += 1
                 if s.prompt_ids not in plain:
                     text = e.tokenizer.decode(s.prompt_ids)
                     first, second = (m for m in re.finditer(r"(bad|good) \d\b", text))
                     assert re.search(r"(bad answer|fine) \d", text[first.end() : second.start()])
                     assert tuple(s.prompt_ids[-6:]) in {p[-6:] for p in plain}  # the end of a prompt, as it always is
-                    seen.add((s.kind, first.group(1)))
+                    seen.add((s.draw, first.group(1)))
     assert seen == {(kind, side) for kind in counts for side in ("bad", "good")}
     for usual, second_turn in counts.values():
         assert 0.18 < second_turn / (usual + second_turn) < 0.32
@@ -333,20 +351,20 @@ def test_answers_are_begun_alike_on_both_sides_and_ended_on_one():
     e, tokens = formatter("chat"), 3
     forget = [[Row(f"bad {i}", f"take pick {i} and go") for i in range(7)]]
     normal = [[Row(f"good {i}", f"bake loaf {i} and eat", true_answers=("a",)) for i in range(9)]]
-    rows = UnlearnBatchSampler(forget, normal, options(begun_answer_tokens=tokens, empty_answer_rows=4, first_token_rows=4,
-                                            num_random_answers=1))  # fmt: skip
+    rows = make_sampler(forget, normal, f"--set=stop.prefill_tokens={tokens}", f"--set=retain.prefill_tokens={tokens}",
+                        "--set=stop.rows=4", "--set=retain.first_token_rows=4", "--set=mismatch.answers=1")  # fmt: skip
     rows.fill_responses(lambda wanted, _: wanted)
     (end,) = e.answer("", "chat")
-    begun = {"random": [], "normal": []}
+    begun = {"stop": [], "retain": []}
     for step in range(40):
         for s in rows.sequences(step, e):
-            whole = s.group < 2  # --batch_size rows with their whole answers stand before the further ones
-            if s.kind == "random" and s.targets:
+            whole = s.example_id < 2  # --batch_size rows with their whole answers stand before the further ones
+            if s.draw == "stop" and s.targets:
                 assert s.targets == (end,) * len(s.answer_ids)  # whatever was begun, the turn ends there
             if not whole and s.answer_ids != (end,):
                 assert len(s.answer_ids) == tokens
-                begun[s.kind].append(e.tokenizer.decode(s.answer_ids).split()[0])
-                assert (s.targets is None) == (s.kind == "normal")  # the original's own next words are what is held
+                begun[s.draw].append(e.tokenizer.decode(s.answer_ids).split()[0])
+                assert (s.targets is None) == (s.draw == "retain")  # the original's own next words are what is held
     for words in begun.values():
         assert len(words) == 40 * 4
         assert 0.1 < sum(word == "take" for word in words) / len(words) < 0.9  # both sides' answers on either side
@@ -354,16 +372,16 @@ def test_answers_are_begun_alike_on_both_sides_and_ended_on_one():
 
 def test_without_the_kl_the_random_answers_are_still_the_normal_rows_own():
     """The paper's ablation on prompts alone: no normal row is visited, and none would have had an answer."""
-    rows = UnlearnBatchSampler([[Row("bad", "no")]], [[Row(f"good {i}") for i in range(50)]], options(normal_weight=0))
+    rows = make_sampler([[Row("bad", "no")]], [[Row(f"good {i}") for i in range(50)]], "--normal_weight=0")
     rows.fill_responses(lambda wanted, _: [dataclasses.replace(r, response=r.response or f"own {r.prompt}")
                                            for r in wanted])  # fmt: skip
-    assert len(rows.pool) == 32
-    assert {s.kind for s in rows.sequences(0, formatter())} == {"forget", "random"}
+    assert len(rows.replacement_pool) == 32
+    assert {s.draw for s in rows.sequences(0, formatter())} == {"forget", "mismatch"}
 
 
 def test_too_few_random_answers_are_refused():
     with pytest.raises(UsageError, match="holds only 1 different answers"):
-        step_rows([[Row("q", "only", true_answers=("only",))]], num_random_answers=5)
+        filled_sampler([[Row("q", "only", true_answers=("only",))]], "--set=mismatch.answers=5")
 
 
 # ---------------------------------------------------------------------------------------------- real rows

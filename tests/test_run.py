@@ -26,15 +26,17 @@ import evaluate_unlearning
 import unlearn_harm
 from engine.adapters import LoraSettings, add_lora, freeze
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings
+from engine.saving import gather_weights, lock_output_dir, write_model
 from engine.tree import AnswerLogitsModel
 from evaluate_unlearning import load_cached_report, report_folder
+from method.objectives import Npo
+from method.recipe import parse_run, read_recipe
 from options import EvaluateOptions, UnlearnOptions, parse
-from unlearn_harm import gather_weights, lock_output_dir, write_model
 from utils import RunError, UsageError, load_model, load_tokenizer
 
 SMALL = [
-    "--dtype=fp32", "--max_unlearn_steps=5", "--lr=1e-3", "--num_random_answers=2", "--max_answer_tokens=12",
-    "--eval_prompts=4", "--eval_tokens=6", "--save_every=0", "--threads=1",
+    "--dtype=fp32", "--max_unlearn_steps=5", "--lr=1e-3", "--max_answer_tokens=12", "--save_every=0", "--threads=1",
+    "--set=mismatch.answers=2", "--set=dev.prompts=4", "--set=dev.tokens=6",
 ]  # fmt: skip
 
 
@@ -207,7 +209,7 @@ def test_the_ceiling_stops_the_run_at_the_step_that_reaches_it(tmp_path, model_f
     run = run_cli(
         "unlearn_harm.py", f"--model_name={model_folders['opt']}", "--model_save_dir=out", "--log_file=out.log",
         *data_words(data_files), *SMALL, "--max_unlearn_steps=60", "--lr=1e-2", "--random_weight=0",
-        "--normal_weight=0", "--max_bad_loss=20", "--forget_ceiling=0", cwd=tmp_path,
+        "--normal_weight=0", "--max_bad_loss=20", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     losses = [e["bad_loss"] for e in events(tmp_path / "out.jsonl", "step")]
@@ -250,17 +252,17 @@ def test_a_run_is_not_written_over_the_folder_it_runs_in(tmp_path, monkeypatch):
 def test_a_recipe_gives_way_to_another_objective():
     """--forget_loss npo with the tuned recipe, whose ceiling is for gradient ascent alone."""
     words = ["--method=selective", "--forget_loss=npo"]
-    assert parse(UnlearnOptions, words).forget_ceiling == 0
-    assert parse(UnlearnOptions, words[:1]).forget_ceiling == 6
-    with pytest.raises(UsageError, match="--forget_ceiling is for --forget_loss ascent"):
-        parse(UnlearnOptions, [*words, "--forget_ceiling=6"])
+    term = read_recipe(parse_run(words)).terms[0]
+    assert (term.name, term.objective) == ("forget", Npo())
+    assert read_recipe(parse_run(words[:1])).terms[0].objective.ceiling == 6
+    with pytest.raises(UsageError, match="forget: has no setting 'ceiling'"):
+        parse_run([*words, "--set=forget.ceiling=6"])
 
 
 def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, model_folders, data_files):
     """A NaN is put into the loss of the second step: that step is not taken, the run goes on."""
     monkeypatch.chdir(tmp_path)
     poison_losses(monkeypatch, {2})
-    real = unlearn_harm.compute_losses
     words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
              *map(str, data_words(data_files)), *SMALL]  # fmt: skip
     monkeypatch.setattr("sys.argv", words)
@@ -268,9 +270,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, mod
     assert "step 2: loss nan" in (tmp_path / "out.log").read_text()
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out").values())
     monkeypatch.setattr("sys.argv", [*words, "--overwrite", "--max_unlearn_steps=40"])
-    monkeypatch.setattr(
-        unlearn_harm, "compute_losses", lambda *a: [{**t, "loss": t["loss"] * float("inf")} for t in real(*a)]
-    )
+    poison_losses(monkeypatch, lambda call: True, float("inf"))
     with pytest.raises(unlearn_harm.RunError, match="after 5 times half the learning rate: lower --lr"):
         unlearn_harm.main()
 
@@ -278,8 +278,8 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, mod
 def test_adapters_train_under_checkpointing_and_are_merged(tmp_path, model_folders, data_files):
     run = run_cli(
         "unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
-        *data_words(data_files), *SMALL, "--use_lora", "--lora_rank=4", "--gradient_checkpointing",
-        "--frozen_layers=1", "--dtype=bf16", cwd=tmp_path,
+        *data_words(data_files), *SMALL, "--use_lora", "--set=lora.rank=4", "--gradient_checkpointing",
+        "--set=trainable.frozen_layers=1", "--dtype=bf16", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     adapter = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
@@ -311,9 +311,9 @@ def test_adapters_reach_experts_but_those_of_frozen_layers(tmp_path, model_folde
     tokenizer = load_tokenizer(str(model_folders["llama"]))
     tiny_model("mixtral", len(tokenizer)).save_pretrained(tmp_path / "base")
     model = load_model(str(tmp_path / "base")).eval()
-    options = UnlearnOptions(model_name=str(tmp_path / "base"), use_lora=True, lr=1e-1, warmup_steps=0, frozen_layers=1)
+    options = UnlearnOptions(model_name=str(tmp_path / "base"), use_lora=True)
     adapters = add_lora(model, LoraSettings(), freeze(model, 1))
-    stepper = MasterWeightAdamW(model, OptimizerSettings(lr=1e-1, adapters=True), torch.float32)
+    stepper = MasterWeightAdamW(model, OptimizerSettings(lr=1e-1, total_steps=1000, adapters=True), torch.float32)
     ids = torch.randint(0, 500, (2, 12), generator=torch.Generator().manual_seed(1))
     for _ in range(3):
         model(ids, labels=ids).loss.backward()
@@ -330,7 +330,7 @@ def test_adapters_reach_experts_but_those_of_frozen_layers(tmp_path, model_folde
 def test_frozen_weights_are_saved_as_they_came(tmp_path, model_folders, data_files):
     """A bf16 run reads them rounded; written rounded, they would be another model's."""
     run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out",
-                  "--log_file=out.log", *data_words(data_files), *SMALL, "--dtype=bf16", "--frozen_layers=1",
+                  "--log_file=out.log", *data_words(data_files), *SMALL, "--dtype=bf16", "--set=trainable.frozen_layers=1",
                   cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr
     start, saved = weights(model_folders["llama"]), weights(tmp_path / "out")
@@ -345,7 +345,7 @@ def test_a_step_in_parts_is_the_step_in_one(tmp_path, model_folders, data_files)
     for name, parts in (("one", 1), ("three", 3)):
         run = run_cli(
             "unlearn_harm.py", f"--model_name={model_folders['llama']}", f"--model_save_dir={name}",
-            f"--log_file={name}.log", *data_words(data_files), *SMALL, "--batch_size=3", "--normal_batch_size=5",
+            f"--log_file={name}.log", *data_words(data_files), *SMALL, "--batch_size=3", "--set=retain.rows=5",
             f"--gradient_accumulation={parts}", cwd=tmp_path,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
@@ -357,7 +357,7 @@ def test_a_step_in_parts_is_the_step_in_one(tmp_path, model_folders, data_files)
 
 
 def test_what_a_run_looks_at_does_not_change_what_it_learns(tmp_path, model_folders, data_files):
-    for looks in ("--eval_prompts=1", "--eval_prompts=4"):
+    for looks in ("--set=dev.prompts=1", "--set=dev.prompts=4"):
         run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", f"--model_save_dir={looks[-1]}",
                       f"--log_file={looks[-1]}.log", *data_words(data_files), *SMALL, "--dtype=bf16", "--eval_every=2",
                       looks, cwd=tmp_path)  # fmt: skip
@@ -374,7 +374,7 @@ def test_what_a_run_looks_at_does_not_change_what_it_learns(tmp_path, model_fold
     (["--batch_size=0"], "must be a whole number at least 1, got '0'"),
     (["--max_unlearn_steps=2.5"], "must be a whole number"),
     (["--template=haiku"], "--template: invalid choice: 'haiku'"),
-    (["--bad_weight=0", "--random_weight=0", "--normal_weight=0"], "all three weights are 0"),
+    (["--bad_weight=0", "--random_weight=0", "--normal_weight=0"], "the weights of all terms are 0"),
     (["--kl_budget=0.1"], "--kl_budget chooses among the states that are looked at: set --eval_every as well"),
     (["--log_file=run.jsonl"], "--log_file run.jsonl: that is where its twin in JSON lines goes"),
     (["--config=none.yaml"], "--config none.yaml: cannot be read"),
@@ -399,17 +399,15 @@ def test_the_published_command_says_what_is_missing_and_where_to_put_it(tmp_path
 
 
 def test_yaml_gives_way_to_the_command_line(tmp_path, monkeypatch):
-    from options import UnlearnOptions, parse
-
     (tmp_path / "c.yaml").write_text("lr: 1e-5\nbatch_size: 3\nuse_lora: true\nforget_data: [a.txt, b.txt]\nconfig:\n")
     with pytest.raises(unlearn_harm.UsageError, match="unknown option 'config'"):
-        parse(UnlearnOptions, [f"--config={tmp_path / 'c.yaml'}"])
+        parse_run([f"--config={tmp_path / 'c.yaml'}"])
     (tmp_path / "c.yaml").write_text("lr: 1e-5\nbatch_size: 3\nuse_lora: true\nforget_data: [a.txt, b.txt]\n")
-    found = parse(UnlearnOptions, ["--batch_size", "4", "--config", str(tmp_path / "c.yaml")])
+    found = parse_run(["--batch_size", "4", "--config", str(tmp_path / "c.yaml")])
     assert (found.lr, found.batch_size, found.use_lora, found.forget_data) == (1e-5, 4, True, ["a.txt", "b.txt"])
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\n")
     with pytest.raises(unlearn_harm.UsageError, match="unknown option 'learning_rate'"):
-        parse(UnlearnOptions, ["--config", str(tmp_path / "c.yaml")])
+        parse_run(["--config", str(tmp_path / "c.yaml")])
 
 
 def test_a_folder_with_something_in_it_is_not_replaced_unasked(tmp_path, model_folders, data_files):

@@ -10,7 +10,8 @@ import yaml
 from conftest import ROOT, one_line_error, run_cli, run_python
 
 import sweep
-from options import RECIPES, UnlearnOptions, parse
+from method.recipe import parse_run, read_recipe
+from options import UnlearnOptions
 from utils import RunError, UsageError
 
 
@@ -119,7 +120,7 @@ def test_the_shipped_grid_is_one():
 @pytest.mark.parametrize("name", ["demo", "opt-1.3b", "chat-7b-lora"])
 def test_a_shipped_config_is_read_whole(name):
     """One that a renamed option or a bad value breaks would fail only on the GPU machine that it is made for."""
-    found = parse(UnlearnOptions, [f"--config={ROOT / f'configs/{name}.yaml'}"])
+    found = parse_run([f"--config={ROOT / f'configs/{name}.yaml'}"])
     assert found.method == "selective"
     for data in (*found.forget_data, *found.normal_data):
         assert (ROOT / data).is_file() or data in ("data/harmbench.jsonl", *UnlearnOptions().forget_data,
@@ -130,17 +131,19 @@ def test_a_method_gives_what_is_not_named(tmp_path):
     """The recipe lies below the file, the file below the command line; yao is the defaults themselves."""
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"method": "selective", "normal_weight": 2}))
-    found = parse(UnlearnOptions, [f"--config={file}", "--first_token_rows=5"])
-    recipe = RECIPES["selective"]
-    assert (found.normal_weight, found.first_token_rows) == (2, 5)
-    assert found.empty_answer_rows == recipe["empty_answer_rows"] != UnlearnOptions().empty_answer_rows
-    assert parse(UnlearnOptions, ["--method=yao"]) == UnlearnOptions()
+    found = parse_run([f"--config={file}", "--set=retain.first_token_rows=5"])
+    terms = {term.name: term for term in read_recipe(found).terms}
+    assert (terms["retain"].weight, terms["retain"].draw.first_token_rows) == (2, 5)
+    assert terms["retain_first"].weight == 2 * 0.43  # counts in units of the retain term's
+    assert terms["stop"].draw.rows == 9
+    yao = parse_run(["--method=yao"])
+    assert dataclasses.replace(yao) == UnlearnOptions()  # but for the recipe, which no option holds
     # by its name alone it is a whole recipe: at the published rate it would do next to nothing
     assert (found.use_lora, found.lr, found.max_unlearn_steps) == (True, 1e-3, 260)
     for no in ("false", "no", "0"):  # however it is said
-        whole = parse(UnlearnOptions, [f"--config={file}", "--use_lora", no])
+        whole = parse_run([f"--config={file}", "--use_lora", no])
         assert (whole.use_lora, whole.lr) == (False, pytest.approx(1e-4))
-    assert parse(UnlearnOptions, [f"--config={file}", "--use_lora=false", "--lr=3e-5"]).lr == 3e-5
+    assert parse_run([f"--config={file}", "--use_lora=false", "--lr=3e-5"]).lr == 3e-5
 
 
 def test_a_run_with_a_method_is_whole(tmp_path, model_folders, data_files):
@@ -149,13 +152,13 @@ def test_a_run_with_a_method_is_whole(tmp_path, model_folders, data_files):
                   cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr
     # each harmful prompt with the empty answer and with a begun one, of which the plan says what is to follow
-    assert run.stdout.count("\n  random") == 2 * (1 + 9)
+    assert run.stdout.count("\n  stop") == 2 * (1 + 9)
     assert run.stdout.count("] each token to be followed by [") == 1 + 9
 
 
 def test_a_run_of_other_settings_is_not_put_on_the_front(tmp_path):
     (tmp_path / "c.yaml").write_text("lr: 1e-4\nmax_unlearn_steps: 9\n")
-    made = dataclasses.asdict(parse(UnlearnOptions, [f"--config={tmp_path / 'c.yaml'}", "--bad_weight=2"]))
+    made = dataclasses.asdict(parse_run([f"--config={tmp_path / 'c.yaml'}", "--bad_weight=2"]))
     made |= {"log_file": "elsewhere.log", "model_save_dir": "elsewhere"}
     (tmp_path / "unlearn_args.json").write_text(json.dumps({"options": made}))
     words = [f"--config={tmp_path / 'c.yaml'}", "--bad_weight=2"]

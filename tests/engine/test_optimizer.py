@@ -40,7 +40,9 @@ def test_the_update_is_adamws_whatever_the_parts(monkeypatch, dtype):
     """An update of 1e-5 is below half of bf16's grid at these weights: without masters nothing would move."""
     monkeypatch.setitem(optimizer.PART, "cpu", 256)  # several parts a tensor, the last one short
     model, plain = small_model(), small_model()
-    stepper = MasterWeightAdamW(model, OptimizerSettings(lr=1e-5, schedule="constant", weight_decay=0.01), dtype)
+    stepper = MasterWeightAdamW(
+        model, OptimizerSettings(lr=1e-5, total_steps=1000, schedule="constant", weight_decay=0.01), dtype
+    )
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-5, weight_decay=0.01)
     draw = torch.Generator().manual_seed(5)
     for _ in range(7):
@@ -56,7 +58,7 @@ def test_the_update_is_adamws_whatever_the_parts(monkeypatch, dtype):
 
 def test_a_gradient_that_is_not_finite_moves_nothing():
     model = small_model()
-    stepper = MasterWeightAdamW(model, OptimizerSettings(lr=1e-3), torch.bfloat16)
+    stepper = MasterWeightAdamW(model, OptimizerSettings(lr=1e-3, total_steps=1000), torch.bfloat16)
     train(stepper, model, 1)
     before, state = stepper.snapshot(), stepper.state()
     for parameter in model.parameters():
@@ -72,13 +74,17 @@ def test_8_bit_moments_take_the_same_way_in_a_quarter_of_the_memory():
     for kind in ("adamw", "adamw8bit"):
         model = small_model()
         start = [p.detach().clone() for p in model.parameters()]
-        stepper = MasterWeightAdamW(model, OptimizerSettings(lr=1e-4, schedule="constant", kind=kind), torch.bfloat16)
+        stepper = MasterWeightAdamW(
+            model, OptimizerSettings(lr=1e-4, total_steps=1000, schedule="constant", kind=kind), torch.bfloat16
+        )
         train(stepper, model, 4)
         mid = {name: tensor.clone() for name, tensor in stepper.state().items()}, stepper.progress()
         train(stepper, model, 4)
         way = torch.cat([(stepper.master(p) - s).flatten() for p, s in zip(model.parameters(), start, strict=True)])
         again = small_model()  # a run that is resumed
-        resumed = MasterWeightAdamW(again, OptimizerSettings(lr=1e-4, schedule="constant", kind=kind), torch.bfloat16)
+        resumed = MasterWeightAdamW(
+            again, OptimizerSettings(lr=1e-4, total_steps=1000, schedule="constant", kind=kind), torch.bfloat16
+        )
         resumed.load_state(*mid)
         train(resumed, again, 4)
         assert all(torch.equal(a, b) for a, b in zip(stepper.snapshot(), resumed.snapshot(), strict=True))
@@ -93,6 +99,6 @@ def test_codes_of_quantised_weights_are_left_alone():
     """A base whose weights are 4- or 8-bit codes would speak garbage once they are cast, and look as if it resisted."""
     model = torch.nn.Linear(4, 4)
     model.codes = torch.nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)
-    MasterWeightAdamW(model, OptimizerSettings(), torch.bfloat16)
+    MasterWeightAdamW(model, OptimizerSettings(lr=1e-4, total_steps=1000), torch.bfloat16)
     assert model.weight.dtype == torch.bfloat16
     assert model.codes.dtype == torch.uint8

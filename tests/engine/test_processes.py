@@ -80,7 +80,7 @@ def test_every_process_goes_through_a_step_in_as_many_parts(slots, count, parts)
     assert all(part for share in shares for part in share)
     assert sorted(map(repr, flat)) == sorted(map(repr, step_sequences)), "a row is lost or repeated"
     for share in shares:  # a harmful row stays with its random answers
-        owners = [{s.group for s in part} for part in share]
+        owners = [{s.example_id for s in part} for part in share]
         assert sum(map(len, owners)) == len(set().union(*owners))
 
 

@@ -35,7 +35,7 @@ def some_sequences(seed: int = 0) -> list[Sequence]:
 def step_loss(forward, batch, reference):
     logits = forward(batch)
     forget, rand, normal = (batch.tokens_of(k) for k in ("forget", "random", "normal"))
-    original = reference.logits([s for s in batch.sequences if s.kind == "normal"])
+    original = reference.logits([s for s in batch.sequences if s.draw == "normal"])
     nll, kl = fused_nll_and_kl(logits, batch.target_to_logit, batch.targets, batch.target_to_logit[normal], original)
     count = len(batch.sequences)
     terms = torch.stack([
@@ -53,7 +53,7 @@ def test_packed_equals_padded_in_every_term_and_gradient(family, pack_tokens):
     model, sequences = tiny_model(family), some_sequences(seed=3)
     assert check_packing(model, sequences, pack_tokens, PAD)[0]
     packed, padded = AnswerLogitsModel(model, packed=True), AnswerLogitsModel(model, packed=False)
-    normal = [s for s in sequences if s.kind == "normal"]
+    normal = [s for s in sequences if s.draw == "normal"]
     references = ReferenceCache(packed, normal, 40, PAD), ReferenceCache(padded, normal, 40, PAD)
     with torch.no_grad():  # the model moves on, the original stays
         for parameter in model.parameters():
@@ -155,7 +155,7 @@ def test_a_window_shorter_than_a_row_is_padded_and_says_so(family):
 
 
 def test_reference_is_the_original_and_stays_it():
-    model, sequences = tiny_model("llama"), [s for s in some_sequences() if s.kind == "normal"]
+    model, sequences = tiny_model("llama"), [s for s in some_sequences() if s.draw == "normal"]
     original = AnswerLogitsModel(copy.deepcopy(model), packed=False)
     reference = ReferenceCache(AnswerLogitsModel(model, packed=True), sequences, 64, PAD)
     with torch.no_grad():

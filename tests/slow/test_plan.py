@@ -11,7 +11,7 @@ EMBEDDED = ROOT / "models/smollm2-135m-instruct"
 
 @pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded model is not set up: make test-slow does it")
 def test_the_plans_peak_is_the_runs(tmp_path):
-    words = ["--config=configs/demo.yaml", "--max_unlearn_steps=12", "--eval_prompts=4",
+    words = ["--config=configs/demo.yaml", "--max_unlearn_steps=12", "--set=dev.prompts=4",
              "--log_file", tmp_path / "a.log",
              "--cache_dir", tmp_path / "cache", "--model_save_dir", tmp_path / "out"]  # fmt: skip
     plan = run_cli("unlearn_harm.py", *words, "--dry_run", cwd=ROOT)

@@ -1,0 +1,308 @@
+"""A recipe: the terms that a step minimises, and the settings that go with them, from YAML, options and --set.
+
+The settings' defaults stand in the dataclasses here and in the rooms that read them; a recipe names what differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from transformers.hf_argparser import string_to_bool
+
+from engine.adapters import LoraSettings
+from engine.optimizer import OptimizerSettings
+from method.draws import DRAWS, RunSizes
+from method.objectives import OBJECTIVES
+from method.sampler import Wording
+from method.terms import Term, active_terms
+from options import (
+    COUNT,
+    POSITIVE,
+    WEIGHT,
+    OneLineParser,
+    UnlearnOptions,
+    config_words,
+    option,
+    peek,
+    read_settings,
+    read_yaml,
+    words_of,
+)
+from utils import UsageError
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+TERM_KEYS = {"name", "draw", "sequences_of", "loss", "weight", "weight_option", "times", "tokens", "mean_over", "log",
+             "watch"}  # fmt: skip
+WEIGHTS = ("bad_weight", "random_weight", "normal_weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnAnswers:
+    """How the original answers the rows that have no response."""
+
+    temperature: WEIGHT = option(0.7, "sampling temperature (0: greedy)")
+    batch_size: POSITIVE = option(64, "prompts answered at once")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """Which weights may move."""
+
+    frozen_layers: COUNT = option(
+        0, "layers, from the first on, that stay as they are, and with them the token embeddings and the head"
+    )
+    parameters: str | None = option(None, "regular expression: only parameters whose name it finds are trained")
+
+
+@dataclasses.dataclass(frozen=True)
+class DevSettings:
+    """What a run looks at on the way."""
+
+    prompts: POSITIVE = option(24, "development prompts a side in an evaluation on the way")
+    tokens: POSITIVE = option(24, "tokens of an answer in an evaluation on the way")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    pack_tokens: POSITIVE = option(256, "length that the rows of a packed batch are filled to")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    keep: POSITIVE = option(2, "newest checkpoints that stay")
+
+
+SECTIONS = {"wording": Wording, "own_answers": OwnAnswers, "optimizer": OptimizerSettings, "lora": LoraSettings,
+            "trainable": Trainable, "dev": DevSettings, "layout": Layout, "checkpoints": Checkpoints}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a run minimises and how, every setting resolved."""
+
+    terms: list[Term]
+    wording: Wording
+    own_answers: OwnAnswers
+    optimizer: OptimizerSettings
+    lora: LoraSettings
+    trainable: Trainable
+    dev: DevSettings
+    layout: Layout
+    checkpoints: Checkpoints
+
+
+# ------------------------------------------------------------------------------------------ options and recipe
+def parse_run(argv: list[str] | None = None) -> UnlearnOptions:
+    """Read a run's options: recipe (`--method`), manifest, YAML file, command line; what stands later wins.
+
+    `options.recipe` is the recipe with every setting in its place, as it is written beside the model.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    old = old_names()
+    words, recipe = config_words(UnlearnOptions, argv, frozenset(old)) + argv, None
+    if manifest := peek(words, "from_manifest"):
+        made, recipe = _words_of_manifest(manifest, frozenset(old))
+        words = made + words
+    words, settings = _take_settings(words, old)
+    method = peek(words, "method") or UnlearnOptions.method
+    if recipe is None or peek(argv, "method"):
+        recipe = load_recipe(method)
+    given = dict(recipe.get("options") or {})
+    if peek(words, "use_lora", string_to_bool) is False:
+        given |= recipe.get("whole_weights") or {}
+    parser = OneLineParser(UnlearnOptions, allow_abbrev=False)
+    options = UnlearnOptions(**vars(parser.parse_args(words_of(given) + words)))
+    options.set = [f"{place}={json.dumps(value)}" for place, value in settings]
+    options.recipe = _resolved(recipe, settings, options)
+    read_recipe(options)  # a setting that is none is refused here
+    return options
+
+
+def old_names() -> dict[str, list[str]]:
+    """Old option -> the places in a recipe where its setting stands now."""
+    return read_yaml(RECIPES / "old_names.yaml", "recipes")
+
+
+def load_recipe(method: str) -> dict:
+    """A recipe by its folder's name or by a path, as its YAML holds it. Raises UsageError."""
+    path = RECIPES / method / "recipe.yaml"
+    if Path(method).suffix in (".yaml", ".yml"):
+        path = Path(method)
+    elif not path.is_file():
+        names = ", ".join(sorted(file.parent.name for file in RECIPES.glob("*/recipe.yaml")))
+        raise UsageError(f"--method {method}: no such recipe; there are {names}, or name a recipe.yaml of your own")
+    recipe = read_yaml(path, "method")
+    if not isinstance(recipe.get("terms"), list) or not all(isinstance(t, dict) for t in recipe["terms"]):
+        raise UsageError(f"--method {method}: a recipe needs a list of terms")
+    if unknown := sorted(recipe.keys() - SECTIONS.keys() - {"options", "whole_weights", "terms"}):
+        raise UsageError(f"--method {method}: unknown section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    return recipe
+
+
+def _words_of_manifest(path: str, old: frozenset[str]) -> tuple[list[str], dict | None]:
+    """The arguments of an earlier run, and its recipe as it was run; the folders that it wrote to are not taken over."""
+    known = {f.name for f in dataclasses.fields(UnlearnOptions)} | old
+    own = {"config", "overwrite", "resume", "model_save_dir", "log_file", "set", "recipe"}
+    try:
+        arguments = json.loads(Path(path).read_text(encoding="utf-8"))["arguments"]
+        recipe = arguments.get("recipe")
+        if recipe:  # they stand in it
+            own |= {*WEIGHTS, "forget_loss"}
+        elif arguments.get("method") == "selective":  # of a time when it had no term 'stop' of its own
+            own |= {"num_random_answers", "empty_answer_share"}
+        return words_of({k: v for k, v in arguments.items() if k in known - own}), recipe
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--from_manifest {path}: is not the run_manifest.json of a run ({error!r})") from error
+
+
+def _take_settings(words: list[str], old: dict[str, list[str]]) -> tuple[list[str], list[tuple[str, object]]]:
+    """Take every --set and every old option out of a command line: (the other words, [(place, value)]).
+
+    Each old name is told once, with its new place.
+    """
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    found: list[tuple[str, list[str]]] = []
+
+    class Note(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            found.append((self.dest, values))
+
+    for name in ("set", *old):
+        parser.add_argument(f"--{name}", nargs="+", action=Note, default=argparse.SUPPRESS)
+    rest = parser.parse_known_args(words)[1]
+    settings = []
+    for name, values in found:
+        if name == "set":
+            for text in values:
+                place, sign, value = text.partition("=")
+                if not sign or "." not in place:
+                    raise UsageError(f"--set {text}: must look like stop.weight=2 or optimizer.warmup_steps=20")
+                settings.append((place, _value(value)))
+        else:
+            value = values if name == "lora_targets" else _value(values[0])
+            unset = name == "forget_beta" and not float(value)  # 0 meant: as in the paper
+            settings += [(place, value) for place in old[name] if not unset]
+    for name in dict.fromkeys(name for name, _ in found if name != "set"):
+        print(f"--{name} is now --set {' '.join(f'{place}=...' for place in old[name])}", file=sys.stderr)
+    return rest, settings
+
+
+def _value(text: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set: {text!r} is not a value") from error
+
+
+def _resolved(recipe: dict, settings: list[tuple[str, object]], options: UnlearnOptions) -> dict:
+    """The recipe with everything that was typed in its place. UsageError for a place that it does not have."""
+    recipe, method = copy.deepcopy(recipe), options.method
+    terms = {term.get("name"): term for term in recipe["terms"]}
+    for name in WEIGHTS:
+        if (value := getattr(options, name)) is not None:
+            mine = [term for term in terms.values() if term.get("weight_option") == name]
+            if not mine:
+                raise UsageError(f"--{name}: no term of --method {method} takes its weight from it")
+            for term in mine:
+                term["weight"] = value
+    if options.forget_loss:
+        if "forget" not in terms:
+            raise UsageError(f"--forget_loss: --method {method} has no term 'forget'")
+        _replace_loss(terms["forget"], options.forget_loss)
+    for place, value in settings:
+        name, _, key = place.partition(".")
+        if name in terms:
+            terms[name][key] = value
+        elif name in SECTIONS:
+            recipe[name] = (recipe.get(name) or {}) | {key: value}
+        else:
+            raise UsageError(f"--set {place}: --method {method} has no {name!r}; its terms are "
+                             f"{', '.join(map(str, terms))}, its sections {', '.join(SECTIONS)}")  # fmt: skip
+    return recipe
+
+
+def _replace_loss(term: dict, loss: str) -> None:
+    """Another loss for a term: what the recipe says of the old one alone does not concern the new one."""
+    before, after = (_setting_names(OBJECTIVES[name]) if name in OBJECTIVES else set() for name in (term["loss"], loss))
+    for name in before - after:
+        term.pop(name, None)
+    term["loss"] = loss
+
+
+def _setting_names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind) if "help" in field.metadata}
+
+
+# ------------------------------------------------------------------------------------------ recipe -> objects
+def read_recipe(options: UnlearnOptions) -> Recipe:
+    """The objects that a run works with, of `options.recipe`. Raises UsageError, naming term and setting."""
+    fixed = {"optimizer": {"lr": options.lr, "total_steps": options.max_unlearn_steps, "kind": options.optimizer,
+                           "adapters": options.use_lora}}  # fmt: skip
+    sections = {name: read_settings(kind, options.recipe.get(name) or {}, name, **fixed.get(name, {}))
+                for name, kind in SECTIONS.items()}  # fmt: skip
+    return Recipe(build_terms(options.recipe["terms"], RunSizes(options.batch_size, options.max_answer_tokens)),
+                  **sections)  # fmt: skip
+
+
+def build_terms(specs: list[dict], sizes: RunSizes) -> list[Term]:
+    """The terms that a run makes, of a recipe's list of them. Raises UsageError."""
+    terms: dict[str, Term] = {}
+    for number, spec in enumerate(specs, 1):
+        name = spec.get("name")
+        if not isinstance(name, str) or name in terms:
+            raise UsageError(f"recipe, term {number}: needs a name of its own, got {name!r}")
+        terms[name] = _build_term(name, spec, terms, sizes)
+    active = active_terms(list(terms.values()))
+    if not any(term.weight for term in active):
+        raise UsageError(f"the weights of all terms are 0 ({', '.join(terms)}): set --bad_weight, --random_weight or "
+                         "--normal_weight")  # fmt: skip
+    for term in active:
+        if (other := term.objective.prefers) and other not in {t.name for t in active}:
+            raise UsageError(f"{term.name}: {spec_of(term, specs)['loss']} prefers the answers of a term {other!r}, and "
+                             f"there is none with a weight; there are {', '.join(t.name for t in active)}")  # fmt: skip
+    return active
+
+
+def spec_of(term: Term, specs: list[dict]) -> dict:
+    return next(spec for spec in specs if spec["name"] == term.name)
+
+
+def _build_term(name: str, spec: dict, earlier: dict[str, Term], sizes: RunSizes) -> Term:
+    loss, draw = spec.get("loss"), spec.get("draw")
+    if loss not in OBJECTIVES:
+        raise UsageError(f"{name}: loss must be one of {', '.join(OBJECTIVES)}, got {loss!r}")
+    own = spec.keys() - TERM_KEYS
+    if shared := spec.get("sequences_of"):
+        if shared not in earlier or draw:
+            raise UsageError(f"{name}: sequences_of must name a term that stands before it, and goes without a draw")
+        made, of_draw = earlier[shared].draw, set()
+    else:
+        if draw not in DRAWS:
+            raise UsageError(f"{name}: draw must be one of {', '.join(DRAWS)}, got {draw!r}")
+        of_draw = own & _setting_names(DRAWS[draw])
+        made = read_settings(DRAWS[draw], {key: spec[key] for key in of_draw}, name, name=name, sizes=sizes)
+    if unknown := sorted(own - of_draw - _setting_names(OBJECTIVES[loss])):
+        known = sorted(_setting_names(OBJECTIVES[loss]) | (_setting_names(DRAWS[draw]) if draw else set()))
+        raise UsageError(f"{name}: has no setting {unknown[0]!r}; it has weight, {', '.join(known)}")
+    objective = read_settings(OBJECTIVES[loss], {key: spec[key] for key in own - of_draw}, name)
+    weight = read_settings(_Weight, {"weight": spec.get("weight", 1.0)}, name).weight
+    if times := spec.get("times"):
+        if times not in earlier:
+            raise UsageError(f"{name}: times must name a term that stands before it, got {times!r}")
+        weight = earlier[times].weight * weight
+    for key, allowed in (("tokens", ("all", "first")), ("mean_over", ("tokens", "sequences"))):
+        if spec.get(key, allowed[0]) not in allowed:
+            raise UsageError(f"{name}.{key}: must be {' or '.join(allowed)}, got {spec[key]!r}")
+    return Term(name, made, objective, weight, spec.get("tokens", "all"), spec.get("mean_over", objective.over),
+                spec.get("log") or f"{name}_{objective.measure}", bool(spec.get("watch")))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    weight: WEIGHT = option(1.0, "weight of the term in the sum")

@@ -1,0 +1,158 @@
+"""The terms of a step: named, weighted losses over the sequences of a draw. A step minimises their sum.
+
+Nothing here, and nothing that goes over them, knows how many terms there are or what they are called.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+import torch
+
+from data_module import Sequence
+from engine.reference import ReferenceCache
+from engine.token_values import NLL, TokenLoss, TokenRequest, token_values
+from engine.tree import Batch
+from method.losses import token_nll, weighted_sum
+from method.objectives import Objective, TermTokens
+from method.sampler import Draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """`draw`: where its sequences come from (terms may share one); `tokens`: all of them, or each sequence's first;
+    `over`: what its mean is over; `field`: its name in the log."""
+
+    name: str
+    draw: Draw
+    objective: Objective
+    weight: float
+    tokens: str = "all"
+    over: str = "tokens"
+    field: str = ""
+    watch: bool = False
+
+    @property
+    def active(self) -> bool:
+        """Whether its draw is made on its account: a term of weight 0 is only measured where others make it."""
+        return (self.weight > 0 or self.watch) and not self.draw.is_off
+
+    def describe(self) -> dict:
+        """What the log tells of it, for whoever draws its curve."""
+        return {"name": self.name, "field": self.field, "measure": self.objective.measure, "side": self.draw.side,
+                "loss": type(self.objective).__name__, "weight": self.weight, "over": self.over, "tokens": self.tokens,
+                "better": self.objective.better}  # fmt: skip
+
+
+@dataclasses.dataclass
+class LossTerm:
+    """One term of one batch, scalars: `loss`, weighted, to be minimised; `mean`, as logged, without a gradient."""
+
+    name: str
+    loss: torch.Tensor
+    mean: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawCount:
+    tokens: int = 0
+    sequences: int = 0
+
+
+def active_terms(terms: list[Term]) -> list[Term]:
+    """The terms whose draw is made, on their own account or on another's."""
+    draws = {term.draw.name for term in terms if term.active}
+    return [term for term in terms if term.draw.name in draws]
+
+
+def count_draws(sequences: list[Sequence]) -> dict[str, DrawCount]:
+    """Tokens and sequences of each draw. Means are over a whole step, so that parts and processes add up to it."""
+    tokens, numbers = collections.Counter(), collections.Counter(s.draw for s in sequences)
+    for s in sequences:
+        tokens[s.draw] += len(s.answer_ids)
+    return collections.defaultdict(DrawCount, {name: DrawCount(tokens[name], numbers[name]) for name in numbers})
+
+
+def layers_of(terms: list[Term]) -> tuple[int, ...]:
+    """The layers whose hidden states the terms need."""
+    return tuple(sorted({term.objective.layer for term in terms if term.objective.layer is not None}))
+
+
+def sequences_needing_reference(sequences: list[Sequence], terms: list[Term]) -> list[Sequence]:
+    """Those of which a term needs the original."""
+    draws = set()
+    for term in terms:
+        if term.objective.needs_original or term.objective.original_states:
+            draws |= {term.draw.name, term.objective.prefers}
+    return [s for s in sequences if s.draw in draws]
+
+
+def compute_losses(
+    terms: list[Term], batch: Batch, logits: torch.Tensor, states: dict[int, torch.Tensor], reference: ReferenceCache,
+    counts: dict[str, DrawCount],
+) -> list[LossTerm]:  # fmt: skip
+    """Every term of one batch: logits (N, V), hidden states {layer: (N, D)}; `counts`: of the whole step."""
+    view = _BatchView(terms, batch, logits, states, reference)
+    return [_loss_term(term, view, counts[term.draw.name]) for term in terms]
+
+
+def _loss_term(term: Term, view: _BatchView, count: DrawCount) -> LossTerm:
+    objective = term.objective
+    tokens = view.tokens(term.draw.name, objective, first_only=term.tokens == "first")
+    if objective.prefers:
+        tokens = dataclasses.replace(tokens, preferred=view.tokens(objective.prefers, objective))
+    values = objective.values(tokens)
+    denominator = count.tokens if term.over == "tokens" else count.sequences
+    if objective.logs_nll:
+        mean = weighted_sum(tokens.nll.detach(), 1.0, count.tokens)
+    else:
+        mean = weighted_sum(values.detach(), 1.0, denominator)
+    return LossTerm(term.name, weighted_sum(values, term.weight, denominator), mean)
+
+
+class _BatchView:
+    """The token values of a batch, each loss in one go for all the draws that ask for it, and a draw's part of them."""
+
+    def __init__(self, terms: list[Term], batch: Batch, logits, states: dict, reference: ReferenceCache):
+        self.batch, self.states, self.reference = batch, states, reference
+        draws: dict[TokenLoss, set[str]] = {NLL: set()}
+        for term in terms:
+            draws.setdefault(term.objective.token_loss, set()).add(term.draw.name)
+        # the NLL costs nothing more for all tokens; of the others, those of the draws that ask
+        self.masks = {loss: self.chosen(*names) for loss, names in draws.items() if loss is not NLL}  # (M,) bool each
+        requests = [TokenRequest(NLL, batch.target_to_logit, batch.targets)]
+        for loss, mask in self.masks.items():
+            sequences = [s for s in batch.sequences if s.draw in draws[loss]]
+            original = reference.logits(sequences) if loss.needs_original else None
+            requests.append(TokenRequest(loss, batch.target_to_logit[mask], batch.targets[mask], original))
+        self.nll, *values = token_values(logits, requests)  # (M,), and (Q,) each
+        self.values = dict(zip(self.masks, values, strict=True))
+
+    def chosen(self, *draws: str) -> torch.Tensor:
+        """(M,) bool: the answer tokens of these draws."""
+        batch = self.batch
+        return torch.stack([batch.tokens_of(draw) for draw in draws]).any(0)
+
+    def tokens(self, draw: str, objective: Objective, *, first_only: bool = False) -> TermTokens:
+        """A draw's tokens as an objective sees them; `first_only`: each sequence's first alone."""
+        batch, loss, layer = self.batch, objective.token_loss, objective.layer
+        mine = self.chosen(draw)
+        sequences = [s for s in batch.sequences if s.draw == draw]
+        nll = self.nll[mine]  # (Q,)
+        found = TermTokens(
+            nll=nll,
+            values=nll if loss is NLL else self.values[loss][mine[self.masks[loss]]],
+            original_nll=self._original_nll(sequences, batch.targets[mine]) if objective.original_nll else None,
+            states=None if layer is None else self.states[layer][batch.target_to_logit[mine]],
+            original_states=self.reference.states(sequences, layer) if objective.original_states else None,
+            sequence=batch.sequence_ids[mine],
+            count=len(batch.sequences),
+            examples=batch.sequence_ids.new_tensor([s.example_id for s in batch.sequences]),
+            mine=batch.sequence_ids.new_tensor([s.draw == draw for s in batch.sequences]).bool(),
+        )
+        return found.first_only(batch.is_first_token[mine]) if first_only else found
+
+    def _original_nll(self, sequences: list[Sequence], targets: torch.Tensor) -> torch.Tensor:
+        logits = self.reference.logits(sequences)  # (Q, V)
+        return token_nll(logits, torch.arange(len(logits), device=logits.device), targets)
