@@ -100,22 +100,31 @@ def dpo(preferred: torch.Tensor, rejected: torch.Tensor, beta: float = 0.1) -> t
     return -F.logsigmoid(beta * (rejected - preferred)) / beta
 
 
-def unlikelihood(nll: torch.Tensor, sequence: torch.Tensor, count: int) -> torch.Tensor:
-    """Sum of -ln(1 - p(token)) over each harmful answer: (M,), (M,) -> (S,); 0 once no token is likely.
+def token_unlikelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-ln(1 - p(target)) of each token: logits (n, V), targets (n,) -> (n,) in nats; 0 for a token that is not likely.
 
-    Source: Welleck et al. 2020 (arXiv 1908.04319), eq. 4. p = 1 counts as 1 - 1e-6, so that it stays finite.
+    Worked out as ln(sum of all) - ln(sum of all others), in logits: at p = 1 in fp32 the gradient is still p there.
+    Minimising it makes the token unlikely. Source: Welleck et al. 2020 (arXiv 1908.04319), eq. 4.
     """
-    probability = torch.exp(-nll).clamp(max=1 - 1e-6)
-    return sequence_sum(-torch.log1p(-probability), sequence, count)
+    assert logits.shape[:1] == targets.shape, (logits.shape, targets.shape)
+    is_target = F.one_hot(targets, logits.shape[-1]).bool()  # (n, V)
+    others = logits.masked_fill(is_target, -torch.inf)
+    return torch.logsumexp(logits, dim=-1) - torch.logsumexp(others, dim=-1)
 
 
 def rmu(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Squared distance of hidden states to where they are steered, mean over the width: (M, D), (M, D) or (D,) -> (M,).
 
-    On harmful tokens `target` is a fixed random direction times a constant; on normal tokens it is the original's
-    states, and 0 where nothing has changed. Source: Li et al. 2024 (arXiv 2403.03218), section 4.
+    On forget tokens `target` is a fixed random direction times a constant (`rmu_direction`); on retain tokens it is the
+    original's states, and 0 where nothing has changed. Source: Li et al. 2024 (arXiv 2403.03218), section 4.
     """
     return (states.float() - target.detach().float()).square().mean(-1)
+
+
+def rmu_direction(width: int, coefficient: float, seed: int) -> torch.Tensor:
+    """A vector of length `coefficient`, (D,): uniform numbers in [0, 1), scaled (Li et al. 2024, section 4)."""
+    drawn = torch.rand(width, generator=torch.Generator().manual_seed(seed))
+    return coefficient * drawn / drawn.norm()
 
 
 def random_mismatch(nll: torch.Tensor, sequence: torch.Tensor, count: int) -> torch.Tensor:

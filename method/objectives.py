@@ -12,7 +12,7 @@ import torch
 
 from engine.token_values import KL, NLL, TokenLoss
 from method import losses
-from options import WEIGHT, number, option
+from options import COUNT, WEIGHT, number, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Objective:
     measure = "nll"  # what the log shows of the term
     logs_nll = False  # the log shows the NLL of the term's tokens, not the value that is minimised
     better = "falls"  # which way the measure goes in a run that works
-    over = "sequences"  # what the mean is over, unless the recipe says otherwise
+    length_normalised = False  # a sequence's value is a mean over its tokens, not a sum
+    # What the mean is over, unless the recipe says otherwise. "tokens", for whatever pushes answers away: a sequence
+    # counts as many times as it has tokens, so that a weight gives every objective the same gradient at the start.
+    over = "sequences"
     original_nll = original_states = False  # what it needs of the original beside its token loss
     layer: int | None = None  # whose hidden states it needs
     prefers: str | None = None  # the draw whose sequences it prefers to its own
@@ -103,6 +106,7 @@ class Npo(Objective):
     """Negative preference optimisation (Zhang et al. 2024)."""
 
     beta: number(float, 0, above=True) = option(0.1, "how soon a row that is forgotten is pushed less")
+    over = "tokens"
     better = "rises"
     logs_nll = True
     original_nll = True
@@ -118,6 +122,8 @@ class SimNpo(Objective):
 
     beta: number(float, 0, above=True) = option(2.5, "how soon a row that is forgotten is pushed less")
     gamma: WEIGHT = option(0.0, "margin, in nats")
+    over = "tokens"
+    length_normalised = True
     better = "rises"
     logs_nll = True
 
@@ -131,6 +137,7 @@ class Dpo(Objective):
 
     beta: number(float, 0, above=True) = option(0.1, "how far the model may move from the original")
     prefers = "mismatch"
+    over = "tokens"
     better = "rises"
     logs_nll = True
     original_nll = True
@@ -144,16 +151,53 @@ class Dpo(Objective):
         return losses.dpo(by_row[tokens.examples], rejected, self.beta) * tokens.mine
 
 
+class _TokenUnlikelihood(TokenLoss):
+    def values(self, logits, targets, original):
+        return losses.token_unlikelihood(logits, targets)
+
+
 @dataclasses.dataclass(frozen=True)
 class Unlikelihood(Objective):
     """-ln(1 - p) of each answer token (Welleck et al. 2020)."""
 
+    token_loss = _TokenUnlikelihood()
+    better = "rises"
+    over = "tokens"
+    logs_nll = True
+
+    def values(self, tokens):
+        return tokens.values
+
+
+# ------------------------------------------------------------------------------------------------ on hidden states
+@dataclasses.dataclass(frozen=True)
+class Rmu(Objective):
+    """Hidden states of forget answers are steered to a fixed random direction (Li et al. 2024)."""
+
+    layer: COUNT = option(7, "layer whose output is steered, counted from 0")
+    coefficient: number(float, 0, above=True) = option(6.5, "length of the vector that it is steered to")
+    direction_seed: COUNT = option(0, "seed of the direction")
+    over = "tokens"
     better = "rises"
     logs_nll = True
 
     def values(self, tokens):
-        return losses.unlikelihood(tokens.nll, tokens.sequence, tokens.count) * tokens.mine
+        target = losses.rmu_direction(tokens.states.shape[-1], self.coefficient, self.direction_seed)
+        return losses.rmu(tokens.states, target.to(tokens.states.device))
+
+
+@dataclasses.dataclass(frozen=True)
+class StateDistance(Objective):
+    """Hidden states stay with the original's (RMU's retain loss, Li et al. 2024)."""
+
+    layer: COUNT = option(7, "layer whose output is held, counted from 0")
+    measure = "distance"
+    over = "tokens"
+    original_states = True
+
+    def values(self, tokens):
+        return losses.rmu(tokens.states, tokens.original_states)
 
 
 OBJECTIVES = {"nll": Nll, "kl": Kl, "ascent": Ascent, "npo": Npo, "simnpo": SimNpo, "dpo": Dpo,
-              "unlikelihood": Unlikelihood}  # fmt: skip
+              "unlikelihood": Unlikelihood, "rmu": Rmu, "state_distance": StateDistance}  # fmt: skip

@@ -264,13 +264,9 @@ def build_terms(specs: list[dict], sizes: RunSizes) -> list[Term]:
                          "--normal_weight")  # fmt: skip
     for term in active:
         if (other := term.objective.prefers) and other not in {t.name for t in active}:
-            raise UsageError(f"{term.name}: {spec_of(term, specs)['loss']} prefers the answers of a term {other!r}, and "
+            raise UsageError(f"{term.name}: {term.loss} prefers the answers of a term {other!r}, and "
                              f"there is none with a weight; there are {', '.join(t.name for t in active)}")  # fmt: skip
     return active
-
-
-def spec_of(term: Term, specs: list[dict]) -> dict:
-    return next(spec for spec in specs if spec["name"] == term.name)
 
 
 def _build_term(name: str, spec: dict, earlier: dict[str, Term], sizes: RunSizes) -> Term:
@@ -299,7 +295,7 @@ def _build_term(name: str, spec: dict, earlier: dict[str, Term], sizes: RunSizes
     for key, allowed in (("tokens", ("all", "first")), ("mean_over", ("tokens", "sequences"))):
         if spec.get(key, allowed[0]) not in allowed:
             raise UsageError(f"{name}.{key}: must be {' or '.join(allowed)}, got {spec[key]!r}")
-    return Term(name, made, objective, weight, spec.get("tokens", "all"), spec.get("mean_over", objective.over),
+    return Term(name, made, loss, objective, weight, spec.get("tokens", "all"), spec.get("mean_over", objective.over),
                 spec.get("log") or f"{name}_{objective.measure}", bool(spec.get("watch")))  # fmt: skip
 
 

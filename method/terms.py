@@ -14,7 +14,7 @@ from data_module import Sequence
 from engine.reference import ReferenceCache
 from engine.token_values import NLL, TokenLoss, TokenRequest, token_values
 from engine.tree import Batch
-from method.losses import token_nll, weighted_sum
+from method.losses import sequence_sum, token_nll, weighted_sum
 from method.objectives import Objective, TermTokens
 from method.sampler import Draw
 
@@ -26,6 +26,7 @@ class Term:
 
     name: str
     draw: Draw
+    loss: str  # the objective's name in a recipe
     objective: Objective
     weight: float
     tokens: str = "all"
@@ -41,7 +42,7 @@ class Term:
     def describe(self) -> dict:
         """What the log tells of it, for whoever draws its curve."""
         return {"name": self.name, "field": self.field, "measure": self.objective.measure, "side": self.draw.side,
-                "loss": type(self.objective).__name__, "weight": self.weight, "over": self.over, "tokens": self.tokens,
+                "loss": self.loss, "weight": self.weight, "over": self.over, "tokens": self.tokens,
                 "better": self.objective.better}  # fmt: skip
 
 
@@ -103,6 +104,8 @@ def _loss_term(term: Term, view: _BatchView, count: DrawCount) -> LossTerm:
     if objective.prefers:
         tokens = dataclasses.replace(tokens, preferred=view.tokens(objective.prefers, objective))
     values = objective.values(tokens)
+    if objective.length_normalised and term.over == "tokens":
+        values = values * sequence_sum(torch.ones_like(tokens.nll), tokens.sequence, tokens.count)  # (S,)
     denominator = count.tokens if term.over == "tokens" else count.sequences
     if objective.logs_nll:
         mean = weighted_sum(tokens.nll.detach(), 1.0, count.tokens)

@@ -5,20 +5,22 @@ import math
 import pytest
 import torch
 
-from engine.token_values import fused_nll_and_kl
+from engine.token_values import TokenRequest, fused_nll_and_kl, token_values
 from method.losses import (
     dpo,
     gradient_ascent,
     npo,
     random_mismatch,
     rmu,
+    rmu_direction,
     sequence_mean,
     simnpo,
     token_kl,
     token_nll,
-    unlikelihood,
+    token_unlikelihood,
     weighted_sum,
 )
+from method.objectives import Unlikelihood
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
 
@@ -100,18 +102,38 @@ def test_dpo_by_hand():
 
 
 def test_unlikelihood_by_hand():
-    # p = 1/2 and 1/4 in one sequence: ln 2 + ln(4/3); an unlikely token costs nothing, a certain one stays finite
-    nll, owner = torch.tensor([LN2, LN4, 50.0, 0.0]), torch.tensor([0, 0, 1, 2])
-    assert unlikelihood(nll, owner, 3)[:2].tolist() == pytest.approx([LN2 + LN4 - LN3, 0.0])
-    assert unlikelihood(nll, owner, 3)[2].item() == pytest.approx(6 * math.log(10), rel=1e-2)
-    # d/dnll of -ln(1 - e^-nll) at p = 1/2 is -1: forgetting lowers it
-    assert slope(unlikelihood, torch.tensor([LN2]), torch.tensor([0]), 1) == pytest.approx([-1.0])
+    # p = 1/2 and 1/4: ln 2 and ln(4/3); an unlikely token costs nothing
+    logits = torch.tensor([[0.0, 0.0], [0.0, LN3], [-50.0, 0.0]])
+    zeros = torch.zeros(3, dtype=torch.long)
+    assert token_unlikelihood(logits, zeros).tolist() == pytest.approx([LN2, LN4 - LN3, 0.0], abs=1e-6)
+    # its slope is p on the token's own logit and -p on the others together: forgetting lowers it
+    found = slope(token_unlikelihood, logits, zeros)
+    assert found[0] == pytest.approx([0.5, -0.5])
+    assert found[1] == pytest.approx([0.25, -0.25])
+
+
+@pytest.mark.parametrize("gap", [14.0, 30.0, 200.0])
+def test_unlikelihood_of_text_known_by_heart_has_a_slope(gap):
+    """From a gap of 14 nats on, 1 - p is 0 in fp32: a clamp there has no gradient, and nothing would be forgotten."""
+    logits, zero = torch.tensor([[gap, 0.0]]), torch.zeros(1, dtype=torch.long)
+    assert token_unlikelihood(logits, zero).item() == pytest.approx(gap, rel=1e-5)  # -ln(e^-gap / (1 + e^-gap))
+    assert slope(token_unlikelihood, logits, zero)[0] == pytest.approx([1.0, -1.0], abs=1e-5)
+    # and in the pass that a step takes, over chunks of logit rows
+    many = logits.repeat(40, 1).requires_grad_()
+    rows = torch.arange(40)
+    (values,) = token_values(many, [TokenRequest(Unlikelihood.token_loss, rows, torch.zeros_like(rows))])
+    values.sum().backward()
+    torch.testing.assert_close(many.grad, torch.tensor([[1.0, -1.0]]).repeat(40, 1), rtol=0, atol=1e-5)
 
 
 def test_rmu_by_hand():
     states, control = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([3.0, 0.0])
     assert rmu(states, control).tolist() == [(4 + 4) / 2, 9 / 2]
     assert rmu(states, states).tolist() == [0, 0]
+    direction = rmu_direction(64, 6.5, 0)
+    assert direction.norm().item() == pytest.approx(6.5)
+    assert (direction >= 0).all()
+    assert torch.equal(direction, rmu_direction(64, 6.5, 0))
 
 
 def test_mismatch_is_a_mean_per_answer():

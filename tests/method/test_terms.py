@@ -1,7 +1,9 @@
 """What a step minimises, worked by hand: which tokens, which weights, divided by the counts of the whole step."""
 
+import dataclasses
 import re
 from math import exp, log
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ import yaml
 from data_module import Sequence
 from engine.tree import padded_batch
 from method.draws import RunSizes
+from method.losses import rmu_direction
+from method.objectives import OBJECTIVES
 from method.recipe import build_terms
-from method.terms import compute_losses, count_draws
+from method.terms import compute_losses, count_draws, layers_of, sequences_needing_reference
+from options import read_settings
 
 # (kind, group, NLL of each answer token); two words in the vocabulary, the answers' word is 0
 HERE = [("forget", 0, (1.0, 3.0)), ("mismatch", 0, (1.0,)), ("mismatch", 0, (1.0, 2.0, 6.0)), ("forget", 1, (2.0,)),
@@ -79,4 +84,49 @@ def test_dpo_prefers_the_random_answers_of_its_own_row():
     preferred = ((1 - log(2)) + (1 + 2 + 6 - 3 * log(2))) / 2  # mean of its two random answers
     first = log(1 + exp(-0.5 * (rejected - preferred))) / 0.5
     second = log(2) / 0.5  # the second row's both answers have lost the same
-    assert losses[0] == pytest.approx((first + second) / 3, rel=1e-5)  # of 3 harmful rows in the whole step
+    assert losses[0] == pytest.approx((first + second) / 6, rel=1e-5)  # of 6 harmful answer tokens in the whole step
+
+
+def forget_slopes(*settings):
+    """How the loss of the term "forget" moves with each answer token's NLL, in an original that says the same."""
+    made = build_terms(yaml.safe_load(RECIPE), RunSizes())[0]
+    made = dataclasses.replace(made, objective=read_settings(OBJECTIVES[settings[0]], dict(settings[1:]), "forget"))
+    rows = [Sequence("forget", 0, (7, 8), (0,) * 3), Sequence("forget", 1, (7, 8), (0,))]
+    batch = padded_batch(rows, 0)
+    logits = torch.tensor([[0.0, 1.0], [0.5, 0.0], [0.0, 0.0], [2.0, 0.0]], requires_grad=True)  # (M, 2)
+    original = SimpleNamespace(logits=lambda _: logits.detach())
+    term = compute_losses([made], batch, logits, {}, original, count_draws(rows))[0]
+    return torch.autograd.grad(term.loss, logits)[0]
+
+
+@pytest.mark.parametrize("loss", [("npo", ("beta", 1e-4)), ("simnpo", ("beta", 1e-4))])
+def test_a_weight_gives_every_forget_loss_the_gradient_of_ascent(loss):
+    """For a small beta both are gradient ascent. Divided by rows instead of tokens, npo's was as many times larger as an
+    answer has tokens."""
+    torch.testing.assert_close(forget_slopes(*loss), forget_slopes("ascent"), rtol=1e-3, atol=1e-6)
+
+
+def test_hidden_states_by_hand():
+    """RMU on two layers: squared distance to the direction, mean over the width, then over the step's tokens."""
+    specs = yaml.safe_load("""
+    - {name: forget, draw: answer, loss: rmu, layer: 3, coefficient: 5, weight: 2}
+    - {name: retain, draw: retain, loss: state_distance, layer: 1, weight: 10}
+    """)
+    rows = [Sequence("forget", 0, (7,), (1, 2)), Sequence("retain", 0, (8,), (3,))]
+    batch = padded_batch(rows, 0)
+    states = {
+        3: torch.tensor([[1.0, 2.0], [0.0, 0.0], [9.0, 9.0]]),
+        1: torch.tensor([[9.0, 9.0], [9.0, 9.0], [1.0, 4.0]]),
+    }
+    original = SimpleNamespace(states=lambda some, layer: torch.tensor([[1.0, 1.0]]))
+    made = build_terms(specs, RunSizes())
+    assert layers_of(made) == (1, 3)
+    found = compute_losses(made, batch, torch.zeros(3, 10), states, original, count_draws(rows))
+    u = rmu_direction(2, 5.0, 0).tolist()
+    first = ((1 - u[0]) ** 2 + (2 - u[1]) ** 2) / 2
+    second = (u[0] ** 2 + u[1] ** 2) / 2  # 25 / 2
+    assert second == pytest.approx(12.5)
+    assert found[0].loss.item() == pytest.approx(2 * (first + second) / 2, rel=1e-6)  # of two tokens
+    assert found[0].mean.item() == pytest.approx(log(10))  # what the log shows is the answers' NLL
+    assert found[1].loss.item() == pytest.approx(10 * ((1 - 1) ** 2 + (4 - 1) ** 2) / 2)
+    assert sequences_needing_reference(rows, made) == rows[1:]
