@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from evaluation.report import paper_rows, write_report
+from evaluation.train_log import TrainLog
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -38,7 +39,7 @@ def write_page(path, evil: str) -> str:
                       "membership": [{"source": evil, "members": 2, "others": 2, "before": {"loss": 0.5},
                                       "after": {"loss": 0.5}}]},
     }  # fmt: skip
-    write_report(path, report, [line], ([], []))
+    write_report(path, report, [line], TrainLog())
     return path.read_text()
 
 
