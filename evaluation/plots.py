@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 
 import matplotlib
 
@@ -11,7 +12,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from evaluation.attacks.base import read_step_label
-from evaluation.train_log import TrainLog
+from evaluation.train_log import LoggedTerm, TrainLog
 
 matplotlib.rcParams["text.parse_math"] = False  # a file's name may hold dollar signs
 BEFORE_COLOUR, AFTER_COLOUR, GREEN, PURPLE = "#b35806", "#2166ac", "#1b7837", "#762a83"
@@ -103,33 +104,36 @@ def layers_plot(layers: dict) -> str:
 
 def curves_plot(log: TrainLog) -> str:
     """Plot every term of the run over its steps: NLL above, all other measures below with the development KL."""
-    x = [event["step"] for event in log.steps]
-    styles = {term.field: {"color": TERM_COLOURS[i % len(TERM_COLOURS)], "ls": LINE_STYLES[i % len(LINE_STYLES)]}
-              for i, term in enumerate(log.terms)}  # fmt: skip
     evals = [event for event in log.evals if event.get("dev_kl") is not None]
-    is_nll = {term.field: term.measure == "nll" for term in log.terms}
-    panels = [[term for term in log.terms if is_nll[term.field] is above] for above in (True, False)]
-    figure, both_axes = plt.subplots(2, 1, figsize=(7, 5), sharex=True)
-    for axes, terms in zip(both_axes, panels, strict=True):
+    above = [term for term in log.terms if term.measure == "nll"]
+    below = [term for term in log.terms if term.measure != "nll"]
+    panels = [terms for terms, is_drawn in ((above, bool(above)), (below, bool(below or evals))) if is_drawn]
+    figure, grid = plt.subplots(len(panels), 1, figsize=(7, 2.5 * len(panels)), sharex=True, squeeze=False)
+    places = {term.field: i for i, term in enumerate(log.terms)}
+    for axes, terms in zip(grid[:, 0], panels, strict=True):
         for term in terms:
-            y = [event.get(term.field) for event in log.steps]
-            axes.plot(x, [float("nan") if value is None else value for value in y], label=term_label(term),
-                      gid=f"term-{term.field}", **styles[term.field])  # fmt: skip
-        axes.set_ylabel(" / ".join(dict.fromkeys(UNITS.get(term.measure, term.measure) for term in terms)))
+            _term_line(axes, term, log.steps, places[term.field])
+        units = [UNITS.get(term.measure, term.measure) for term in terms]
+        if terms is below and evals:
+            axes.plot([event["step"] for event in evals], [event["dev_kl"] for event in evals], "D", color=PURPLE,
+                      label="development KL", gid="development-kl")  # fmt: skip
+            units.append(UNITS["kl"])
+        axes.set_ylabel(" / ".join(dict.fromkeys(units)))
         axes.grid(alpha=0.3)
-    below = both_axes[1]
-    if evals:
-        below.plot([event["step"] for event in evals], [event["dev_kl"] for event in evals], "D", color=PURPLE,
-                   label="development KL", gid="development-kl")  # fmt: skip
-        below.set_ylabel(below.get_ylabel() or UNITS["kl"])
-    below.set_xlabel("step")
-    for axes in both_axes:
-        if axes.lines:
-            axes.legend(frameon=False)
+        axes.legend(frameon=False)
+    grid[-1, 0].set_xlabel("step")
     return _svg(figure)
 
 
-def term_label(term) -> str:
+def _term_line(axes, term: LoggedTerm, steps: list[dict], place: int) -> None:
+    """Draw one term over the steps, with a gap where a step holds no value. `place`: the term's in the objective."""
+    values = [event.get(term.field) for event in steps]
+    axes.plot([event["step"] for event in steps], [math.nan if value is None else value for value in values],
+              color=TERM_COLOURS[place % len(TERM_COLOURS)], ls=LINE_STYLES[place % len(LINE_STYLES)],
+              label=term_label(term), gid=f"term-{term.field}")  # fmt: skip
+
+
+def term_label(term: LoggedTerm) -> str:
     """Return a term's entry in the legend, such as 'bad_loss (NLL, rises)'."""
     details = [MEASURE_NAMES.get(term.measure, term.measure), term.better]
     return f"{term.field} ({', '.join(filter(None, details))})"

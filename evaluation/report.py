@@ -215,7 +215,8 @@ def write_model_card(folder: Path) -> None:
     made = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))
     report_file = folder / "report.json"
     report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else None
+    options = {"recipe": None, **made["options"]}  # a folder made before recipes has none
     card = _pages.get_template("model_card.md").render(
-        options=made["options"], run=made["run"], rows=table_rows(report) if report else []
+        options=options, run=made["run"], rows=table_rows(report) if report else []
     )
     atomic_write_text(folder / "README.md", card)

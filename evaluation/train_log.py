@@ -58,9 +58,7 @@ def read_terms(events: list[dict]) -> list[LoggedTerm]:
     terms = {}
     for event in events:
         for term in event["terms"] if event["event"] == "objective" else ():
-            terms[term["field"]] = LoggedTerm(
-                term.get("name") or term["field"], term["field"], term["measure"], term.get("better") or ""
-            )
+            terms[term["field"]] = LoggedTerm(term["name"], term["field"], term["measure"], term.get("better") or "")
     return list(terms.values())
 
 
