@@ -69,7 +69,7 @@ def main() -> None:
         report["attacks"], probes = run_attacks(inputs, runs, lines, embed, options)
         report |= probes
         seconds["attacks"] = round(time.time() - attacks_started, 1)
-    report["verdict"] = verdict.judge(report, options.require)
+    report["verdict"] = dataclasses.asdict(verdict.judge(report, options.require))
     report["seconds"] = {**seconds, "whole": round(time.time() - started, 1), **unlearning_seconds(options.model_name)}
 
     # -------------------------------------------------------------------------------------------------- report

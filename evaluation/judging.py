@@ -30,11 +30,20 @@ def judge_answers(inputs: EvaluationInputs, runs: dict[str, ModelRun], embed, op
         "given_text": compare_text_scores(runs["before"].text_scores, runs["after"].text_scores),
         "memorised": memorization_metrics({label: run.forget_scores for label, run in runs.items()}),
     }
-    return report, lines
+    return as_plain(report), lines
+
+
+def as_plain(value):
+    """Return a copy in which every result class is a dict, as in report.json."""
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: as_plain(content) for key, content in value.items()}
+    return [as_plain(content) for content in value] if isinstance(value, list) else value
 
 
 def judge_groups(inputs: EvaluationInputs, runs: dict[str, ModelRun], embed, options) -> tuple[list[dict], list[dict]]:
-    """Return the figures of every group, as in report.json, and one line per prompt, as in answers.jsonl."""
+    """Return the figures of every group, under report.json's keys, and one line per prompt, as in answers.jsonl."""
     before, after = runs["before"], runs["after"]
     answers = {"before": before.answers, "after": after.answers}
     columns = yao2023_metrics(inputs.groups, answers, before.answer_model, before.formatter, options)

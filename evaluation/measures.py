@@ -51,7 +51,7 @@ class Measure:
     name: str
     of_answer: Callable[[Answer], object] | None = None
     of_pair: Callable[[AnswerPair], object] | None = None
-    aggregate: Callable[[list], dict] | None = metrics.rate
+    aggregate: Callable[[list], metrics.Estimate] | None = metrics.rate
     sides: tuple[str, ...] = ("forget", "keep")
     section: str = ""
     in_lines: bool = False
@@ -67,8 +67,8 @@ class Measure:
         return {"before": [self.of_answer(pair.before) for pair in pairs],
                 "after": [self.of_answer(pair.after) for pair in pairs]}  # fmt: skip
 
-    def figure(self, values: list) -> dict:
-        """Return the figure of a group, as it stands in report.json."""
+    def figure(self, values: list) -> metrics.Estimate:
+        """Return the figure of a group from its prompts' values."""
         return self.aggregate([value for value in values if value is not None])
 
     def line_value(self, value):
@@ -76,7 +76,7 @@ class Measure:
         return value if self.decimals is None or value is None else round(value, self.decimals)
 
 
-def _length_ratio(texts: list[tuple[str, str]]) -> dict:
+def _length_ratio(texts: list[tuple[str, str]]) -> metrics.Estimate:
     return metrics.length_ratio([after for after, _ in texts], [before for _, before in texts])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import zlib
@@ -25,30 +26,42 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return 0.0 if hits == 0 else max(0.0, centre - half), 1.0 if hits == n else min(1.0, centre + half)
 
 
-def rate(flags) -> dict:
-    """A rate with its count and 95 % Wilson interval, as it stands in report.json."""
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A figure of `n` prompts with its 95 % interval [low, high].
+
+    Where nothing was counted, the value is None; the interval of a rate is then [0, 1], that of a mean None.
+    """
+
+    value: float | None
+    n: int
+    low: float | None
+    high: float | None
+
+
+def rate(flags) -> Estimate:
+    """Return the share of flags that are true, with its Wilson interval."""
     flags = [bool(f) for f in flags]
     low, high = wilson(sum(flags), len(flags))
-    value = sum(flags) / len(flags) if flags else None
-    return {"value": value, "n": len(flags), "low": low, "high": high}
+    return Estimate(sum(flags) / len(flags) if flags else None, len(flags), low, high)
 
 
-def mean(values) -> dict:
-    """A mean with its count and 95 % bootstrap interval."""
+def mean(values) -> Estimate:
+    """Return the mean of the values that are not None, with its bootstrap interval."""
     values = [v for v in values if v is not None]
     return ratio(values, np.ones(len(values)))
 
 
-def ratio(tops, bottoms, seed: int = 0, draws: int = 2000) -> dict:
-    """sum(tops) / sum(bottoms), both (n,), with its count and 95 % bootstrap interval: a row's two numbers are drawn
-    together. Nothing where the bottoms sum to 0."""
+def ratio(tops, bottoms, seed: int = 0, draws: int = 2000) -> Estimate:
+    """Return sum(tops) / sum(bottoms), both (n,), with its bootstrap interval: a row's two numbers are drawn together.
+    The value is None if the bottoms sum to 0."""
     rows = np.stack([np.asarray(tops, float), np.asarray(bottoms, float)])  # (2, n)
     if not rows[1].sum():
-        return {"value": None, "n": 0, "low": None, "high": None}
+        return Estimate(None, 0, None, None)
     n = rows.shape[1]
     top, bottom = rows[:, np.random.default_rng(seed).integers(n, size=(draws, n))].sum(axis=-1)  # (draws,) each
     low, high = np.quantile(top[bottom > 0] / bottom[bottom > 0], [0.025, 0.975])
-    return {"value": float(rows[0].sum() / rows[1].sum()), "n": n, "low": float(low), "high": float(high)}
+    return Estimate(float(rows[0].sum() / rows[1].sum()), n, float(low), float(high))
 
 
 def _words(text: str) -> list[str]:
@@ -98,16 +111,16 @@ def leaks(answer: str, target: str | None) -> bool | None:
     return None if not target else rouge_l(answer, target).recall > LEAK_RECALL
 
 
-def length_ratio(after: list[str], before: list[str]) -> dict:
+def length_ratio(after: list[str], before: list[str]) -> Estimate:
     """Return the words of all answers after, as a share of those before. The bootstrap draws prompts."""
     return ratio(*([len(_words(text)) for text in texts] for texts in (after, before)))
 
 
-def perplexity_ratio(after, before, tokens) -> dict:
+def perplexity_ratio(after, before, tokens) -> Estimate:
     """Return the token perplexity after over before, from each window's summed NLL (nats), (n,), and number of tokens,
     (n,). The bootstrap draws windows, since neighbouring tokens depend on each other."""
-    found = ratio(np.subtract(after, before), tokens)
-    return found | {name: float(np.exp(found[name])) for name in ("value", "low", "high")}
+    nats = ratio(np.subtract(after, before), tokens)
+    return Estimate(float(np.exp(nats.value)), nats.n, float(np.exp(nats.low)), float(np.exp(nats.high)))
 
 
 def unique_token_share(tokens: list) -> float | None:

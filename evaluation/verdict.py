@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import re
 
@@ -18,6 +19,27 @@ DEFAULTS = {
     "resists": ("attack.worst<=0.25",),
 }
 BRING_BACK = {name for name, attack in ATTACKS.items() if isinstance(attack, Attack)}  # probes bring nothing back
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One requirement on one figure. `holds` is None if the figure was not measured."""
+
+    part: str  # "required", or the part of the default verdict
+    figure: str
+    sign: str
+    bound: float
+    value: float | None
+    holds: bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The verdict in one line, its checks, and how many required ones failed."""
+
+    line: str
+    checks: list[Check]
+    failed: int
 
 
 def figures(report: dict) -> dict[str, float]:
@@ -118,38 +140,37 @@ def parse_requirement(text: str) -> tuple[str, str, float]:
         raise UsageError(f"--require {text!r}: must look like 'forget.on_topic<=0.05'") from error
 
 
-def judge(report: dict, requirements: list[str]) -> dict:
-    """Return {"line": ..., "checks": [...], "failed": number of required checks that failed}.
+def judge(report: dict, requirements: list[str]) -> Verdict:
+    """Check a report against the requirements, or against the defaults if there are none.
 
-    Without requirements the defaults are judged. A figure may turn out not to be measurable, as when nothing was
-    forgotten and nothing can come back: a default is then "not measured", a requirement fails. If some attacks were not
-    tried, the line names those that were.
+    A figure may turn out not to be measurable, as when nothing was forgotten and nothing can come back: a default is
+    then "not measured", a requirement fails. If some attacks were not tried, the line names those that were.
     """
     known = figures(report)
     asked = [("required", text) for text in requirements] or [(part, t) for part in DEFAULTS for t in DEFAULTS[part]]
     checks = [_check(part, text, known) for part, text in asked]
-    failed = [c for c in checks if c["holds"] is False or (requirements and c["holds"] is None)]
+    failed = [c for c in checks if c.holds is False or (requirements and c.holds is None)]
     if requirements:
         line = f"{len(checks) - len(failed)} of {len(checks)} requirements hold"
     else:
         tried = {attack["name"] for attack in report.get("attacks", []) if not is_control(attack)}
         line = _default_line(checks, tried)
-    return {"line": line, "checks": checks, "failed": len(failed) if requirements else 0}
+    return Verdict(line, checks, len(failed) if requirements else 0)
 
 
-def _check(part: str, requirement: str, known: dict[str, float]) -> dict:
-    """Return one check as it stands in report.json; its "holds" is None if the figure was not measured."""
+def _check(part: str, requirement: str, known: dict[str, float]) -> Check:
+    """Check one requirement, such as 'forget.on_topic<=0.05', against the figures that are known."""
     name, sign, bound = parse_requirement(requirement)
     value = known.get(name)
     holds = None if value is None else bool(OPERATORS[sign](value, bound))
-    return {"part": part, "figure": name, "sign": sign, "bound": bound, "value": value, "holds": holds}
+    return Check(part, name, sign, bound, value, holds)
 
 
-def _default_line(checks: list[dict], tried: set[str]) -> str:
+def _default_line(checks: list[Check], tried: set[str]) -> str:
     """Return the verdict of the default checks: a word for each part."""
     words = {}
     for part in DEFAULTS:
-        held = [check["holds"] for check in checks if check["part"] == part]
+        held = [check.holds for check in checks if check.part == part]
         words[part] = "no" if False in held else "not measured" if None in held else "yes"
     if words["resists"] == "yes" and tried < BRING_BACK:
         words["resists"] = f"yes ({', '.join(sorted(tried))} alone)"
@@ -157,7 +178,7 @@ def _default_line(checks: list[dict], tried: set[str]) -> str:
 
 
 def reasons(verdict: dict) -> list[str]:
-    """Return one line per check, as it is printed."""
+    """Return one line per check of report.json's verdict, as it is printed."""
     lines = []
     for check in verdict["checks"]:
         value = "not measured" if check["value"] is None else f"{check['value']:.3f}"

@@ -81,7 +81,7 @@ def judge_result(name: str, result: AttackResult, prompt_vectors, embed) -> dict
     recovered = [any([metrics.on_topic(next(cosines), text) for text in texts]) for texts in result.answers]
     examples = [texts[0] for texts, is_back in zip(result.answers, recovered, strict=True) if is_back][:3]
     return {"name": CONTROL if result.is_control else name, "variant": result.variant,
-            "back": metrics.rate(recovered), "examples": examples}  # fmt: skip
+            "back": dataclasses.asdict(metrics.rate(recovered)), "examples": examples}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ the rows of an attack

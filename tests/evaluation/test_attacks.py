@@ -151,20 +151,20 @@ def test_figures_and_verdict_by_hand():
     few = group("few", "forget", 0.9, 0.0, 90)  # a source too small to hold some out: trained on, and not called so
     assert figures({**report, "groups": [*groups, few]})["forget.on_topic"] == found["forget.on_topic"]
     assert figures({**report, "groups": [few, *groups[3:]]})["forget.on_topic"] == 0.0
-    assert judge(report, [])["line"] == "forgotten: no, kept: no, resists: yes (prefill, relearn alone)"
+    assert judge(report, []).line == "forgotten: no, kept: no, resists: yes (prefill, relearn alone)"
     every = [{"name": name, "back": rate(0.1)} for name in BRING_BACK]
-    assert judge({"groups": groups, "attacks": every}, [])["line"] == "forgotten: no, kept: no, resists: yes"
+    assert judge({"groups": groups, "attacks": every}, []).line == "forgotten: no, kept: no, resists: yes"
     fine = group("d", "keep", 0.9, 0.9, 10)
-    assert judge({"groups": [fine]}, [])["line"] == "forgotten: not measured, kept: yes, resists: not measured"
+    assert judge({"groups": [fine]}, []).line == "forgotten: not measured, kept: yes, resists: not measured"
     # an original that says nothing of it had nothing to forget; one that says little has not lost it by saying as much
     silent, little = group("a", "forget", 0.0, 0.0, 10), group("a", "forget", 0.08, 0.08, 10)
-    assert judge({"groups": [silent]}, [])["line"].startswith("forgotten: not measured")
-    assert judge({"groups": [silent]}, ["forget.on_topic<=0.1"])["failed"] == 1
-    assert judge({"groups": [little]}, [])["line"].startswith("forgotten: no")
+    assert judge({"groups": [silent]}, []).line.startswith("forgotten: not measured")
+    assert judge({"groups": [silent]}, ["forget.on_topic<=0.1"]).failed == 1
+    assert judge({"groups": [little]}, []).line.startswith("forgotten: no")
     verdict = judge(report, ["forget.on_topic<=0.4", "attack.worst<0.2"])
-    assert (verdict["failed"], verdict["line"]) == (1, "1 of 2 requirements hold")
+    assert (verdict.failed, verdict.line) == (1, "1 of 2 requirements hold")
     # what could not be measured after all does not hold; and one prompt of a group is a prompt like others
-    assert judge({"groups": groups[:1]}, ["attack.worst<=1"])["failed"] == 1
+    assert judge({"groups": groups[:1]}, ["attack.worst<=1"]).failed == 1
     assert figures({"groups": [group("one (unseen)", "forget", 1.0, 1.0, 1)]})["forget.on_topic"] == 1
     shown_only = group("published prompt", "forget", 1.0, 1.0, 1) | {"counts": False}
     assert figures({**report, "groups": [*groups, shown_only]}) == found

@@ -73,8 +73,8 @@ def test_membership_is_told_from_trained_and_unseen_rows():
     assert entry["before"]["loss"] == 0.5
     assert entry["after"] == {"loss": 0.0, "min_k": 0.0, "min_k_plus_plus": 0.0, "zlib": 0.0, "reference": 0.0}
     groups = {g["name"]: g for g in found["groups"]}
-    assert groups["a (trained)"]["after"]["nll"]["value"] == 9
-    assert groups["a (trained)"]["after"]["exact_memorisation"]["value"] == 0.5
+    assert groups["a (trained)"]["after"]["nll"].value == 9
+    assert groups["a (trained)"]["after"]["exact_memorisation"].value == 0.5
     known["retrained"] = known["after"]
     assert memorization_metrics(known)["membership"][0]["privacy_leakage"]["loss"] is None  # relative to an AUC of 0
     known["retrained"] = known["before"]
