@@ -24,6 +24,7 @@ class Answer:
 
     @functools.cached_property
     def on_topic(self) -> bool:
+        """Whether the answer is about its prompt."""
         return metrics.on_topic(self.cosine, self.text)
 
 
@@ -77,19 +78,23 @@ class Measure:
 
 
 def _length_ratio(texts: list[tuple[str, str]]) -> metrics.Estimate:
+    """Aggregate (answer after, answer before) pairs into the ratio of their words."""
     return metrics.length_ratio([after for after, _ in texts], [before for _, before in texts])
 
 
 @functools.lru_cache(maxsize=1024)
 def _rouge_l(answer: str, target: str):
+    """Return `metrics.rouge_l`; cached, since two measures ask for the same pair."""
     return metrics.rouge_l(answer, target)
 
 
 def _recall(answer: Answer) -> float | None:
+    """Return the ROUGE-L recall of the row's own response."""
     return _rouge_l(answer.text, answer.row.response).recall if answer.row.response else None
 
 
 def _verbatim(answer: Answer) -> float | None:
+    """Return the ROUGE-L F-measure against the row's own response."""
     return _rouge_l(answer.text, answer.row.response).fmeasure if answer.row.response else None
 
 

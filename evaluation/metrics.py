@@ -92,6 +92,7 @@ class _AnyScript:
     """A tokenizer for rouge_score, whose own knows only a to z and digits."""
 
     def tokenize(self, text: str) -> list[str]:
+        """Return the words of a text, as rouge_score asks for them."""
         return _words(text)
 
 
@@ -230,9 +231,11 @@ def tofu_forget_quality(log: dict, retain_log: dict) -> dict:
 
 
 def _values(by_row) -> np.ndarray:
+    """Return the numbers of a log's column, which is a list or {row: number}: (n,) or (n, m)."""
     return np.array(list(by_row.values()) if isinstance(by_row, dict) else by_row, dtype=float)
 
 
 def _same_length(predicted: list, target: list) -> None:
+    """Raise ValueError unless both lists have the same length, and at least one token."""
     if len(predicted) != len(target) or not target:
         raise ValueError(f"need as many predicted as true tokens, and at least one: {len(predicted)}, {len(target)}")
