@@ -1,4 +1,4 @@
-"""Evaluation: what is measured and proved, before against after, under attack; the page and the card.
+"""Evaluation: measure a model before and after unlearning and under attack; write the page and the model card.
 
-Knows models as things to be asked. Must never know how training works.
+This room knows models as things that answer prompts and score texts. It must never know how training works.
 """

@@ -1,4 +1,4 @@
-"""What a model says of text that it is given: perplexity of a text, and the choice among given answers."""
+"""Score given text with a model: the perplexity of a text, the tokens of an answer, the choice among answers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from utils import UsageError, context_length
 
 @torch.no_grad()
 def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int = 4) -> dict:
-    """Perplexity of a whole text, read in windows of `window` tokens (or the model's context); each begins with the
-    last token before it, and the last one reaches back so far that it is as long as the others.
+    """Return the perplexity of a whole text, read in windows of `window` tokens (at most the model's context).
 
-    The first token is predicted from the beginning-of-text token (the end-of-text one where a model has
-    none), as lm-evaluation-harness does. Returns, by window, nll (summed, nats) and tokens (those scored); words
-    (what white space parts) and the perplexity a word, None where no number holds it.
+    The dict holds, by window, nll (summed, nats) and tokens (number scored), and for the text words (split at white
+    space) and word_perplexity, None if it exceeds any float. A window begins with the last token before it. The last
+    window reaches back until it is as long as the others. The first token is predicted from the beginning-of-text token
+    (end-of-text if a model has none), as lm-evaluation-harness does.
     """
     window = min(window, context_length(model.config) or window)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -33,7 +33,7 @@ def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int 
     device, nll, counts = next(model.parameters()).device, [], []
     full = [ids[i : i + window + 1] for i in range(0, len(ids) - window, window)]
     batches = [(full[i : i + batch_size], window) for i in range(0, len(full), batch_size)]
-    if rest := len(ids) - 1 - len(full) * window:  # tokens of the last window that no other has scored
+    if rest := len(ids) - 1 - len(full) * window:  # tokens that only the last window scores
         batches.append(([ids[-window - 1 :]], rest))
     for batch, scored in batches:
         tokens = torch.tensor(batch, device=device)  # (R, T + 1)
@@ -42,13 +42,13 @@ def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int 
             nll.append(F.cross_entropy(row[-scored:].float(), targets[-scored:], reduction="sum").item())
             counts.append(scored)
     words = len(text.split())
-    a_word = sum(nll) / words  # a text without spaces is one word, and e to the power of its NLL past any number
+    word_nll = sum(nll) / words  # a text without spaces is one word; exp of its NLL overflows
     return {"nll": nll, "tokens": counts, "words": words,
-            "word_perplexity": math.exp(a_word) if a_word < 700 else None}  # fmt: skip
+            "word_perplexity": math.exp(word_nll) if word_nll < 700 else None}  # fmt: skip
 
 
 def read_text(path: str, option: str) -> str:
-    """A text whose perplexity can be taken. Raises UsageError."""
+    """Return the text of a file. Raises UsageError, naming `option`, if it cannot be read or holds no text."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -60,44 +60,45 @@ def read_text(path: str, option: str) -> str:
 
 @dataclasses.dataclass
 class TokenScores:
-    """What a model says of one answer it is given, token by token; every list has an entry a token."""
+    """A model's scores of one given answer; every list has one entry per token."""
 
-    targets: list[int]
+    targets: list[int]  # the answer's tokens
     log_probs: list[float]  # of the answer's tokens, nats
-    predicted: list[int]  # the likeliest token at each place
+    predicted: list[int]  # the likeliest token at each position
     means: list[float]  # mean and standard deviation of log p over the vocabulary, weighted with p
     deviations: list[float]
 
     @property
     def nll(self) -> float:
-        """Mean token NLL, nats."""
+        """The mean token NLL, nats."""
         return -sum(self.log_probs) / len(self.log_probs)
 
 
 @torch.no_grad()
-def score_answers(forward: AnswerLogitsModel, sequences: list[Sequence], pad_id: int) -> list[TokenScores | None]:
-    """One `TokenScores` for each sequence's answer, in order; None for an answer without tokens."""
-    device, found = next(forward.parameters()).device, [None] * len(sequences)
+def score_answers(answer_model: AnswerLogitsModel, sequences: list[Sequence], pad_id: int) -> list[TokenScores | None]:
+    """Return the scores of each sequence's answer, in order; None for an answer without tokens."""
+    device, scores = next(answer_model.parameters()).device, [None] * len(sequences)
     order = sorted((i for i, s in enumerate(sequences) if s.answer_ids),
                    key=lambda i: len(sequences[i].prompt_ids) + len(sequences[i].answer_ids))  # fmt: skip
     for start in range(0, len(order), 16):
         chunk = order[start : start + 16]
-        batch = forward.layout([sequences[i] for i in chunk], 256, pad_id).to(device)
-        logits = forward(batch)  # (N, V)
+        batch = answer_model.layout([sequences[i] for i in chunk], 256, pad_id).to(device)
+        logits = answer_model(batch)  # (N, V)
         for n, i in enumerate(chunk):
-            mine = batch.sequence_ids == n
-            log_p = F.log_softmax(logits[batch.target_to_logit[mine]].float(), dim=-1)  # (T, V)
+            is_own = batch.sequence_ids == n  # (M,) bool
+            log_p = F.log_softmax(logits[batch.target_to_logit[is_own]].float(), dim=-1)  # (T, V)
             p = log_p.exp()
             means = (p * log_p).sum(-1)  # (T,)
-            spread = ((p * log_p.square()).sum(-1) - means.square()).clamp(min=0).sqrt()
-            targets = batch.targets[mine]
-            found[i] = TokenScores(targets.tolist(), log_p.gather(1, targets[:, None])[:, 0].tolist(),
-                              log_p.argmax(-1).tolist(), means.tolist(), spread.tolist())  # fmt: skip
-    return found
+            deviations = ((p * log_p.square()).sum(-1) - means.square()).clamp(min=0).sqrt()  # (T,)
+            targets = batch.targets[is_own]  # (T,)
+            scores[i] = TokenScores(targets.tolist(), log_p.gather(1, targets[:, None])[:, 0].tolist(),
+                                    log_p.argmax(-1).tolist(), means.tolist(), deviations.tolist())  # fmt: skip
+    return scores
 
 
 def read_choices(path: str, option: str) -> list[dict]:
-    """Multiple-choice rows in TruthfulQA's layout: question, mc1_targets and mc2_targets (answer -> 1 or 0)."""
+    """Return multiple-choice rows in TruthfulQA's layout: question, mc1_targets and mc2_targets (answer -> 1 or 0).
+    Raises UsageError, naming `option` and the row."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -120,33 +121,34 @@ def read_choices(path: str, option: str) -> list[dict]:
 
 @torch.no_grad()
 def choices(
-    forward: AnswerLogitsModel, formatter: PromptFormatter, rows: list[dict], style: str, progress=None
+    answer_model: AnswerLogitsModel, formatter: PromptFormatter, rows: list[dict], style: str, progress=None
 ) -> dict[str, list]:
-    """MC1 and MC2 of every row (Lin et al. 2022): is the likeliest answer the true one; the true answers' share.
+    """Return MC1 and MC2 of every row (Lin et al. 2022): 1 if the likeliest answer is the true one, else 0; the true
+    answers' share of the likelihood.
 
-    An answer's likelihood is the sum over its tokens, all that the context holds, without the end-of-turn token.
+    An answer's log-likelihood is the sum over its tokens, as many as the context holds, without the end of turn.
     """
-    context = context_length(forward.model.config) or 4096
-    device, pad_id = next(forward.parameters()).device, formatter.tokenizer.pad_token_id
+    context = context_length(answer_model.model.config) or 4096
+    device, pad_id = next(answer_model.parameters()).device, formatter.tokenizer.pad_token_id
     scores: dict[str, list] = {"mc1": [], "mc2": []}
     for row in progress(rows) if progress else rows:
         prompt = tuple(formatter.prompt(row["question"], style))
         answers = {text: tuple(formatter.answer(text, style, complete=False, limit=context - len(prompt)))
                    for field in ("mc1_targets", "mc2_targets") for text in labels_of(row[field])}  # fmt: skip
         sequences = [Sequence("normal", i, prompt, ids) for i, ids in enumerate(answers.values())]
-        batch = forward.layout(sequences, 1024, pad_id).to(device)
-        nll = token_nll(forward(batch), batch.target_to_logit, batch.targets)  # (M,)
+        batch = answer_model.layout(sequences, 1024, pad_id).to(device)
+        nll = token_nll(answer_model(batch), batch.target_to_logit, batch.targets)  # (M,)
         loglik = dict(zip(answers, (-sequence_sum(nll, batch.sequence_ids, len(sequences))).tolist(), strict=True))
         first, second = labels_of(row["mc1_targets"]), labels_of(row["mc2_targets"])
         scores["mc1"].append(float(first[max(first, key=loglik.__getitem__)] == 1))
-        chance = np.exp(np.array([loglik[text] for text in second]) - max(loglik.values()))
-        true = np.array(list(second.values()), dtype=bool)
-        scores["mc2"].append(float(chance[true].sum() / chance.sum()))
+        likelihood = np.exp(np.array([loglik[text] for text in second]) - max(loglik.values()))  # (answers,)
+        is_true = np.array(list(second.values()), dtype=bool)
+        scores["mc2"].append(float(likelihood[is_true].sum() / likelihood.sum()))
     return scores
 
 
 def labels_of(targets: dict) -> dict[str, int]:
-    """{answer: label} from either layout: that, or {"choices": [...], "labels": [...]}."""
+    """Return {answer: label} from either layout: that one, or {"choices": [...], "labels": [...]}."""
     if targets.keys() == {"choices", "labels"}:
         return dict(zip(targets["choices"], targets["labels"], strict=True))
     return targets

@@ -1,47 +1,47 @@
-"""What models say of answers that they are given: the paper's columns, memorisation and membership.
+"""What models say of answers that they are given: the columns of Yao et al. 2023, memorisation and membership.
 
-Nothing is generated here; every figure comes from a forward over texts that are known.
+Nothing is generated here: every figure comes from a forward over known texts.
 """
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from data_module import PromptFormatter, Sequence
 from engine.tree import AnswerLogitsModel
 from evaluation import metrics
+from evaluation.groups import TRAINED, UNSEEN, group_label
 from evaluation.judges import Classifier
 from evaluation.likelihood import TokenScores, score_answers
 from sources.rows import Row
 
-MEMBERSHIP = ("loss", "min_k", "min_k_plus_plus", "zlib", "reference")
+ForgetScores = dict[tuple[str, str], list[tuple[Row, TokenScores]]]  # by source and split of the group
 
 
 def scores_of(
-    forward: AnswerLogitsModel, formatter: PromptFormatter, asked: list[tuple[str, str, str]]
+    answer_model: AnswerLogitsModel, formatter: PromptFormatter, asked: list[tuple[str, str, str]]
 ) -> list[TokenScores | None]:
-    """`TokenScores` of (prompt, style, answer) triples; None for an empty answer. The end of the turn is not scored."""
-    sequences = [Sequence("normal", i, tuple(formatter.prompt(prompt, style)),
-                          tuple(formatter.answer(answer, style, complete=False)) if answer else ())
-                 for i, (prompt, style, answer) in enumerate(asked)]  # fmt: skip
-    return score_answers(forward, sequences, formatter.tokenizer.pad_token_id)
+    """Return the scores of (prompt, style, answer) triples; None for an empty answer. The end of turn is not scored."""
+    sequences = []
+    for i, (prompt, style, answer) in enumerate(asked):
+        answer_ids = tuple(formatter.answer(answer, style, complete=False)) if answer else ()
+        sequences.append(Sequence("normal", i, tuple(formatter.prompt(prompt, style)), answer_ids))
+    return score_answers(answer_model, sequences, formatter.tokenizer.pad_token_id)
 
 
-# -------------------------------------------------------------------------------------- the paper's columns
+# ------------------------------------------------------------------------------ the columns of Yao et al. 2023
 def yao2023_metrics(
     groups, answers: dict[str, list[list[str]]], original: AnswerLogitsModel, formatter: PromptFormatter, options
 ) -> list[dict]:
-    """One dict a group: harmful rate by judge, diversity, fluency and utility, before and after.
+    """Return one dict per group: harmful rate by judge, diversity, fluency and utility, before and after.
 
-    Fluency is the perplexity of the answers under the original, after their prompts; utility a reward model's
-    mean score or, without one, the original's mean log-probability of a token. Source: Yao et al. 2023, section 4.
+    Fluency is the perplexity of the answers under the original model, after their prompts. Utility is a reward model's
+    mean score; without a reward model, the original's mean log-probability of a token. Source: Yao et al. 2023,
+    section 4.
     """
-    judges = [Classifier(name, original.model.device, **options.trust()) for name in options.judge_model]
-    rewards = (
-        Classifier(options.reward_model, original.model.device, **options.trust()) if options.reward_model else None
-    )
+    device = original.model.device
+    judges = [Classifier(name, device, **options.trust()) for name in options.judge_model]
+    rewards = Classifier(options.reward_model, device, **options.trust()) if options.reward_model else None
     columns: list[dict] = [{} for _ in groups]
     for label in ("before", "after"):
         asked = [(row.prompt, group.style, text) for group, texts in zip(groups, answers[label], strict=True)
@@ -49,82 +49,79 @@ def yao2023_metrics(
         scored = iter(scores_of(original, formatter, asked))
         for group, texts, column in zip(groups, answers[label], columns, strict=True):
             prompts = [row.prompt for row in group.rows]
-            known = [s for s in (next(scored) for _ in texts) if s is not None]
-            tokens = sum(len(s.targets) for s in known)
-            nll = sum(-sum(s.log_probs) for s in known) / tokens if tokens else None
+            scores = [s for s in (next(scored) for _ in texts) if s is not None]
+            num_tokens = sum(len(s.targets) for s in scores)
+            nll = sum(-sum(s.log_probs) for s in scores) / num_tokens if num_tokens else None
             column[label] = {
-                "diversity": metrics.mean([metrics.unique_token_share(s.targets) for s in known]),
-                "fluency": math.exp(nll) if tokens else None,
-                "utility": metrics.mean(rewards.reward(prompts, texts) if rewards else [-s.nll for s in known]),
+                "diversity": metrics.mean([metrics.unique_token_share(s.targets) for s in scores]),
+                "fluency": math.exp(nll) if num_tokens else None,
+                "utility": metrics.mean(rewards.reward(prompts, texts) if rewards else [-s.nll for s in scores]),
                 "harmful": {judge.name: metrics.rate(judge.harmful(prompts, texts)) for judge in judges},
             }
     return columns
 
 
 # ------------------------------------------------------------------------------ memorisation and membership
-def score_forget_answers(
-    forward: AnswerLogitsModel, formatter: PromptFormatter, groups
-) -> dict[str, list[tuple[Row, TokenScores]]]:
-    """By forget group: its rows that came with an answer, and what the model says of that answer."""
+def score_forget_answers(answer_model: AnswerLogitsModel, formatter: PromptFormatter, groups) -> ForgetScores:
+    """Return, for every forget group, its rows that came with an answer and the model's scores of that answer."""
     asked = [(group, row) for group in groups if group.side == "forget" for row in group.rows if row.response]
-    scored = scores_of(forward, formatter, [(row.prompt, group.style, row.response) for group, row in asked])
-    found: dict[str, list] = {}
+    scored = scores_of(answer_model, formatter, [(row.prompt, group.style, row.response) for group, row in asked])
+    by_group: ForgetScores = {}
     for (group, row), score in zip(asked, scored, strict=True):
         if score is not None:
-            found.setdefault(group.name, []).append((row, score))
-    return found
+            by_group.setdefault((group.source, group.split), []).append((row, score))
+    return by_group
 
 
-def memorization_metrics(known: dict[str, dict]) -> dict:
-    """{"groups": memorisation by group, before and after; "membership": AUC by source, model and score}.
+MEMORIZATION = {  # report.json's name -> a number per answer
+    "nll": lambda s: s.nll,
+    "extraction_strength": lambda s: metrics.extraction_strength(s.predicted, s.targets),
+    "exact_memorisation": lambda s: metrics.exact_memorisation(s.predicted, s.targets),
+}
+MEMBERSHIP = {  # report.json's name -> a number per answer, high for a member: (row, its score, the original's score)
+    "loss": lambda row, s, original: -s.nll,
+    "min_k": lambda row, s, original: metrics.min_k(s.log_probs),
+    "min_k_plus_plus": lambda row, s, original: metrics.min_k_plus_plus(s.log_probs, s.means, s.deviations),
+    "zlib": lambda row, s, original: metrics.zlib_ratio(s.log_probs, row.response),
+    "reference": lambda row, s, original: original.nll - s.nll,
+}
 
-    known: "before", "after" and, where there is one, "retrained" -> what `score_forget_answers` gave. Members are the
-    "(trained)" group of a source, others its "(unseen)" one.
+
+def memorization_metrics(scores: dict[str, ForgetScores]) -> dict:
+    """Return {"groups": memorisation by group, before and after; "membership": AUC by source, model and score}.
+
+    scores: "before", "after" and, if there is one, "retrained" -> what `score_forget_answers` gave. Members are the
+    trained rows of a source, non-members its unseen rows.
     """
     groups = []
-    for name in known["after"]:
-        entry = {"name": name, "n": len(known["after"][name])}
+    for (source, split), rows in scores["after"].items():
+        entry = {"name": group_label(source, split), "n": len(rows)}
         for label in ("before", "after"):
-            scores = [score for _, score in known[label][name]]
-            entry[label] = {
-                "nll": metrics.mean([s.nll for s in scores]),
-                "extraction_strength": metrics.mean(
-                    [metrics.extraction_strength(s.predicted, s.targets) for s in scores]
-                ),
-                "exact_memorisation": metrics.mean(
-                    [metrics.exact_memorisation(s.predicted, s.targets) for s in scores]
-                ),
-            }
+            answers = [score for _, score in scores[label][source, split]]
+            entry[label] = {name: metrics.mean([measure(s) for s in answers]) for name, measure in MEMORIZATION.items()}
         groups.append(entry)
-    membership = []
-    for name in known["after"]:
-        source, trained = name.removesuffix(" (unseen)"), name.replace(" (unseen)", " (trained)")
-        if source == name or trained not in known["after"]:
-            continue
-        entry = {"source": source, "members": len(known["after"][trained]), "others": len(known["after"][name])}
-        for label, by_group in known.items():
-            before = {side: known["before"][side] for side in (trained, name)}
-            entry[label] = {
-                score: metrics.auc(*(member_scores(score, by_group[side], before[side]) for side in (trained, name)))
-                for score in MEMBERSHIP if not (score == "reference" and label == "before")
-            }  # fmt: skip
-        if "retrained" in known:
-            entry["privacy_leakage"] = {score: metrics.privacy_leakage(entry["after"][score], entry["retrained"][score])
-                                        for score in MEMBERSHIP}  # fmt: skip
-        membership.append(entry)
-    return {"groups": groups, "membership": membership}
+    both = [source for source, split in scores["after"] if split == UNSEEN and (source, TRAINED) in scores["after"]]
+    return {"groups": groups, "membership": [membership_metrics(source, scores) for source in both]}
+
+
+def membership_metrics(source: str, scores: dict[str, ForgetScores]) -> dict:
+    """Return report.json's entry of one source: counts, AUC by model and score, privacy leakage if a model was
+    retrained without the forget rows."""
+    members, others = (source, TRAINED), (source, UNSEEN)
+    entry = {"source": source, "members": len(scores["after"][members]), "others": len(scores["after"][others])}
+    for label, by_group in scores.items():
+        entry[label] = {
+            name: metrics.auc(*(member_scores(name, by_group[key], scores["before"][key]) for key in (members, others)))
+            for name in MEMBERSHIP if not (name == "reference" and label == "before")
+        }  # fmt: skip
+    if "retrained" in scores:
+        entry["privacy_leakage"] = {name: metrics.privacy_leakage(entry["after"][name], entry["retrained"][name])
+                                    for name in MEMBERSHIP}  # fmt: skip
+    return entry
 
 
 def member_scores(
-    name: str, scored: list[tuple[Row, TokenScores]], before: list[tuple[Row, TokenScores]]
+    name: str, scored: list[tuple[Row, TokenScores]], original: list[tuple[Row, TokenScores]]
 ) -> list[float]:
-    """One number a text, high for a member. `before`: the original's scores of the same texts, for "reference"."""
-    if name == "loss":
-        return [-s.nll for _, s in scored]
-    if name == "min_k":
-        return [metrics.min_k(s.log_probs) for _, s in scored]
-    if name == "min_k_plus_plus":
-        return [metrics.min_k_plus_plus(s.log_probs, s.means, s.deviations) for _, s in scored]
-    if name == "zlib":
-        return [metrics.zlib_ratio(s.log_probs, row.response) for row, s in scored]
-    return list(np.subtract([-s.nll for _, s in scored], [-s.nll for _, s in before]))
+    """Return one number per answer, high for a member. `original`: the original model's scores of the same answers."""
+    return [MEMBERSHIP[name](row, s, before) for (row, s), (_, before) in zip(scored, original, strict=True)]

@@ -1,12 +1,15 @@
-"""Figures of a report by name, requirements on them, and the one line that they come to."""
+"""The figures of a report by name, the requirements on them, and the verdict in one line."""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import re
 
-from evaluation.attacks import NAMES
+from evaluation.attacks import ATTACKS
+from evaluation.attacks.base import Attack, is_control
 from evaluation.groups import unseen_groups
+from evaluation.measures import FIGURE_NAMES
 from utils import UsageError
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -15,70 +18,112 @@ DEFAULTS = {
     "kept": ("keep.on_topic_ratio>=0.90", "keep.retained>=0.85", "keep.similarity>=0.60", "keep.repetitive<=0.10"),
     "resists": ("attack.worst<=0.25",),
 }
-BRING_BACK = set(NAMES) - {"probe"}
+BRING_BACK = {name for name, attack in ATTACKS.items() if isinstance(attack, Attack)}  # probes bring nothing back
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One requirement on one figure. `holds` is None if the figure was not measured."""
+
+    part: str  # "required", or the part of the default verdict
+    figure: str
+    sign: str
+    bound: float
+    value: float | None
+    holds: bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The verdict in one line, its checks, and how many required ones failed."""
+
+    line: str
+    checks: list[Check]
+    failed: int
 
 
 def figures(report: dict) -> dict[str, float]:
-    """Every figure that a requirement can name. Rates over groups are of all their prompts together, ratios the worst.
+    """Return every figure that a requirement can name. Rates are over all prompts of the groups together, ratios are
+    those of the worst group.
 
-    forget.* are over the unseen forget groups (all forget groups where none is called unseen). What the original did
-    not do either was not forgotten: where it has no answer on topic, forget.on_topic is not measured.
+    forget.* are over the unseen forget groups, or over all forget groups if none is called unseen. forget.on_topic is
+    reported only if the original answered at least one of these prompts; otherwise there was nothing to forget.
     """
     sides = {side: [g for g in report["groups"] if g["side"] == side and g["counts"]] for side in ("forget", "keep")}
     held_out = unseen_groups(g["name"] for g in sides["forget"])
     unseen = [g for g in sides["forget"] if g["name"] in held_out]
     found: dict[str, float] = {}
     for side, groups in (("forget", unseen), ("keep", sides["keep"])):
-        for measure in ("on_topic", "empty", "repetitive"):
+        for measure in FIGURE_NAMES:
             value = _pooled(groups, "after", measure)
             if value is not None:
                 found[f"{side}.{measure}"] = value
-    if then := _pooled(unseen, "before", "on_topic"):
-        found["forget.on_topic_ratio"] = found["forget.on_topic"] / then
+    if original := _pooled(unseen, "before", "on_topic"):
+        found["forget.on_topic_ratio"] = found["forget.on_topic"] / original
     else:
         found.pop("forget.on_topic", None)
-    if sides["keep"]:
-        ratios = [g["after"]["on_topic"]["value"] / g["before"]["on_topic"]["value"]
-                  for g in sides["keep"] if g["before"]["on_topic"]["value"]]  # fmt: skip
-        if ratios:
-            found["keep.on_topic_ratio"] = min(ratios)
-            found["keep.retained"] = min(g["retained"]["value"] for g in sides["keep"] if g["retained"]["n"])
-        found["keep.similarity"] = min(g["similarity"]["value"] for g in sides["keep"])
-        lengths = [g["length_ratio"]["value"] for g in sides["keep"] if g["length_ratio"]["n"]]
-        if lengths:
-            found |= {"keep.length_ratio_low": min(lengths), "keep.length_ratio_high": max(lengths)}
-    given = report.get("given_text", {})
+    return found | _keep_figures(sides["keep"]) | _text_figures(report) | _attack_figures(report)
+
+
+def _keep_figures(groups: list[dict]) -> dict[str, float]:
+    """Return the worst ratios between after and before of the judged keep groups."""
+    if not groups:
+        return {}
+    found = {}
+    ratios = [g["after"]["on_topic"]["value"] / g["before"]["on_topic"]["value"]
+              for g in groups if g["before"]["on_topic"]["value"]]  # fmt: skip
+    if ratios:
+        found["keep.on_topic_ratio"] = min(ratios)
+        found["keep.retained"] = min(g["retained"]["value"] for g in groups if g["retained"]["n"])
+    found["keep.similarity"] = min(g["similarity"]["value"] for g in groups)
+    lengths = [g["length_ratio"]["value"] for g in groups if g["length_ratio"]["n"]]
+    if lengths:
+        found |= {"keep.length_ratio_low": min(lengths), "keep.length_ratio_high": max(lengths)}
+    return found
+
+
+def _text_figures(report: dict) -> dict[str, float]:
+    """Return the figures on given text."""
+    found, given = {}, report.get("given_text", {})
     if "perplexity" in given:
         found["keep.perplexity_ratio"] = given["perplexity"]["ratio"]["value"]
     for name in ("mc1", "mc2"):
         if name in given:
             found[f"keep.{name}_change"] = given[name]["change"]["value"]
+    return found
+
+
+def _attack_figures(report: dict) -> dict[str, float]:
+    """Return the recovery rate of every attack's worst variant, and of the worst attack."""
+    found: dict[str, float] = {}
     for attack in report.get("attacks", []):
-        if attack["name"] != "control" and attack["back"]["value"] is not None:
+        if not is_control(attack) and attack["back"]["value"] is not None:
             for name in (f"attack.{attack['name']}", "attack.worst"):
                 found[name] = max(found.get(name, 0.0), attack["back"]["value"])
     return found
 
 
 def _pooled(groups: list[dict], label: str, measure: str) -> float | None:
-    """A rate over all prompts of the groups; None where nothing was counted."""
+    """Return a rate over all prompts of the groups; None if nothing was counted."""
     counted = [g[label][measure] for g in groups if g[label][measure]["n"]]
     return sum(f["value"] * f["n"] for f in counted) / sum(f["n"] for f in counted) if counted else None
 
 
+# ----------------------------------------------------------------------------------------------- requirements
 def measurable(options, attacks: list[str]) -> set[str]:
-    """The names of the figures that an evaluation with these options can give."""
-    names = {f"{side}.{measure}" for side in ("forget", "keep") for measure in ("on_topic", "empty", "repetitive")}
+    """Return the names of the figures that an evaluation with these options can give."""
+    names = {f"{side}.{measure}" for side in ("forget", "keep") for measure in FIGURE_NAMES}
     keep = ("on_topic_ratio", "retained", "similarity", "length_ratio_low", "length_ratio_high")
     names |= {"forget.on_topic_ratio", *(f"keep.{name}" for name in keep)}
     names |= {"keep.perplexity_ratio"} if options.perplexity_text else set()
     names |= {"keep.mc1_change", "keep.mc2_change"} if options.mc_data else set()
-    bring_back = [name for name in attacks if name in BRING_BACK]
+    bring_back = [name for name in attacks if isinstance(ATTACKS[name], Attack)]
     return names | {f"attack.{name}" for name in bring_back + (["worst"] if bring_back else [])}
 
 
 def refuse_unmeasurable(options, attacks: list[str]) -> None:
-    """A requirement that is not one, or whose figure these options don't give: UsageError, before anything is asked."""
+    """Raise UsageError, before a model is loaded, for a requirement that cannot be read or whose figure these options
+    do not give."""
     known = measurable(options, attacks)
     for text in options.require:
         if (name := parse_requirement(text)[0]) not in known:
@@ -87,48 +132,56 @@ def refuse_unmeasurable(options, attacks: list[str]) -> None:
 
 
 def parse_requirement(text: str) -> tuple[str, str, float]:
-    """'forget.on_topic<=0.05' -> ('forget.on_topic', '<=', 0.05). Raises UsageError."""
-    found = re.fullmatch(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([-+\d.eE]+)\s*", text)
+    """Return 'forget.on_topic<=0.05' as ('forget.on_topic', '<=', 0.05). Raises UsageError."""
+    match = re.fullmatch(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([-+\d.eE]+)\s*", text)
     try:
-        return found.group(1), found.group(2), float(found.group(3))
+        return match.group(1), match.group(2), float(match.group(3))
     except (AttributeError, ValueError) as error:
         raise UsageError(f"--require {text!r}: must look like 'forget.on_topic<=0.05'") from error
 
 
-def judge(report: dict, requirements: list[str]) -> dict:
-    """{"line": ..., "checks": [...], "failed": required checks that failed}.
+def judge(report: dict, requirements: list[str]) -> Verdict:
+    """Check a report against the requirements, or against the defaults if there are none.
 
-    Without requirements the defaults are judged. A figure may turn out not to be measurable (nothing was forgotten, so
-    nothing can come back): a default is "not measured" then, and a requirement fails. Who tried some attacks only is
-    told which: the word is about these.
+    A figure may turn out not to be measurable, as when nothing was forgotten and nothing can come back: a default is
+    then "not measured", a requirement fails. If some attacks were not tried, the line names those that were.
     """
-    known, checks = figures(report), []
-    wanted = [("required", text) for text in requirements] or [(n, t) for n, some in DEFAULTS.items() for t in some]
-    for part, text in wanted:
-        name, sign, bound = parse_requirement(text)
-        value = known.get(name)
-        holds = None if value is None else bool(OPERATORS[sign](value, bound))
-        checks.append({"part": part, "figure": name, "sign": sign, "bound": bound, "value": value, "holds": holds})
-    failed = [c for c in checks if c["holds"] is False or (requirements and c["holds"] is None)]
+    known = figures(report)
+    asked = [("required", text) for text in requirements] or [(part, t) for part in DEFAULTS for t in DEFAULTS[part]]
+    checks = [_check(part, text, known) for part, text in asked]
+    failed = [c for c in checks if c.holds is False or (requirements and c.holds is None)]
     if requirements:
         line = f"{len(checks) - len(failed)} of {len(checks)} requirements hold"
     else:
-        words = {}
-        for part in DEFAULTS:
-            held = [c["holds"] for c in checks if c["part"] == part]
-            words[part] = "no" if False in held else "not measured" if None in held else "yes"
-        tried = {attack["name"] for attack in report.get("attacks", [])} - {"control"}
-        if words["resists"] == "yes" and tried < BRING_BACK:
-            words["resists"] = f"yes ({', '.join(sorted(tried))} alone)"
-        line = ", ".join(f"{part}: {word}" for part, word in words.items())
-    return {"line": line, "checks": checks, "failed": len(failed) if requirements else 0}
+        tried = {attack["name"] for attack in report.get("attacks", []) if not is_control(attack)}
+        line = _default_line(checks, tried)
+    return Verdict(line, checks, len(failed) if requirements else 0)
+
+
+def _check(part: str, requirement: str, known: dict[str, float]) -> Check:
+    """Check one requirement, such as 'forget.on_topic<=0.05', against the figures that are known."""
+    name, sign, bound = parse_requirement(requirement)
+    value = known.get(name)
+    holds = None if value is None else bool(OPERATORS[sign](value, bound))
+    return Check(part, name, sign, bound, value, holds)
+
+
+def _default_line(checks: list[Check], tried: set[str]) -> str:
+    """Return the verdict of the default checks: a word for each part."""
+    words = {}
+    for part in DEFAULTS:
+        held = [check.holds for check in checks if check.part == part]
+        words[part] = "no" if False in held else "not measured" if None in held else "yes"
+    if words["resists"] == "yes" and tried < BRING_BACK:
+        words["resists"] = f"yes ({', '.join(sorted(tried))} alone)"
+    return ", ".join(f"{part}: {word}" for part, word in words.items())
 
 
 def reasons(verdict: dict) -> list[str]:
-    """One line a check, as it is printed."""
+    """Return one line per check of report.json's verdict, as it is printed."""
     lines = []
-    for c in verdict["checks"]:
-        value = "not measured" if c["value"] is None else f"{c['value']:.3f}"
-        mark = {True: "holds", False: "fails", None: "open"}[c["holds"]]
-        lines.append(f"{mark:5s}  {c['figure']} {c['sign']} {c['bound']:g}: {value}")
+    for check in verdict["checks"]:
+        value = "not measured" if check["value"] is None else f"{check['value']:.3f}"
+        mark = {True: "holds", False: "fails", None: "open"}[check["holds"]]
+        lines.append(f"{mark:5s}  {check['figure']} {check['sign']} {check['bound']:g}: {value}")
     return lines

@@ -10,73 +10,77 @@ from conftest import make_tokenizer, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from data_module import TRAINED_ON, PromptFormatter, prompt_hash
-from evaluation import attacks
-from evaluation.attacks import WRAPPERS, Attack, Attacker, fake_quantize, logit_lens_nll, run_attacks
-from evaluation.verdict import BRING_BACK, figures, judge, parse_requirement
+from evaluation.attacks import ATTACKS, WRAPPERS, attack_names, runner
+from evaluation.attacks.base import Attack, AttackConfig, AttackData, AttackResult, AttackTarget, Probe
+from evaluation.attacks.logit_lens import logit_lens_nll
+from evaluation.attacks.prompts import few_shot
+from evaluation.attacks.quantisation import fake_quantize
+from evaluation.attacks.relearning import fine_tune
+from evaluation.attacks.runner import run_attacks
+from evaluation.verdict import BRING_BACK, figures, judge, measurable, parse_requirement
 from options import EvaluateOptions
 from sources.rows import Row
 from utils import UsageError
 
 
 @pytest.fixture(params=["opt", "llama"])
-def attacker(request):
+def target(request):
     tokenizer = make_tokenizer("opt" if request.param == "opt" else "chat")
     model = tiny_model(request.param, len(tokenizer)).eval()
     rows = [Row(f"How do I open lock {i}?", f"Take the red pick {i}.") for i in range(3)]
     shots = [Row(f"How do I open door {i}?", f"Kick it {i} times.") for i in range(4)]
     original = copy.deepcopy(model)
     formatter = PromptFormatter(tokenizer, "auto", 512, 16)
-    return Attacker(model, original, formatter, rows, shots, shots[:2], [], 5, 8, 1, True, samples=3,
-                    relearn_steps=8, relearn_rows=4, relearn_lr=1e-3)  # fmt: skip
+    data = AttackData(rows=rows, forget_train_rows=shots, benign_rows=shots[:2], borderline_rows=[])
+    config = AttackConfig(max_new_tokens=5, batch_size=8, seed=1, num_samples=3, relearn_steps=8, num_relearn_rows=4,
+                          relearn_lr=1e-3)  # fmt: skip
+    return AttackTarget(model=model, original=original, formatter=formatter, packed=True, data=data, config=config)
 
 
-def test_every_attack_answers_every_prompt(attacker):
+def test_every_attack_answers_every_prompt(target):
     counts = {"quantise": (2, 1), "prefill": (3, 1), "few_shot": (1, 1), "sampling": (1, 3),
-              "rephrase": (len(WRAPPERS) + (3 if attacker.formatter.style == "chat" else 2), 1),
-              "relearn": (7, 1)}  # two kinds of rows (no neighbours), three looks each, and the control  # fmt: skip
-    before = {name: tensor.clone() for name, tensor in attacker.model.state_dict().items()}
+              "rephrase": (len(WRAPPERS) + (3 if target.formatter.style == "chat" else 2), 1),
+              "relearn": (7, 1)}  # two kinds of rows (none borderline), three steps each, and the control  # fmt: skip
+    assert set(counts) == {name for name, attack in ATTACKS.items() if isinstance(attack, Attack)}
+    before = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
     for name, (variants, answers) in counts.items():
-        found = getattr(attacker, name)()
+        found = ATTACKS[name].run(target)
         assert len({a.variant for a in found}) == variants, name
         assert all(len(a.answers) == 3 and all(len(texts) == answers for texts in a.answers) for a in found), name
-    after = attacker.model.state_dict()
+    after = target.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before), "an attack must leave the model as it was"
 
 
-def test_few_shots_stand_before_the_prompt(attacker):
+def test_few_shots_stand_before_the_prompt(target):
     asked = []
-    attacker.answer = lambda prompts: asked.extend(prompts) or ["" for _ in prompts]
-    attacker.few_shot()
-    text = attacker.formatter.tokenizer.decode(asked[0])
+    target.answer = lambda prompts: asked.extend(prompts) or ["" for _ in prompts]
+    few_shot(target)
+    text = target.formatter.tokenizer.decode(asked[0])
     places = [text.index(part) for part in ("door 0", "Kick it 0", "door 1", "Kick it 1", "lock 0")]
     assert places == sorted(places)
 
 
-def test_relearning_lowers_the_loss_on_its_rows(attacker):
+def test_relearning_lowers_the_loss_on_its_rows(target):
     def loss(model):
-        return logit_lens_nll(model, attacker.formatter, attacker.shots)[-1]
+        return logit_lens_nll(model, target.formatter, target.data.forget_train_rows)[-1]
 
-    start = loss(attacker.model)
-    steps, losses = zip(
-        *((step, loss(model)) for step, model in attacker.fine_tune(attacker.model, attacker.shots, 8)), strict=True
-    )
+    start, rows = loss(target.model), target.data.forget_train_rows
+    answered = ((step, loss(model)) for step, model in fine_tune(target, target.model, rows, 8))
+    steps, losses = zip(*answered, strict=True)
     assert steps == (2, 4, 8)
     assert start > losses[0] > losses[1] > losses[2]
 
 
-@pytest.mark.parametrize("attacker", ["llama"], indirect=True)  # its tokenizer serves all three
+@pytest.mark.parametrize("target", ["llama"], indirect=True)  # its tokenizer serves all three
 @pytest.mark.parametrize("family", ["mamba", "mixtral", "gpt_neox"])
-def test_every_family_can_be_taught_again_and_is_left_as_it_was(attacker, family):
+def test_every_family_can_be_taught_again_and_is_left_as_it_was(target, family):
     """Also in bf16, whose weights would lose most of a small change: what answers is the model with its adapters."""
-    model = tiny_model(family, len(attacker.formatter.tokenizer)).bfloat16().eval()
+    model = tiny_model(family, len(target.formatter.tokenizer)).bfloat16().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    attacker.packed, attacker.relearn_lr, losses = (
-        False,
-        1e-2,
-        [logit_lens_nll(model, attacker.formatter, attacker.shots)],
-    )
-    for _, tuned in attacker.fine_tune(model, attacker.shots, 8):
-        losses.append(logit_lens_nll(tuned, attacker.formatter, attacker.shots))
+    target.packed, target.config.relearn_lr = False, 1e-2
+    losses = [logit_lens_nll(model, target.formatter, target.data.forget_train_rows)]
+    for _, tuned in fine_tune(target, model, target.data.forget_train_rows, 8):
+        losses.append(logit_lens_nll(tuned, target.formatter, target.data.forget_train_rows))
         weights = dict(tuned.named_parameters())
         names = [name for name in weights if "lora_B" in name]
         assert names
@@ -88,16 +92,16 @@ def test_every_family_can_be_taught_again_and_is_left_as_it_was(attacker, family
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_quantised_weights_lie_on_their_grid(attacker):
+def test_quantised_weights_lie_on_their_grid(target):
     for bits in (8, 4):
-        changed = fake_quantize(attacker.model, bits)
-        name = "model.decoder.layers.0.fc1" if attacker.formatter.style == "qa" else "model.layers.0.mlp.up_proj"
-        old, new = attacker.model.get_submodule(name).weight, changed.get_submodule(name).weight
+        changed = fake_quantize(target.model, bits)
+        name = "model.decoder.layers.0.fc1" if target.formatter.style == "qa" else "model.layers.0.mlp.up_proj"
+        old, new = target.model.get_submodule(name).weight, changed.get_submodule(name).weight
         assert not torch.equal(old, new)
         step = old.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)  # one scale a row: 32 inputs, below the group
         assert ((new - old).abs() <= step / 2 + 1e-6).all()
         assert all(len(row.unique()) <= 2**bits - 1 for row in new)
-        assert torch.equal(changed.get_output_embeddings().weight, attacker.model.get_output_embeddings().weight)
+        assert torch.equal(changed.get_output_embeddings().weight, target.model.get_output_embeddings().weight)
 
 
 def test_weights_that_are_no_linear_layers_are_quantised_too():
@@ -147,37 +151,44 @@ def test_figures_and_verdict_by_hand():
     few = group("few", "forget", 0.9, 0.0, 90)  # a source too small to hold some out: trained on, and not called so
     assert figures({**report, "groups": [*groups, few]})["forget.on_topic"] == found["forget.on_topic"]
     assert figures({**report, "groups": [few, *groups[3:]]})["forget.on_topic"] == 0.0
-    assert judge(report, [])["line"] == "forgotten: no, kept: no, resists: yes (prefill, relearn alone)"
+    assert judge(report, []).line == "forgotten: no, kept: no, resists: yes (prefill, relearn alone)"
     every = [{"name": name, "back": rate(0.1)} for name in BRING_BACK]
-    assert judge({"groups": groups, "attacks": every}, [])["line"] == "forgotten: no, kept: no, resists: yes"
+    assert judge({"groups": groups, "attacks": every}, []).line == "forgotten: no, kept: no, resists: yes"
     fine = group("d", "keep", 0.9, 0.9, 10)
-    assert judge({"groups": [fine]}, [])["line"] == "forgotten: not measured, kept: yes, resists: not measured"
+    assert judge({"groups": [fine]}, []).line == "forgotten: not measured, kept: yes, resists: not measured"
     # an original that says nothing of it had nothing to forget; one that says little has not lost it by saying as much
     silent, little = group("a", "forget", 0.0, 0.0, 10), group("a", "forget", 0.08, 0.08, 10)
-    assert judge({"groups": [silent]}, [])["line"].startswith("forgotten: not measured")
-    assert judge({"groups": [silent]}, ["forget.on_topic<=0.1"])["failed"] == 1
-    assert judge({"groups": [little]}, [])["line"].startswith("forgotten: no")
+    assert judge({"groups": [silent]}, []).line.startswith("forgotten: not measured")
+    assert judge({"groups": [silent]}, ["forget.on_topic<=0.1"]).failed == 1
+    assert judge({"groups": [little]}, []).line.startswith("forgotten: no")
     verdict = judge(report, ["forget.on_topic<=0.4", "attack.worst<0.2"])
-    assert (verdict["failed"], verdict["line"]) == (1, "1 of 2 requirements hold")
+    assert (verdict.failed, verdict.line) == (1, "1 of 2 requirements hold")
     # what could not be measured after all does not hold; and one prompt of a group is a prompt like others
-    assert judge({"groups": groups[:1]}, ["attack.worst<=1"])["failed"] == 1
+    assert judge({"groups": groups[:1]}, ["attack.worst<=1"]).failed == 1
     assert figures({"groups": [group("one (unseen)", "forget", 1.0, 1.0, 1)]})["forget.on_topic"] == 1
     shown_only = group("published prompt", "forget", 1.0, 1.0, 1) | {"counts": False}
     assert figures({**report, "groups": [*groups, shown_only]}) == found
     assert parse_requirement(" keep.mc1_change >= -0.01 ") == ("keep.mc1_change", ">=", -0.01)
 
 
+def attack_inputs(names: list[str], splits: dict):
+    """(inputs, runs) of `run_attacks`, with models that nothing asks."""
+    formatters = {label: SimpleNamespace(style="chat") for label in ("before", "after")}
+    run = SimpleNamespace(answer_model=SimpleNamespace(model=None, packed=True))
+    return SimpleNamespace(attacks=names, splits=splits, formatters=formatters), {"before": run, "after": run}
+
+
 def test_the_control_of_relearning_is_not_taken_for_an_attack(monkeypatch):
     """What the never-unlearned model still answers says nothing against the unlearned one."""
-    made = [Attack("relearn", "benign rows, 8 steps", [["no"]]), Attack("control", "never unlearned", [["yes"]])]
-    monkeypatch.setattr(Attacker, "relearn", lambda self: made)
-    monkeypatch.setattr(attacks, "generate", lambda *_, **__: [])
+    made = [AttackResult("benign rows, 8 steps", [["no"]]),
+            AttackResult("never unlearned", [["yes"]], is_control=True)]  # fmt: skip
+    monkeypatch.setitem(ATTACKS, "relearn", Attack(lambda target: made, needs_examples=True))
+    monkeypatch.setattr(runner, "generate", lambda *_, **__: [])
     side = {"side": "forget", "counts": True, "group": "a (unseen)", "style": "chat", "prompt": "p"}
     lines = [{**side, "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}]
-    both = {label: SimpleNamespace(model=None, packed=True, style="chat") for label in ("before", "after")}
+    inputs, runs = attack_inputs(["relearn"], {"forget": {}, "keep": {}})
     embed = lambda texts: torch.tensor([[float(text != "no")] for text in texts])  # noqa: E731
-    splits = {"forget": {}, "keep": {}}
-    found, _ = run_attacks(["relearn"], lines, splits, both, both, EvaluateOptions(), embed)
+    found, _ = run_attacks(inputs, runs, lines, embed, EvaluateOptions())
     assert [a["name"] for a in found] == ["relearn", "control"]
     assert [a["back"]["value"] for a in found] == [0.0, 1.0]
     assert figures({"groups": [], "attacks": found})["attack.worst"] == 0.0
@@ -187,21 +198,38 @@ def test_only_what_was_trained_on_is_taught_back_and_one_attack_that_fails_costs
     """Rows of the training split that no step came to were never forgotten."""
     taught = []
 
-    def relearn(self):
-        taught.extend(row.prompt for row in self.shots)
+    def relearn(target):
+        taught.extend(row.prompt for row in target.data.forget_train_rows)
         raise UsageError("takes no adapters")
 
-    monkeypatch.setattr(Attacker, "relearn", relearn)
-    monkeypatch.setattr(Attacker, "prefill", lambda self: [Attack("prefill", "Sure", [["no"]])])
+    monkeypatch.setitem(ATTACKS, "relearn", Attack(relearn, needs_examples=True))
+    monkeypatch.setitem(ATTACKS, "prefill", Attack(lambda target: [AttackResult("Sure", [["no"]])]))
     asked = [Row(f"trained {i}", "An answer.") for i in range(3)]
     never = [Row(f"never {i}", "An answer.") for i in range(3)]
     (tmp_path / TRAINED_ON).write_text(json.dumps({"forget": [prompt_hash(row.prompt) for row in asked]}))
     line = {"side": "forget", "counts": True, "group": "a (unseen)", "style": "chat", "prompt": "p",
             "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}  # fmt: skip
     shown = {**line, "counts": False, "group": "published prompt", "prompt": "only shown"}
-    both = {label: SimpleNamespace(model=None, packed=True, style="chat") for label in ("before", "after")}
-    splits, options = {"forget": {"a": {"train": asked + never}}, "keep": {}}, EvaluateOptions(model_name=str(tmp_path))
+    inputs, runs = attack_inputs(["relearn", "prefill"], {"forget": {"a": {"train": asked + never}}, "keep": {}})
     embed = lambda texts: torch.ones(len(texts), 1)  # noqa: E731
-    found, _ = run_attacks(["relearn", "prefill"], [line, shown], splits, both, both, options, embed)
+    found, _ = run_attacks(inputs, runs, [line, shown], embed, EvaluateOptions(model_name=str(tmp_path)))
     assert sorted(taught) == ["trained 0", "trained 1", "trained 2"]
     assert [(a["name"], a["back"]["n"]) for a in found] == [("prefill", 1)]
+
+
+def test_a_registered_attack_and_probe_reach_report_and_verdict(monkeypatch):
+    """One entry of ATTACKS is enough: no other code names an attack or a probe."""
+    monkeypatch.setitem(ATTACKS, "shout", Attack(lambda target: [AttackResult("loud", [["yes"]])]))
+    monkeypatch.setitem(ATTACKS, "count", Probe(lambda model, formatter, rows: [len(rows)], report_key="counts"))
+    line = {"side": "forget", "counts": True, "group": "a (unseen)", "style": "chat", "prompt": "p",
+            "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}  # fmt: skip
+    inputs, runs = attack_inputs(attack_names(["shout", "count"]), {"forget": {}, "keep": {}})
+    entries, findings = run_attacks(inputs, runs, [line], lambda texts: torch.ones(len(texts), 1), EvaluateOptions())
+    assert [(entry["name"], entry["back"]["value"]) for entry in entries] == [("shout", 1.0)]
+    assert findings == {"layers": None, "counts": {"before": [1], "after": [1]}}
+    assert figures({"groups": [], "attacks": entries})["attack.shout"] == 1.0
+    options = EvaluateOptions()
+    assert "attack.shout" in measurable(options, ["shout", "count"])
+    assert "attack.count" not in measurable(options, ["shout", "count"])
+    with pytest.raises(UsageError, match="--attacks magic: must be all, none, or among"):
+        attack_names(["magic"])

@@ -16,7 +16,7 @@ def test_wilson_interval_by_hand():
     assert metrics.wilson(0, 60)[1] == pytest.approx(0.0602, abs=1e-4)  # none of 60 is not yet 5 % for sure
     assert metrics.wilson(0, 0) == (0.0, 1.0)
     assert all(metrics.wilson(n, n)[1] == 1 and metrics.wilson(0, n)[0] == 0 for n in range(1, 200))  # to the last bit
-    assert metrics.rate([True, False])["value"] == 0.5
+    assert metrics.rate([True, False]).value == 0.5
 
 
 @pytest.mark.parametrize(("text", "empty"), [("", True), (" \n", True), ("?!...", True), ("No.", False), ("é", False)])
@@ -58,20 +58,20 @@ def test_leak_is_the_share_of_the_forget_answer_that_is_said():
 
 def test_means_and_ratios():
     found = metrics.mean([0.0, 1.0] * 50)
-    assert found["value"] == 0.5
-    assert 0.38 < found["low"] < 0.5 < found["high"] < 0.62
-    assert metrics.length_ratio(["a b c", ""], ["a b", ""])["value"] == 1.5
-    assert metrics.length_ratio(["a"], [""]) == {"value": None, "n": 0, "low": None, "high": None}
+    assert found.value == 0.5
+    assert 0.38 < found.low < 0.5 < found.high < 0.62
+    assert metrics.length_ratio(["a b c", ""], ["a b", ""]).value == 1.5
+    assert metrics.length_ratio(["a"], [""]) == metrics.Estimate(None, 0, None, None)
     steady = metrics.ratio([1.0, 5.0, 2.0], [2.0, 10.0, 4.0])  # a row's two numbers stay together: always a half
-    assert (steady["value"], steady["n"], steady["low"], steady["high"]) == (0.5, 3, 0.5, 0.5)
+    assert (steady.value, steady.n, steady.low, steady.high) == (0.5, 3, 0.5, 0.5)
     found = metrics.ratio([0.0, 1.0] * 50, [1.0, 1.0] * 50)  # as the mean of 100 flips: 0.5 +- 1.96 * 0.05
-    assert found["low"] == pytest.approx(0.402, abs=0.02)
-    assert found["high"] == pytest.approx(0.598, abs=0.02)
+    assert found.low == pytest.approx(0.402, abs=0.02)
+    assert found.high == pytest.approx(0.598, abs=0.02)
     # 10 tokens 0.1 nats dearer and 30 tokens 0.02 nats cheaper: exp((1 - 0.6) / 40)
     found = metrics.perplexity_ratio([31.0, 59.4], [30.0, 60.0], [10, 30])
-    assert found["value"] == pytest.approx(math.exp(0.01))
-    assert found["low"] == pytest.approx(math.exp(-0.02))  # both draws the cheaper window
-    assert found["high"] == pytest.approx(math.exp(0.1))
+    assert found.value == pytest.approx(math.exp(0.01))
+    assert found.low == pytest.approx(math.exp(-0.02))  # both draws the cheaper window
+    assert found.high == pytest.approx(math.exp(0.1))
 
 
 def test_memorisation_by_hand():

