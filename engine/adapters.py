@@ -1,4 +1,7 @@
-"""Which weights a run may move: frozen layers, and low-rank adapters in the others."""
+"""Choose what a run trains: freeze layers, add low-rank adapters.
+
+Everything that asks which modules are the layers of the language model asks `decoder_layers`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 
 from utils import UsageError
 
-# they read the weights of some layers past the module: peft refuses adapters there, or they would learn nothing
+# Their kernels read the weights of some layers past the module: peft refuses adapters there, or they learn nothing.
 WITH_FUSED_KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 
 
@@ -22,37 +25,109 @@ class LoraSettings:
     targets: tuple[str, ...] = ("all-linear",)
 
 
-def freeze(model, count: int) -> str | None:
-    """Leave the first `count` layers as they are, and with them the embeddings: the backward stops above them.
+# ------------------------------------------------------------------------------- layers, frozen or recomputed
+def decoder_layers(model) -> tuple[str, torch.nn.ModuleList]:
+    """Return the name within `model` and the list of the language model's layers.
 
-    Returns a regular expression for the names of what lies in these layers; None where nothing is frozen.
+    The search starts at the text decoder, because a vision tower may have as many layers. The largest list of the
+    right length is taken, because a layer may hold a list of as many experts. Raises UsageError if there is none.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    for root in (decoder, model):
+        lists = [module for module in (root.modules() if root is not None else ())
+                 if isinstance(module, torch.nn.ModuleList) and len(module) == total]  # fmt: skip
+        if lists:
+            layers = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
+            return next(name for name, module in model.named_modules() if module is layers), layers
+    raise UsageError(f"{type(model).__name__}: has no list of {total} layers; leave out --frozen_layers, "
+                     "--gradient_checkpointing and --shard")  # fmt: skip
+
+
+def freeze(model, count: int) -> str | None:
+    """Freeze the first `count` layers, the token embeddings, the head, and all that feeds the first trained layer.
+
+    Nothing below the first trained layer needs a gradient, so the backward stops there. Which weights feed that layer
+    (position embeddings, input projections, norms) is read from the graph of one forward of two tokens, as far as
+    that layer. Returns a regular expression for the names of what lies below the first trained layer, where no adapter
+    may stand; None if `count` is 0. Raises UsageError if `count` leaves no layer to train.
     """
     if count == 0:
         return None
     total = model.config.get_text_config().num_hidden_layers
     if count >= total:
         raise UsageError(f"--frozen_layers {count}: the model has {total} layers, so at most {total - 1} can be frozen")
-    name, layers = next((name, module) for name, module in model.named_modules()
-                        if isinstance(module, torch.nn.ModuleList) and len(module) == total)  # fmt: skip
+    name, layers = decoder_layers(model)
     for part in (*layers[:count], model.get_input_embeddings(), model.get_output_embeddings()):
-        part.requires_grad_(False)
-    return rf"{re.escape(name)}\.({'|'.join(map(str, range(count)))})\..*"
+        if part is not None:
+            part.requires_grad_(False)
+    before = _weights_before(model, layers[count])
+    for weight in before:
+        weight.requires_grad_(False)
+    owners = [re.escape(owner) for owner, module in model.named_modules()
+              if module is model.get_input_embeddings() or before & set(module.parameters(recurse=False))]  # fmt: skip
+    return rf"{re.escape(name)}\.({'|'.join(map(str, range(count)))})\..*|({'|'.join(owners)})(\..*)?"
+
+
+class _Reached(Exception):
+    """Ends a forward at the layer that was asked for."""
+
+
+def _weights_before(model, layer: torch.nn.Module) -> set[torch.nn.Parameter]:
+    """Return the weights that would get a gradient through the input of `layer`."""
+    inputs: list[torch.Tensor] = []
+
+    def stop(_, args, kwargs):
+        inputs.extend(_tensors((args, kwargs)))
+        raise _Reached
+
+    hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
+    ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)  # (1, 2)
+    try:
+        with torch.enable_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    found, seen = set(), set()
+    nodes = [tensor.grad_fn for tensor in inputs]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:  # an AccumulateGrad node: a weight
+            found.add(leaf)
+        nodes += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    """Return the tensors in nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, tuple | list) else []
 
 
 def add_lora(model, settings: LoraSettings, frozen: str | None):
-    """Put trainable adapters into the model's layers but the frozen ones, in place; returns the wrapper that saves
-    them."""
+    """Add trainable adapters to the target layers that are not frozen, in place; return peft's wrapper to save them by.
+
+    frozen: the regular expression that `freeze` returned. Raises UsageError if no module has a target's name.
+    """
     import peft
 
     targets, experts, exclude = list(settings.targets), [], [frozen] if frozen else []
     if targets == ["all-linear"]:
         targets = "all-linear"
-        # the experts of a mixture, stored as one tensor, are no linear layers; peft knows them in some families alone
+        # A mixture's experts, stored as one tensor, are not linear layers; peft finds them in some families only.
         experts = [f"{module_name}.{name}" for module_name, module in model.named_modules()
                    for name, weight in module.named_parameters(recurse=False)
                    if weight.dim() == 3 and not type(module).__name__.startswith("Conv")]  # fmt: skip
         experts = [name for name in experts if not (frozen and re.fullmatch(frozen, name))]
-        # a family's own kind of linear layer may return more than one tensor (Llama 4's router)
+        # A family's own linear layer may return more than one tensor (Llama 4's router).
         exclude += [
             re.escape(name)
             for name, module in model.named_modules()
@@ -68,7 +143,7 @@ def add_lora(model, settings: LoraSettings, frozen: str | None):
         wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"--lora_targets {' '.join(settings.targets)}: {str(error).splitlines()[0]}") from error
-    for name, weight in model.named_parameters():  # peft gives experts adapters wherever they are
+    for name, weight in model.named_parameters():  # peft adds adapters to the experts of every layer
         if frozen and re.fullmatch(frozen, name):
             weight.requires_grad_(False)
     return wrapped

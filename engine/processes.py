@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from engine.adapters import decoder_layers
 from utils import UsageError
 
 
@@ -116,9 +117,7 @@ def shard(forward, dtype: torch.dtype, device_type: str) -> None:
     """
     mesh = init_device_mesh(device_type, (PartialState().num_processes,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    total = forward.model.config.get_text_config().num_hidden_layers
-    layers = next(m for m in forward.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total)
-    for layer in layers:
+    for layer in decoder_layers(forward.model)[1]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # by default the outermost part stays gathered after a forward, and would not see what a resume puts into it
     fully_shard(forward, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

@@ -1,0 +1,94 @@
+"""What a run trains: no graph below the first trained layer, frozen layers run once, what is saved is what trained."""
+
+import copy
+import re
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_model
+
+from engine.adapters import (
+    decoder_layers,
+    freeze,
+)
+from utils import UsageError
+
+IDS = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(1))  # (R, T)
+
+
+def tiny_llava():
+    """Two towers of two layers each; the vision tower comes first in the module tree."""
+    text = transformers.LlamaConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_attention_heads=4,
+                                    num_hidden_layers=2, tie_word_embeddings=False)  # fmt: skip
+    vision = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4,
+                                           num_hidden_layers=2, image_size=28, patch_size=14)  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=599)
+    )
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def entering(layer) -> list[bool]:
+    """A list that says, for each later forward of `layer`, whether its hidden states need a gradient."""
+    seen = []
+    layer.register_forward_pre_hook(lambda _, args, kw: seen.append((*args, *kw.values())[0].requires_grad),
+                                    with_kwargs=True)  # fmt: skip
+    return seen
+
+
+# ------------------------------------------------------------------------------------------- frozen layers
+@pytest.mark.parametrize("family", ["opt", "gpt2", "gpt_neo", "llama", "bloom", "gemma"])
+def test_freeze_any_family_builds_no_graph_below_the_first_trained_layer(family):
+    """Position embeddings (OPT, GPT-2, GPT-Neo), OPT's input projection and BLOOM's embedding norm stand there, too."""
+    if family == "gpt2":
+        config = transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=4)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    else:
+        model = tiny_model(family)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pattern = freeze(model, 1)
+    name, layers = decoder_layers(model)
+    seen = entering(layers[1])
+    got = gradients(model)
+    assert seen == [False]
+    for key in got:  # what stands above still learns: the second layer and the final norm
+        assert key.startswith(f"{name}.1.") or "norm" in key or "ln_f" in key or "project_out" in key, key
+    assert {key for key in before if key.startswith(f"{name}.1.")} <= got.keys()
+    assert any(("norm" in key or "ln_f" in key) and not key.startswith(f"{name}.") for key in got), "the final norm"
+    assert re.fullmatch(pattern, f"{name}.0.anything")
+    assert not re.fullmatch(pattern, f"{name}.1.anything")
+    assert all(torch.equal(before[key], p) for key, p in model.named_parameters())
+
+
+def test_freeze_two_towers_of_one_depth_takes_the_language_model():
+    model = tiny_llava()
+    name, layers = decoder_layers(model)
+    assert "language_model" in name
+    assert all(type(layer).__name__ == "LlamaDecoderLayer" for layer in layers)
+    pattern = freeze(model, 1)
+    frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
+    assert {key for key, _ in model.named_parameters() if key.startswith(f"{name}.0.")} <= frozen
+    assert not any("vision" in key for key in frozen)
+    assert not any(key.startswith(f"{name}.1.") for key in frozen)
+    assert not re.fullmatch(pattern, "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1")
+
+
+def test_decoder_layers_experts_as_many_as_layers_gives_the_layers():
+    """A ModuleList inside a layer may be as long as the list of the layers."""
+    model = torch.nn.Module()
+    layer = torch.nn.Module()
+    layer.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+    model.small = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(2))
+    model.layers = torch.nn.ModuleList([layer, copy.deepcopy(layer)])
+    model.config = transformers.LlamaConfig(num_hidden_layers=2)
+    assert decoder_layers(model) == ("layers", model.layers)
+    model.config.num_hidden_layers = 3
+    with pytest.raises(UsageError, match="has no list of 3 layers"):
+        decoder_layers(model)
