@@ -1,4 +1,4 @@
-"""Choose what a run trains: freeze layers, add low-rank adapters.
+"""Choose what a run trains: freeze layers, add low-rank adapters, recompute activations.
 
 Everything that asks which modules are the layers of the language model asks `decoder_layers`.
 """
@@ -110,6 +110,21 @@ def _tensors(value) -> list[torch.Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, tuple | list) else []
+
+
+def enable_gradient_checkpointing(model, num_frozen: int = 0) -> None:
+    """Recompute the activations of the trained layers in the backward; run the first `num_frozen` layers once.
+
+    The checkpoints are not reentrant, so a layer's weights and adapters get their gradient although its input needs
+    none. transformers makes the embeddings' output need one as well; that is undone here, because the backward would
+    cross every frozen layer.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+    for layer in decoder_layers(model)[1][:num_frozen] if num_frozen else ():
+        for module in layer.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
 
 
 def add_lora(model, settings: LoraSettings, frozen: str | None):

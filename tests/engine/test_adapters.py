@@ -9,7 +9,10 @@ import transformers
 from conftest import tiny_model
 
 from engine.adapters import (
+    LoraSettings,
+    add_lora,
     decoder_layers,
+    enable_gradient_checkpointing,
     freeze,
 )
 from utils import UsageError
@@ -92,3 +95,42 @@ def test_decoder_layers_experts_as_many_as_layers_gives_the_layers():
     model.config.num_hidden_layers = 3
     with pytest.raises(UsageError, match="has no list of 3 layers"):
         decoder_layers(model)
+
+
+# ------------------------------------------------------------------------------------------- checkpointing
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("num_frozen", [0, 1])
+def test_gradient_checkpointing_runs_frozen_layers_once_and_trained_ones_twice(family, lora, num_frozen):
+    def make():
+        model = tiny_model(family)
+        pattern = freeze(model, num_frozen)
+        if lora:
+            torch.manual_seed(2)
+            add_lora(model, LoraSettings(4, 8), pattern)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:  # they start at 0, which would leave A without a gradient
+                        parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+        return model
+
+    wanted = gradients(make())
+    model = make()
+    enable_gradient_checkpointing(model, num_frozen)
+    layers = decoder_layers(model)[1]
+    calls = [0, 0]
+    for i, layer in enumerate(layers):
+        first = next(module for name, module in layer.named_modules() if name.endswith("q_proj"))
+
+        def count(*_, i=i):
+            calls[i] += 1
+
+        first.register_forward_hook(count)
+    seen = entering(layers[num_frozen])
+    got = gradients(model)
+    assert calls == [1 if i < num_frozen else 2 for i in range(2)]
+    if num_frozen or (lora and family == "llama"):  # OPT's input projection is trained below its first layer
+        assert seen[0] is False, "the backward would cross what is frozen"
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert torch.equal(got[name], wanted[name]), name
