@@ -1,4 +1,4 @@
-"""Choose what a run trains: freeze layers, add low-rank adapters, recompute activations.
+"""Choose what a run trains: freeze layers, add low-rank adapters, recompute activations, and check the save path.
 
 Everything that asks which modules are the layers of the language model asks `decoder_layers`.
 """
@@ -14,6 +14,9 @@ from utils import UsageError
 
 # Their kernels read the weights of some layers past the module: peft refuses adapters there, or they learn nothing.
 WITH_FUSED_KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+QUANTISED_CLASSES = {"Params4bit", "Int8Params"}  # bitsandbytes' own parameter classes
+PROBE_SCALE = 0.02  # spread of the values that `check_save_path` gives the adapters: a few percent of a weight
+SAVE_TOLERANCE = 1e-3  # of the logits' spread, in fp32: rounding gives 1e-6, a merge into a tied weight 1e-1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,3 +165,83 @@ def add_lora(model, settings: LoraSettings, frozen: str | None):
         if frozen and re.fullmatch(frozen, name):
             weight.requires_grad_(False)
     return wrapped
+
+
+# --------------------------------------------------------------------------------------------- the save path
+def check_save_path(model, adapters, ids: torch.Tensor, targets: tuple[str, ...] = ()) -> None:
+    """Check, before the first step, that the model which a run saves will be the model that it trains.
+
+    adapters: what `add_lora` returned, or None for a run on whole weights; ids (R, T): a few token ids;
+    targets: --lora_targets, for the message. Call it while the model is in fp32 and whole on its device.
+
+    Weights stored as codes (bitsandbytes and the like) are refused: nothing can be merged into them or saved from
+    them. Then the adapters get small values, and for each kind of adapted module (a name without its layer number)
+    one module is merged in place: the logits must stay the same. They change, for instance, if a target shares its
+    weight with another module. Adapters and weights are put back bit for bit. Cost: one forward of `ids` and one more
+    a kind (about eight), and a copy of one module and of the adapters. Raises UsageError in one line.
+    """
+    refuse_quantised(model)
+    if adapters is None:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kinds: dict[str, tuple[str, BaseTunerLayer]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and any(p.requires_grad for p in module.parameters()):
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), (name, module))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = [parameter.detach().clone() for parameter in trained]
+    was_training = model.training
+    model.eval()
+    draw = torch.Generator().manual_seed(0)  # of its own: the run's draws stay what they are
+    try:
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.add_(PROBE_SCALE * torch.randn(parameter.shape, generator=draw).to(parameter))
+            expected = model(input_ids=ids, use_cache=False).logits.float()  # (R, T, V)
+            for name, module in kinds.values():
+                difference = _merged_logits(model, module, ids) - expected
+                if not difference.square().mean().sqrt() <= SAVE_TOLERANCE * expected.std():
+                    raise UsageError(f"--lora_targets {' '.join(targets) or name}: the adapter of {name} cannot be "
+                                     f"merged and saved ({_why_not(model, module)}); leave it out")  # fmt: skip
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained, kept, strict=True):
+                parameter.copy_(value)
+        model.train(was_training)
+
+
+def _merged_logits(model, module, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits (R, T, V) with the adapter of one module merged into its weight, which is then put back."""
+    weights = list(module.parameters())
+    kept = [weight.detach().clone() for weight in weights]
+    module.merge()
+    try:
+        return model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        module.unmerge()
+        for weight, value in zip(weights, kept, strict=True):
+            weight.copy_(value)
+
+
+def _why_not(model, module) -> str:
+    own = {id(weight) for weight in module.parameters()}
+    uses: dict[int, set[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if id(weight) in own:
+            uses.setdefault(id(weight), set()).add(name.replace(".base_layer", "").rpartition(".")[0])
+    shared = next((names for names in uses.values() if len(names) > 1), None)
+    return f"{' and '.join(sorted(shared))} share one weight" if shared else "merging changes the logits"
+
+
+def refuse_quantised(model) -> None:
+    """Raise UsageError if the model's weights are codes of a quantisation: they cannot be trained, merged or saved."""
+    settings = getattr(model.config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    codes = next((type(p).__name__ if type(p).__name__ in QUANTISED_CLASSES else str(p.dtype)
+                  for p in model.parameters()
+                  if type(p).__name__ in QUANTISED_CLASSES or not p.is_floating_point()), None)  # fmt: skip
+    if settings is not None or codes or getattr(model, "is_quantized", False):
+        name, kind = model.config._name_or_path or type(model).__name__, getattr(method, "value", method) or codes
+        raise UsageError(f"--model_name {name}: its weights are quantised ({kind}), so what is trained cannot be "
+                         "merged or saved; take the model in fp32, bf16 or fp16")  # fmt: skip

@@ -11,6 +11,7 @@ from conftest import tiny_model
 from engine.adapters import (
     LoraSettings,
     add_lora,
+    check_save_path,
     decoder_layers,
     enable_gradient_checkpointing,
     freeze,
@@ -134,3 +135,70 @@ def test_gradient_checkpointing_runs_frozen_layers_once_and_trained_ones_twice(f
     assert got.keys() == wanted.keys()
     for name in wanted:
         assert torch.equal(got[name], wanted[name]), name
+
+
+# ------------------------------------------------------------------------------------------- the save path
+def with_adapters(model, *targets: str):
+    return model, add_lora(model, LoraSettings(4, 8, targets), None)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "lm_head"), ("q_proj", "embed_tokens")])
+def test_check_save_path_tied_target_is_refused(targets):
+    """The merged weight would serve the embeddings as well as the head, which was not trained so."""
+    model, adapters = with_adapters(tiny_model("llama"), *targets)
+    with pytest.raises(UsageError) as error:
+        check_save_path(model, adapters, IDS, targets)
+    line = str(error.value)
+    assert line.startswith(f"--lora_targets q_proj {targets[1]}: the adapter of ")
+    assert "lm_head and model.embed_tokens share one weight" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(("family", "targets"), [
+    ("llama", ("all-linear",)), ("opt", ("all-linear",)), ("mixtral", ("all-linear",)),
+    ("qwen2", ("q_proj", "lm_head")),
+])  # fmt: skip
+def test_check_save_path_sound_targets_leave_every_bit(family, targets):
+    """qwen2's head is not tied to its embeddings, so it may have an adapter."""
+    model, adapters = with_adapters(tiny_model(family), *targets)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    random_state, training = torch.get_rng_state(), model.training
+    check_save_path(model, adapters, IDS, targets)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert model.training == training
+
+
+def test_check_save_path_refusal_leaves_every_bit():
+    model, adapters = with_adapters(tiny_model("llama"), "lm_head")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(UsageError):
+        check_save_path(model, adapters, IDS, ("lm_head",))
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_check_save_path_codes_are_refused():
+    model = tiny_model("llama")
+    check_save_path(model, None, IDS)
+    model.model.layers[0].codes = torch.nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UsageError, match=r"its weights are quantised \(torch.uint8\), so what is trained cannot be"):
+        check_save_path(model, None, IDS)
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "bitsandbytes", "load_in_4bit": True},
+                                      transformers.BitsAndBytesConfig(load_in_8bit=True)])  # fmt: skip
+def test_check_save_path_config_with_quantisation_is_refused(settings):
+    model = tiny_model("llama")
+    model.config.quantization_config = settings
+    with pytest.raises(UsageError, match=r"its weights are quantised \(bitsandbytes\)"):
+        check_save_path(model, None, IDS)
+
+
+def test_check_save_path_real_4_bit_model_is_refused(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
+    model, adapters = with_adapters(model, "q_proj")
+    with pytest.raises(UsageError, match=r"its weights are quantised \(bitsandbytes\)"):
+        check_save_path(model, adapters, IDS, ("q_proj",))
