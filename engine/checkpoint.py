@@ -8,11 +8,13 @@ step and row alone, so the step number is the place in every stream.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import torch
@@ -30,26 +32,49 @@ def folder_of(save_dir: Path) -> Path:
 
 
 class OutputDirLock:
-    """Holds `save_dir` for this process; a process that ends, in whatever way, lets it go."""
+    """Reserve `save_dir` for this process until the `with` block ends, `close()` is called or the process exits.
+
+    The lock is a file beside the folder. Letting go removes it, and the parent folders that were made for it and are
+    empty. After a crash the file stays, but the system has let go of it, so the next run takes it over. Raises
+    UsageError if another run holds it.
+    """
 
     def __init__(self, save_dir: Path):
-        save_dir.parent.mkdir(parents=True, exist_ok=True)
-        self.path = save_dir.with_name(f".{save_dir.name}.lock")
+        self.path = save_dir.absolute().with_name(f".{save_dir.name}.lock")
+        missing = [folder for folder in self.path.parents if not folder.exists()]  # the innermost first
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run is
+            file = open(self.path, "a")  # noqa: SIM115 - open as long as the run is
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
-                    return
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    break
             except BlockingIOError as error:
+                file.close()
                 raise UsageError(
                     f"--model_save_dir {save_dir}: another run is writing to it; wait for it or name another folder"
                 ) from error
-            self._file.close()  # removed by its last holder between open and lock: once more
+            file.close()  # its last holder removed it between open and lock: try again
+        # runs once: at close(), when the lock is collected, or when the interpreter exits after an error
+        self._release = weakref.finalize(self, _release_lock, file, self.path, missing, os.getpid())
+
+    def __enter__(self) -> OutputDirLock:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def close(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self._file.close()
+        self._release()
+
+
+def _release_lock(file, path: Path, made: list[Path], owner: int) -> None:
+    if os.getpid() == owner:  # a forked child must not take its parent's lock away
+        path.unlink(missing_ok=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # something else lies in it by now
+                folder.rmdir()
+    file.close()
 
 
 # ------------------------------------------------------------------------------------------------ writing
