@@ -77,6 +77,17 @@ def _release_lock(file, path: Path, made: list[Path], owner: int) -> None:
     file.close()
 
 
+def describe_leftovers(save_dir: Path) -> str | None:
+    """Say in one line which checkpoints of a finished run still lie on the disk; None if there are none."""
+    folder = folder_of(save_dir)
+    steps = sorted(folder.glob("step-*"))
+    if not steps:
+        return None
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    count = f"{len(steps)} checkpoint{'s' if len(steps) > 1 else ''}"
+    return f"{folder} still holds {count} ({size / 2**30:.2f} GiB); the model is saved, so it can be deleted"
+
+
 # ------------------------------------------------------------------------------------------------ writing
 def write_state(
     beside: Path, state: dict[str, torch.Tensor], progress: dict, step: int, best: dict | None, guard: dict,

@@ -1,11 +1,12 @@
 """How a run's folder is reserved and left, what a checkpoint holds, and which runs are the same one."""
 
 import os
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_python
 
-from engine.checkpoint import OutputDirLock
+from engine.checkpoint import OutputDirLock, describe_leftovers
 from utils import UsageError
 
 
@@ -59,3 +60,17 @@ def test_lock_of_a_parent_survives_a_forked_child(tmp_path):
             os._exit(0)
         os.waitpid(child, 0)
         assert lock.path.is_file()
+
+
+def test_describe_leftovers_names_folder_number_and_size(tmp_path):
+    assert describe_leftovers(tmp_path / "out") is None
+    (tmp_path / "out-checkpoints").mkdir()
+    assert describe_leftovers(tmp_path / "out") is None
+    for step in (2, 4):
+        folder = tmp_path / f"out-checkpoints/step-{step:06d}"
+        folder.mkdir()
+        with open(folder / "model.safetensors", "wb") as file:
+            file.truncate(3 * 2**28)  # 0.75 GiB, of which the disk holds nothing
+    line = describe_leftovers(Path(tmp_path / "out"))
+    assert line.startswith(f"{tmp_path / 'out-checkpoints'} still holds 2 checkpoints (1.50 GiB)")
+    assert "can be deleted" in line
