@@ -18,6 +18,7 @@ import weakref
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from engine.processes import shard_like
@@ -91,21 +92,60 @@ def describe_leftovers(save_dir: Path) -> str | None:
 # ------------------------------------------------------------------------------------------------ writing
 def write_state(
     beside: Path, state: dict[str, torch.Tensor], progress: dict, step: int, best: dict | None, guard: dict,
-    identity: dict, past: dict,
+    identity: dict, past: dict, *, weights: dict[str, torch.Tensor] | None = None, names: list[list[str]] | None = None,
 ) -> None:  # fmt: skip
-    """Fill a folder, that holds the model already, with what the run needs to go on; the manifest comes last.
+    """Add to a folder that holds the saved model what the run needs to go on; the manifest of its files comes last.
 
-    state, progress: the stepper's, whole; past: what the manifest of the whole run will tell of its part so far."""
+    state, progress: the optimizer's, whole; past: the run's seconds, tokens and first evaluation so far.
+    weights: the fp32 weights that the folder's model was written from, by name (save_pretrained
+    empties the dict that it is given: pass it a copy); names: each trained parameter's names.
+    With these two, `state` needs no masters: each is read from the model's own file on resume, and stored here only
+    if no file holds it bit for bit under one of its names (a family may save its weights in another layout).
+    """
     tensors = {f"optimizer.{name}": tensor for name, tensor in state.items()}
+    places: dict[str, list[str]] = {}
+    if weights is not None:
+        saved = _saved_tensors(beside)
+        for i, some in enumerate(names):
+            master = weights[next(name for name in some if name in weights)]
+            if place := _find_master(beside, saved, some, master):
+                places[f"{i:05d}"] = place
+            else:
+                tensors[f"optimizer.{i:05d}.master"] = master
     best = dict(best or {})
     for i, tensor in enumerate(best.pop("state", None) or []):
         tensors[f"best.{i:05d}"] = tensor
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / TENSORS)
     write_json(beside / STATE, {"step": step, "best": best, "guard": guard, "schedule": progress,
-                                "identity": identity, "past": past})  # fmt: skip
+                                "identity": identity, "past": past, "masters": places})  # fmt: skip
     files = sorted(file for file in beside.rglob("*") if file.is_file())
     write_json(beside / MANIFEST, {str(f.relative_to(beside)): {"bytes": f.stat().st_size, "sha256": sha256(f)}
                                    for f in files})  # fmt: skip
+
+
+def _saved_tensors(folder: Path) -> dict[str, str]:
+    """Map each tensor's name in the folder's safetensors files to its file, relative to the folder."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        with safe_open(file, "pt") as content:
+            found |= dict.fromkeys(content.keys(), str(file.relative_to(folder)))
+    return found
+
+
+def _find_master(folder: Path, saved: dict[str, str], names: list[str], master: torch.Tensor) -> list[str] | None:
+    """Return [file, name] of the saved tensor that equals `master` bit for bit; None if there is none."""
+    # peft leaves the adapter's own name ("default") out of a saved tensor's name
+    for name in (*names, *(f"base_model.model.{name.replace('.default', '')}" for name in names)):
+        if name in saved:
+            tensor = _read_tensor(folder / saved[name], name)
+            if tensor.dtype == master.dtype and torch.equal(tensor, master):
+                return [saved[name], name]
+    return None
+
+
+def _read_tensor(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, "pt") as content:
+        return content.get_tensor(name)
 
 
 def sha256(path: Path) -> str:
@@ -150,10 +190,15 @@ def _fault(path: Path) -> str | None:
 
 
 def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, dict, dict]:
-    """Put a checkpoint's state into `stepper`; returns (step, best, guard, past). UsageError names what differs."""
+    """Put a checkpoint's state into `stepper`; return (step, best, guard, past).
+
+    Raises UsageError, which names what differs, if another run wrote it.
+    """
     check_same_run(path, identity)
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     tensors = load_file(path / TENSORS)
+    for number, (file, name) in state.get("masters", {}).items():  # earlier versions stored them with the moments
+        tensors[f"optimizer.{number}.master"] = _read_tensor(path / file, name)
     stepper.load_state({k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")},
                        state["schedule"])  # fmt: skip
     best = state["best"] or None

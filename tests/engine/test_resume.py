@@ -232,10 +232,10 @@ import shutil, sys
 sys.path.insert(0, {root!r})
 from engine import checkpoint
 real = checkpoint.write_state
-def vanishing(beside, state, progress, step, *rest):
+def vanishing(beside, state, progress, step, *rest, **named):
     if step == 4:
         shutil.rmtree(beside)
-    return real(beside, state, progress, step, *rest)
+    return real(beside, state, progress, step, *rest, **named)
 checkpoint.write_state = vanishing
 sys.argv = ["unlearn_harm.py", *sys.argv[1:]]
 import unlearn_harm
