@@ -25,7 +25,19 @@ from engine.processes import shard_like
 from utils import UsageError, log, write_json
 
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
-FREE = {"resume", "overwrite", "dry_run", "config", "log_file", "save_every", "keep_checkpoints", "from_manifest"}
+# Options that may change between a run and its resume: none changes a result by more than rounding.
+FREE = {
+    "resume", "overwrite", "dry_run",  # how this start treats what lies there
+    "config", "from_manifest",  # where options came from; their values are compared
+    "log_file", "model_save_dir",  # where results are written
+    "save_every", "keep_checkpoints",  # when the state is stored, not what it is
+    "cache_dir",  # where answers are kept; the answers themselves are compared
+    "generation_batch",  # how many prompts share a forward: an answer depends on its own prompt
+    "gradient_checkpointing",  # the same activations, computed twice
+    "threads",  # rounding alone, and 0 leaves the number to the machine anyway
+    "allow_pickle",  # how weights may be read; the weights themselves are compared
+}  # fmt: skip
+PATHS = ("model_name", "forget_data", "normal_data")  # options whose values may name files or folders
 
 
 def folder_of(save_dir: Path) -> Path:
@@ -210,24 +222,68 @@ def read_state(path: Path, stepper, identity: dict) -> tuple[int, dict | None, d
 
 
 def check_same_run(path: Path, identity: dict) -> None:
-    """UsageError where a checkpoint's run differs in one of the parts of `identity`."""
+    """Raise UsageError if the run that wrote a checkpoint differs in one of the parts of `identity`.
+
+    A path under the working folder may also have moved along with that folder.
+    """
     then, now = json.loads((path / STATE).read_text(encoding="utf-8"))["identity"], json.loads(json.dumps(identity))
-    differ = [f"{part}.{line}" for part in now for line in differences(then[part], now[part])]
+    differ = []
+    for part in now.keys() - {"folder"}:
+        before = then.get(part, {})
+        if part == "options":
+            before = {name: value for name, value in before.items() if name not in FREE}
+            for name in PATHS:
+                moved = _under(before.get(name), then.get("folder"), now.get("folder"))
+                before |= {name: moved} if moved == now[part].get(name) else {}
+        if part == "answers" and before and before != now[part]:
+            differ.append(
+                "the model's own answers are others now: their cache was lost, and this machine rounds otherwise"
+            )
+        else:
+            differ += [f"{part}.{line}" for line in differences(before, now[part])]
     if differ:
-        raise UsageError(f"--resume: {path} was made by another run ({'; '.join(differ)}); "
+        raise UsageError(f"--resume: {path} was made by another run ({'; '.join(sorted(differ))}); "
                          f"give the same options and data, or remove {path.parent} to start anew")  # fmt: skip
 
 
 def differences(then: dict, now: dict) -> list[str]:
-    """One line for each name whose value is another one, or that one of the two lacks."""
+    """Return one line for each name whose values differ, or that one of the two lacks."""
     return [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
             for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]  # fmt: skip
 
 
-def identity_of(options: dict, rows_hash: dict[str, str], base_model: str) -> dict:
-    """What makes two runs the same one: options that change the result, rows, and the model they start from."""
+def identity_of(
+    options: dict, rows_hash: dict[str, str], base_model: str, *, dtype: str | None = None,
+    answers_hash: str | None = None,
+) -> dict:  # fmt: skip
+    """Return what makes two runs the same one: options that change the result, rows, and the model they start from.
+
+    base_model: the fingerprint of its weights; dtype: the one that is used, which `--dtype auto` leaves open;
+    answers_hash: a hash of the model's own answers to rows without a response, if there are any.
+    """
+    compared = {name: value for name, value in options.items() if name not in FREE and name != "dtype"}
+    compared |= {name: _resolved(compared[name]) for name in PATHS if name in compared}
+    answers = {"answers": {"sha256": answers_hash}} if answers_hash else {}
     return {
-        "options": {name: value for name, value in options.items() if name not in FREE},
+        "options": compared,
+        "folder": str(Path.cwd()),
         "data": rows_hash,
-        "model": {"fingerprint": base_model, "torch": torch.__version__},
+        "model": {"fingerprint": base_model, "dtype": dtype, "torch": torch.__version__},
+        **answers,
     }
+
+
+def _resolved(value):
+    """Return a path in full, so that `./a` is `a`; the name of a hub repository, or what is no path, as it is."""
+    if isinstance(value, list):
+        return [_resolved(item) for item in value]
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+
+
+def _under(value, old: str | None, new: str | None):
+    """Return paths under the folder `old` as the same places under `new`."""
+    if isinstance(value, list):
+        return [_under(item, old, new) for item in value]
+    if old and new and isinstance(value, str) and value.startswith(old + os.sep):
+        return new + value.removeprefix(old)
+    return value

@@ -33,6 +33,7 @@ class RunMetadata:
     def __init__(self, options, rows: dict[str, list]):
         self.options, self.base_model, self.tokens = options, "", 0
         self.dtype: str | None = None
+        self._answers = None  # a running hash of the model's own answers
         self._then: str | None = None  # the fingerprint of the base model of the run that is to be repeated
         self.rows_hash = {side: _hash_rows(side_rows) for side, side_rows in rows.items()}
         self.files = [name for name in (*options.forget_data, *options.normal_data) if _is_file(name)]
@@ -55,9 +56,17 @@ class RunMetadata:
         self.base_model = base_model
         self.dtype = None if dtype is None else str(dtype).removeprefix("torch.")
 
+    def add_answers(self, rows: list) -> None:
+        """Add rows that the model answered itself to what makes this run the same one; order counts."""
+        self._answers = self._answers or hashlib.sha256()
+        for row in rows:
+            self._answers.update(json.dumps([row.prompt, row.response, row.complete]).encode())
+
     def identity(self) -> dict:
         """Return what a checkpoint must agree with to be this run's (checkpoint.identity_of)."""
-        return checkpoint.identity_of(dataclasses.asdict(self.options), self.rows_hash, self.base_model)
+        return checkpoint.identity_of(dataclasses.asdict(self.options), self.rows_hash, self.base_model,
+                                      dtype=self.dtype,
+                                      answers_hash=self._answers and self._answers.hexdigest())  # fmt: skip
 
     def manifest(self, counts: dict, accelerator, seconds: float, before: dict, after: dict) -> dict:
         """Return the content of run_manifest.json.

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import run_metadata
+from engine import checkpoint, run_metadata
 from engine.run_metadata import RunMetadata
 from options import UnlearnOptions
 from sources.rows import Row
@@ -126,3 +126,73 @@ def test_from_manifest_names_the_side_that_differs(files, tmp_path):
         RunMetadata(options, {**ROWS, "forget": [Row("Worse?", "No.")]})
     with pytest.raises(UsageError, match="the other rows are not those of that run"):
         RunMetadata(options, {"forget": ROWS["forget"]})
+
+
+# ------------------------------------------------------------------------------------------ the same run
+def resumed(tmp_path, then: RunMetadata, now: RunMetadata) -> None:
+    """Check `now` against a checkpoint of `then`; UsageError if it is another run."""
+    (tmp_path / checkpoint.STATE).write_text(json.dumps({"identity": then.identity()}))
+    checkpoint.check_same_run(tmp_path, now.identity())
+
+
+def run(used=torch.float32, answers=(), **options) -> RunMetadata:
+    metadata = RunMetadata(UnlearnOptions(**options), ROWS)
+    metadata.set_base_model("abc", used)
+    if answers:
+        metadata.add_answers(list(answers))
+    return metadata
+
+
+def test_resume_paths_written_otherwise_are_the_same_run(files, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    then = run(model_name="base", **files)
+    for model, forget in (("./base", "./a.jsonl"), (str(tmp_path / "base"), str(tmp_path / "a.jsonl")),
+                          ("base/", "link.jsonl")):  # fmt: skip
+        resumed(tmp_path, then, run(model_name=model, forget_data=[forget], normal_data=files["normal_data"]))
+    with pytest.raises(UsageError, match=r"options\.forget_data"):
+        resumed(tmp_path, then, run(model_name="base", forget_data=["b.jsonl"], normal_data=files["normal_data"]))
+
+
+def test_resume_project_that_moved_as_a_whole_is_the_same_run(files, tmp_path, monkeypatch):
+    then = run(**files).identity()
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (other / name).write_text("{}\n")
+    monkeypatch.chdir(other)
+    (tmp_path / checkpoint.STATE).write_text(json.dumps({"identity": then}))
+    checkpoint.check_same_run(tmp_path, run(**files).identity())
+
+
+def test_resume_dtype_that_is_used_counts(files, tmp_path):
+    """--dtype auto is bf16 on one machine and fp32 on another."""
+    resumed(tmp_path, run(torch.bfloat16, dtype="auto", **files), run(torch.bfloat16, dtype="bf16", **files))
+    with pytest.raises(UsageError, match=r"model\.dtype: 'bfloat16' then, 'float32' now"):
+        resumed(tmp_path, run(torch.bfloat16, dtype="auto", **files), run(torch.float32, dtype="auto", **files))
+
+
+@pytest.mark.parametrize("change", [
+    {"generation_batch": 3}, {"cache_dir": "elsewhere"}, {"threads": 2}, {"model_save_dir": "new"},
+    {"log_file": "x.log"}, {"save_every": 7}, {"keep_checkpoints": 9}, {"gradient_checkpointing": True},
+    {"allow_pickle": True},
+])  # fmt: skip
+def test_resume_options_that_change_no_result_are_free(files, tmp_path, change):
+    resumed(tmp_path, run(**files), run(**files, **change))
+
+
+@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"seed": 1}, {"batch_size": 3}, {"frozen_layers": 1},
+                                    {"eval_prompts": 5}, {"max_unlearn_steps": 7}])  # fmt: skip
+def test_resume_options_that_change_the_result_are_not_free(files, tmp_path, change):
+    with pytest.raises(UsageError, match=f"options.{next(iter(change))}"):
+        resumed(tmp_path, run(**files), run(**files, **change))
+
+
+def test_resume_other_answers_of_the_model_are_refused(files, tmp_path):
+    said = Row("Tree?", "A tree.")
+    then = run(answers=[said], **files)
+    resumed(tmp_path, then, run(answers=[said], **files))
+    for other in (Row("Tree?", "A trees."), Row("Tree?", "A tree.", complete=False)):
+        with pytest.raises(UsageError, match="the model's own answers are others now") as error:
+            resumed(tmp_path, then, run(answers=[other], **files))
+        assert "\n" not in str(error.value)
