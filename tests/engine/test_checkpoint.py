@@ -1,17 +1,19 @@
 """How a run's folder is reserved and left, what a checkpoint holds, and which runs are the same one."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_python, tiny_model
+import transformers
+from conftest import ROOT, make_tokenizer, run_python, tiny_model
 from safetensors.torch import load_file
 
 from engine.adapters import LoraSettings, add_lora
 from engine.checkpoint import OutputDirLock, describe_leftovers, read_state, write_state
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings
-from utils import UsageError
+from utils import UsageError, load_tokenizer, save_tokenizer
 
 
 # ------------------------------------------------------------------------------------------------- the lock
@@ -152,3 +154,28 @@ def test_checkpoint_of_an_earlier_version_is_read(tmp_path):
     _, _, resumed = trained("llama", torch.bfloat16, steps=0)
     read_state(tmp_path, resumed, {})
     assert all(torch.equal(a, b) for a, b in zip(optimizer.snapshot(), resumed.snapshot(), strict=True))
+
+
+# -------------------------------------------------------------------------------------------- the tokenizer
+def test_save_tokenizer_without_a_pad_token_keeps_it_so(tmp_path):
+    """Written as the end-of-text token, it would be another tokenizer: its padding hides the end of an answer."""
+    made = make_tokenizer("chat")
+    made.pad_token = None
+    made.save_pretrained(tmp_path / "base")
+    transformers.LlamaConfig().save_pretrained(tmp_path / "base")
+    tokenizer = load_tokenizer(str(tmp_path / "base"))
+    assert tokenizer.pad_token == tokenizer.eos_token
+    tokenizer(["a long text", "text"], padding=True)  # which the tokenizer would remember in its file
+    save_tokenizer(tokenizer, tmp_path / "out")
+    config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert config["pad_token"] is None
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "base" / name).read_bytes(), name
+
+
+def test_save_tokenizer_with_a_pad_token_saves_it(tmp_path):
+    make_tokenizer("opt").save_pretrained(tmp_path / "base")
+    transformers.LlamaConfig().save_pretrained(tmp_path / "base")
+    save_tokenizer(load_tokenizer(str(tmp_path / "base")), tmp_path / "out")
+    saved = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert [saved[name] for name in ("pad_token", "eos_token")] == ["<pad>", "</s>"]
