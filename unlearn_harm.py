@@ -32,7 +32,7 @@ from data_module import (
     split_sources,
 )
 from engine import checkpoint
-from engine.adapters import LoraSettings, add_lora, freeze
+from engine.adapters import LoraSettings, add_lora, check_save_path, enable_gradient_checkpointing, freeze
 from engine.generation import generate_missing_responses
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings, refuse_missing_8bit
 from engine.processes import gather_to_main_cpu, local_microbatches, shard, start_processes
@@ -58,6 +58,7 @@ from utils import (
     peak_memory_gib,
     pick_dtype,
     run_script,
+    save_tokenizer,
     seed_everything,
     trim_cpu_heap,
     write_json,
@@ -119,17 +120,18 @@ def main() -> None:
     model = load_model(options.model_name, **options.trust())
     if not options.shard:  # a model that is to be split need not fit on one device
         model.to(accelerator.device)
-    provenance.set_base_model(fingerprint(model))
+    dtype = pick_dtype(options.dtype, accelerator.device)
+    provenance.set_base_model(fingerprint(model), dtype)
     formatter.fit(model.config, max(options.max_answer_tokens, rows.normal_tokens, options.eval_tokens))
     some = [source[0].prompt for source in rows.forget + rows.normal]
     forward, layout_line = wrap_model(model, formatter, some, options.pack_tokens)
     frozen = freeze(model, options.frozen_layers)
     lora = LoraSettings(options.lora_rank, options.lora_alpha, tuple(options.lora_targets))
     adapters = add_lora(model, lora, frozen) if options.use_lora else None
+    probe = torch.tensor([formatter.prompt(some[0])[-8:]], device=next(model.parameters()).device)  # (1, T)
+    check_save_path(model, adapters, probe, lora.targets)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()  # without it, nothing before the first trained weight gets a gradient
-    dtype = pick_dtype(options.dtype, accelerator.device)
+        enable_gradient_checkpointing(model, options.frozen_layers)
     if options.shard:
         if not forward.packed:
             raise UsageError(f"--shard needs the packed layout, and this model does not take it ({layout_line})")
@@ -153,11 +155,13 @@ def main() -> None:
         if options.dry_run:  # a plan needs lengths, not answers
             return [r if r.response else dataclasses.replace(r, response=f"own answer {r.prompt[:30]} " * 8)
                     for r in wanted]  # fmt: skip
-        return generate_missing_responses(
+        answered = generate_missing_responses(
             wanted, forward.generator, formatter, fingerprint=provenance.base_model, tokens=tokens,
             temperature=options.answer_temperature, seed=options.seed, batch_size=options.generation_batch,
             cache_dir=options.cache_dir, progress=lambda chunks: bar(chunks, "own answers"),
         )  # fmt: skip
+        provenance.add_answers([row for row, asked in zip(answered, wanted, strict=True) if asked.response is None])
+        return answered
 
     rows.fill_responses(answer)
     watch = DevEvaluator(
@@ -184,14 +188,15 @@ def main() -> None:
     # ------------------------------------------------------------------- where a run that was stopped goes on
     def save_checkpoint(step: int) -> None:
         # every process: what is split is gathered
-        state, weights = stepper.state(), gather_weights(model, stepper, adapters)
+        state, weights = stepper.state(masters=False), gather_weights(model, stepper, adapters)
         kept = {**best, "state": [gather_to_main_cpu(t) for t in best["state"] or ()] or None} if best else None
         if accelerator.is_main_process:
             with atomic_dir(checkpoint.folder_of(save_dir) / f"step-{step:06d}") as beside:
                 write_model(beside, model, weights, adapters, tokenizer, options, merged=False)
                 checkpoint.write_state(beside, state, stepper.progress(), step, kept, guard, provenance.identity(),
                                        {"seconds": time.time() - started, "tokens": provenance.tokens,
-                                        "looks": run_log.looks[:1]})  # fmt: skip
+                                        "looks": run_log.looks[:1]},
+                                       weights=weights, names=stepper.names)  # fmt: skip
             folder = checkpoint.folder_of(save_dir)
             checkpoint.prune_checkpoints(folder, options.keep_checkpoints, folder / f"step-{step:06d}")
         accelerator.wait_for_everyone()
@@ -229,19 +234,25 @@ def main() -> None:
             tick = time.perf_counter()
             step_sequences = rows.sequences(step, formatter)
             parts = local_microbatches(step_sequences, options.gradient_accumulation, accelerator)
+            if step == first_step and len(parts) < options.gradient_accumulation:
+                log.info("--gradient_accumulation %d: a step's rows fill only %d micro-batches",
+                         options.gradient_accumulation, len(parts))  # fmt: skip
             sums = torch.zeros(7, device=accelerator.device)
             for number, part in enumerate(parts):
                 last = number == len(parts) - 1
-                batch = forward.layout(part, options.pack_tokens, tokenizer.pad_token_id).to(accelerator.device)
+                batch = forward.layout(part.sequences, options.pack_tokens, tokenizer.pad_token_id).to(
+                    accelerator.device
+                )
                 # split, gradients are added up in their parts: put off, each GPU would hold all of them
                 with contextlib.nullcontext() if last or options.shard else accelerator.no_sync(wrapped):
                     logits = wrapped(batch)  # (N, V)
                     bad, random, kl, first_kl = compute_losses(batch, logits, reference, options, step_sequences)
                     loss = bad["loss"] + random["loss"] + kl["loss"] + first_kl["loss"]
-                    accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
+                    # processes average their gradients
+                    accelerator.backward(loss * part.counts * accelerator.num_processes)
                 means = [bad["mean"], random["mean"], kl["mean"], first_kl["mean"]]
-                counts_of_part = loss.new_tensor([float(last and stop.signalled), batch.num_tokens])
-                sums += torch.cat([torch.stack([loss.detach(), *means]), counts_of_part])
+                counts_of_part = loss.new_tensor([float(last and stop.signalled), batch.num_tokens * part.counts])
+                sums += torch.cat([torch.stack([loss.detach(), *means]) * part.counts, counts_of_part])
                 del batch, logits, loss  # the next part's come before these would go
             figures = accelerator.reduce(sums, "sum").tolist()
             _, bad_loss, random_loss, normal_loss, first_token_kl, signals, tokens = figures
@@ -321,6 +332,8 @@ def main() -> None:
     accelerator.wait_for_everyone()
     run_log.event("done", f"{stop_reason}; model saved to {save_dir} after {seconds:.0f} s, "
                   f"peak memory {summary['peak_gib']:.2f} GiB", **summary)  # fmt: skip
+    if accelerator.is_main_process and (line := checkpoint.describe_leftovers(save_dir)):
+        log.info(line)
     held.close()
 
 
@@ -355,7 +368,7 @@ def gather_weights(model, stepper: MasterWeightAdamW, adapters) -> dict[str, tor
 def write_model(beside: Path, model, weights: dict, adapters, tokenizer, options, *, merged: bool = True) -> None:
     """Fill a folder with the model as it is now and its tokenizer; adapters are merged into a fresh base."""
     if adapters is None:
-        model.save_pretrained(beside, state_dict=weights)
+        model.save_pretrained(beside, state_dict=dict(weights))  # it empties what it is given
         config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
         # the weights are: a config that says bf16 would have them rounded where they are loaded
         write_json(beside / "config.json", config | {"dtype": "float32"})
@@ -367,7 +380,7 @@ def write_model(beside: Path, model, weights: dict, adapters, tokenizer, options
         if merged:
             base = load_model(options.model_name, **options.trust())
             peft.PeftModel.from_pretrained(base, beside / "adapter").merge_and_unload().save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    save_tokenizer(tokenizer, beside)
 
 
 def roll_back(why: str, stepper: MasterWeightAdamW, best: dict | None, guard: dict, options) -> dict:

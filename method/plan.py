@@ -30,9 +30,8 @@ def print_plan(options, formatter, rows, forward: AnswerLogitsModel, layout_line
 
     def first_part(step: int) -> tuple[list[Sequence], list[Sequence]]:
         step_sequences = rows.sequences(step, formatter)
-        return max(
-            local_microbatches(step_sequences, options.gradient_accumulation, PartialState()), key=_tokens
-        ), step_sequences
+        parts = local_microbatches(step_sequences, options.gradient_accumulation, PartialState())
+        return max((part.sequences for part in parts), key=_tokens), step_sequences
 
     sampled = range(0, options.max_unlearn_steps, -(-options.max_unlearn_steps // SAMPLED_STEPS))
     by_size = sorted(sampled, key=lambda step: _tokens(first_part(step)[0]))
