@@ -214,7 +214,7 @@ class Sequence:
     """One prompt and one continuation in tokens.
 
     `draw`: name of the draw that made it. `example_id`: number of its row within the step and its side, over all
-    processes. `targets`: what is to follow at each place of the continuation, where that is not the continuation itself.
+    processes. `targets`: what is to follow at each place, where that is not the continuation itself.
     """
 
     draw: str

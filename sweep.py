@@ -2,8 +2,9 @@
 
     python sweep.py --config configs/demo.yaml --grid configs/sweep.yaml --sweep_dir sweeps/demo
 
-The grid file holds lists: `normal_weight: [3, 6]`, `stop.prefill_tokens: [0, 5]`, `lora.targets: [[q_proj, v_proj]]`. A sweep that was stopped goes on where it was: what is finished is
-not run again, and a run that was cut is resumed. It prints a table and writes front.svg and sweep.json.
+The grid file holds lists: `normal_weight: [3, 6]`, `stop.prefill_tokens: [0, 5]`, `lora.targets: [[q_proj, v_proj]]`.
+A sweep that was stopped goes on where it was: what is finished is not run again, and a run that was cut is resumed. It
+prints a table and writes front.svg and sweep.json.
 """
 
 from __future__ import annotations

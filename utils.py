@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import hashlib
 import json
@@ -264,17 +265,25 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(name: str, *, generates: bool = True, trust_remote_code: bool = False):
-    """A tokenizer with a pad token and, for a model that generates, an end-of-text token.
+    """Load a tokenizer; for a model that generates, it has an end-of-text token and a pad token.
 
-    Raises UsageError where the folder or hub name cannot be had."""
+    A pad token that is missing becomes the end-of-text token, in memory only: `save_tokenizer` leaves it out again.
+    Raises UsageError if the folder or hub name cannot be loaded.
+    """
     tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
     if not generates:
         return tokenizer
     if tokenizer.eos_token_id is None:
         raise UsageError(f"{name}: its tokenizer has no end-of-text token; add eos_token to tokenizer_config.json")
     if tokenizer.pad_token_id is None:
+        tokenizer.as_loaded = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer, folder: str | Path) -> None:
+    """Save the tokenizer as `load_tokenizer` found it, without a pad token that it did not have."""
+    getattr(tokenizer, "as_loaded", tokenizer).save_pretrained(folder)
 
 
 def load_model(

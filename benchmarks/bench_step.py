@@ -67,9 +67,10 @@ def make_rows(options: BenchOptions, extra_answers: int = 0):
     plain = [
         Row(row.prompt, long_answer(i + 7)) for i, row in enumerate(read_rows(str(ROOT / "data/benign.jsonl"), "n"))
     ]
+    answers = options.num_random_answers + extra_answers
     run = parse_run([
         f"--batch_size={options.batch_size}", f"--max_answer_tokens={options.answer_tokens}",
-        f"--max_unlearn_steps={options.steps + 1}", f"--set=mismatch.answers={options.num_random_answers + extra_answers}",
+        f"--max_unlearn_steps={options.steps + 1}", f"--set=mismatch.answers={answers}",
     ])  # fmt: skip
     recipe = read_recipe(run)
     draws = list({term.draw.name: term.draw for term in recipe.terms}.values())

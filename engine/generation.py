@@ -1,7 +1,8 @@
-"""Asking a model: batched answers, and the cache of answers that a model gave to rows without one."""
+"""Ask a model: answer prompts in batches, and cache the answers that it gave to rows without a response."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -10,6 +11,7 @@ import inspect
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -26,24 +28,24 @@ def generate(
     model, formatter: PromptFormatter, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int,
     temperature: float = 0.0, seed: int = 0, progress=None,
 ) -> list[tuple[str, bool]]:  # fmt: skip
-    """Answers to tokenised prompts, in their order: (text, complete), complete = ended by itself.
+    """Return one (text, complete) a prompt, in the prompts' order; complete: the model ended the answer by itself.
 
-    Greedy at temperature 0, else sampled; the draws depend on `seed` and on the prompts of the batch. What a model's
-    generation_config.json asks for (a repetition penalty, beams) is not done: two models are to be asked alike.
-    Several processes answer a share of the batches each and all get every answer; where `model` is split,
-    each of them does every batch, since none can run without the others.
-    Prompts of like length are answered together, padded on the left. What all prompts begin with (the
-    system message of a chat template) is read once and its key-value cache shared.
+    prompts: token ids; max_new_tokens: tokens of an answer at most; batch_size: prompts answered at once.
+    Greedy at temperature 0, else sampled. A sampled answer depends on `seed`, its prompt, and how often the prompt
+    stands before it in `prompts`; it does not depend, but for rounding, on the prompts that share its batch.
+    The model's generation_config.json (a repetition penalty, beams) is ignored, so that two models are asked alike.
+    Each of several processes answers a share of the batches, and all get every answer; a split model needs every
+    process in every batch. Prompts of like length are answered together, padded on the left. The tokens that all
+    prompts begin with (the system message of a chat template) are read once, and their key-value cache is shared.
     """
     tokenizer, device = formatter.tokenizer, next(model.parameters()).device
     stop = formatter.stop_ids()
     settings = {}
-    if temperature:
-        settings["logits_processor"] = LogitsProcessorList([TemperatureSampler(temperature)])
+    draws = _row_draws(prompts, seed, max_new_tokens) if temperature else None  # (P, new tokens)
     answers: list[tuple[str, bool]] = [("", True)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     split = is_sharded(model)
-    if not temperature and not split:  # greedy answers don't depend on who is asked together: a share for everyone
+    if not split:  # no answer depends on who is asked together: a share for every process
         batch_size = min(batch_size, max(1, -(-len(prompts) // PartialState().num_processes)))
     chunks = _chunks(order, prompts, batch_size)
     was_training = model.training
@@ -61,7 +63,9 @@ def generate(
         if cache is not None:
             settings["past_key_values"] = copy.deepcopy(cache)
             settings["past_key_values"].batch_repeat_interleave(len(chunk))
-        torch.manual_seed((seed * 1_000_003 + number) % 2**63)
+        if draws is not None:
+            sampler = TemperatureSampler(temperature, draws[chunk].to(device), width)
+            settings["logits_processor"] = LogitsProcessorList([sampler])
         return model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
             eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, use_cache=True, **settings,
@@ -80,7 +84,7 @@ def generate(
 
 @contextlib.contextmanager
 def _plain_decoding(model):
-    """Inside, the model's own defaults of decoding are those of a model that names none: greedy."""
+    """Inside, replace the model's own generation settings by those of a model that has none: greedy decoding."""
     parts = [module for module in model.modules() if hasattr(module, "generation_config")]
     kept = [module.generation_config for module in parts]
     for module in parts:
@@ -93,24 +97,38 @@ def _plain_decoding(model):
 
 
 class TemperatureSampler(LogitsProcessor):
-    """Leaves one token of a row possible, drawn from the softmax at `temperature`, so that greedy decoding samples.
+    """Sample by greedy decoding: leave one token a row possible, drawn from the softmax at `temperature`.
 
-    One uniform number a row against the cumulated probabilities: torch.multinomial draws one for every token of the
-    vocabulary, which took a third of the time of an answer.
+    draws (R, new tokens): uniform numbers in [0, 1), one for each token of each row's answer; width: tokens of the
+    padded prompts. One number against the cumulated probabilities is enough: torch.multinomial draws one for every
+    token of the vocabulary, which took a third of the time of an answer.
     """
 
-    def __init__(self, temperature: float):
-        self.temperature = temperature
+    def __init__(self, temperature: float, draws: torch.Tensor, width: int):
+        self.temperature, self.draws, self.width = temperature, draws, width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         cumulated = torch.softmax(scores.float() / self.temperature, dim=-1).cumsum(-1)  # (R, V), ends at about 1
-        place = torch.rand(len(scores), 1, device=scores.device) * cumulated[:, -1:]  # (R, 1), below the end
+        drawn = self.draws[:, input_ids.shape[1] - self.width, None].to(cumulated)  # (R, 1)
+        place = drawn * cumulated[:, -1:]  # (R, 1), below the end
         token = torch.searchsorted(cumulated, place, right=True).clamp(max=scores.shape[-1] - 1)  # (R, 1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
+def _row_draws(prompts: list[list[int]], seed: int, count: int) -> torch.Tensor:
+    """Return (P, count) uniform numbers in [0, 1): a row's depend on `seed`, its prompt, and the prompt's number among
+    equal ones, so that a prompt that is asked several times gets several answers."""
+    seen: dict[tuple, int] = collections.Counter()
+    rows = np.empty((len(prompts), count), dtype=np.float32)
+    for row, prompt in zip(rows, map(tuple, prompts), strict=True):
+        key = hashlib.sha256(json.dumps([seed, seen[prompt], prompt]).encode()).digest()[:16]
+        seen[prompt] += 1
+        row[:] = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big"))).random(count, dtype=np.float32)
+    return torch.from_numpy(rows)
+
+
 def _chunks(order: list[int], prompts: list[list[int]], batch_size: int) -> list[list[int]]:
-    """Prompts to be answered together: `batch_size` short ones, fewer long ones (memory goes with count x length)."""
+    """Group prompts to be answered together: `batch_size` short ones, fewer long ones (memory: number x length)."""
     chunks: list[list[int]] = []
     for i in order:  # shortest first, so the last of a chunk is its longest
         if chunks and len(chunks[-1]) < batch_size and (len(chunks[-1]) + 1) * len(prompts[i]) <= 64 * batch_size:
@@ -121,10 +139,10 @@ def _chunks(order: list[int], prompts: list[list[int]], batch_size: int) -> list
 
 
 def _shared_prefix_cache(model, prompts: list[list[int]]):
-    """(length, key-value cache) of what all prompts begin with; (0, None) where that is short or can't be shared.
+    """Return (length, key-value cache) of the tokens that all prompts begin with; (0, None) if they cannot be shared.
 
-    It can where every layer keeps keys and values of all tokens and a token knows its place by itself: a state that is
-    carried on (Mamba) would take padding for text, and so would a distance counted in columns (ALiBi).
+    They can be shared if every layer keeps the keys and values of all tokens and each token's position is an input. A
+    recurrent state (Mamba) would take padding for text, and so would a distance counted in columns (ALiBi).
     """
     first, last = min(prompts, default=[]), max(prompts, default=[])  # in order: all others lie between them
     length = next((t for t, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
@@ -138,7 +156,7 @@ def _shared_prefix_cache(model, prompts: list[list[int]]):
 
 
 def _knows_places(model) -> bool:
-    """Whether the forward takes each token's position, as models with learned or rotary ones do."""
+    """Say whether the forward takes each token's position, as models with learned or rotary positions do."""
     return "position_ids" in inspect.signature(model.forward).parameters and not getattr(model.config, "alibi", False)
 
 
@@ -146,17 +164,16 @@ def generate_missing_responses(
     rows: list[Row], model, formatter: PromptFormatter, *, fingerprint: str, tokens: int, temperature: float, seed: int,
     batch_size: int, cache_dir: str | None, progress=None,
 ) -> list[Row]:  # fmt: skip
-    """The rows, those without a response answered by the model itself in at most `tokens` tokens: sampled once, then
-    read from the cache.
+    """Return the rows; each row without a response gets the model's own answer of at most `tokens` tokens.
 
-    The cache file is named by a hash of all that the answers depend on: weights (their `fingerprint`), prompts and
-    settings.
+    The answers are sampled once and then read from `cache_dir` (None: no cache). The file is named by a hash of all
+    that they depend on: weights (their `fingerprint`), dtype, prompts, `tokens`, `temperature` and `seed`.
     """
     missing = sorted({row.prompt for row in rows if row.response is None})
     if not missing:
         return rows
     prompts = [formatter.prompt(prompt) for prompt in missing]
-    settings = [fingerprint, str(model.dtype), tokens, temperature, seed, batch_size]
+    settings = [fingerprint, str(model.dtype), tokens, temperature, seed]
     key = hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest()[:20]
     path = Path(cache_dir) / f"answers-{key}.jsonl" if cache_dir else None
     lines = None
@@ -165,9 +182,9 @@ def generate_missing_responses(
     lines = broadcast_from_main(lines)  # another process's disk may be another one
     if lines is not None:
         answers = {line["prompt"]: (line["response"], line["complete"]) for line in lines}
-        log.info("own answers to %d prompts: read from %s", len(missing), path)
+        log.info("loaded %d cached model answers from %s", len(missing), path)
     else:
-        log.info("own answers to %d prompts: the model is asked once", len(missing))
+        log.info("generating answers for %d prompts without a response", len(missing))
         given = generate(
             model, formatter, prompts, max_new_tokens=tokens, batch_size=batch_size,
             temperature=temperature, seed=seed, progress=progress,

@@ -48,7 +48,11 @@ class MasterWeightAdamW:
     """
 
     def __init__(self, model, settings: OptimizerSettings, dtype: torch.dtype):
+        names: dict[torch.nn.Parameter, list[str]] = {}  # a tied weight has several
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.names = [names[p] for p in self.parameters]  # of each trained parameter: its names in the model
         self._adapters = settings.adapters
         self._residuals: dict[torch.nn.Parameter, torch.Tensor] = {}  # int16; none for a parameter that lost nothing
         for parameter in model.parameters():
@@ -129,13 +133,16 @@ class MasterWeightAdamW:
         else:
             parameter.copy_(master)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Masters and AdamW's moments, by number, whole: all that the next update depends on, with `progress`.
+    def state(self, *, masters: bool = True) -> dict[str, torch.Tensor]:
+        """Return AdamW's moments and, with `masters`, the master weights, by the parameter's number: NNNNN.NAME.
 
-        None each but in the first process."""
+        With `progress`, that is all the next update depends on. The tensors are whole, in main memory; in processes
+        other than the first, each is None. Every process must call it.
+        """
         kept = {}
         for i, (parameter, moments) in enumerate(zip(self.parameters, self._moments, strict=True)):
-            kept[f"{i:05d}.master"] = gather_to_main_cpu(self.master(parameter))
+            if masters:
+                kept[f"{i:05d}.master"] = gather_to_main_cpu(self.master(parameter))
             for name, tensor in moments.items():
                 kept[f"{i:05d}.{name}"] = gather_to_main_cpu(tensor)
         return kept
@@ -144,6 +151,7 @@ class MasterWeightAdamW:
         return {"taken": self.num_updates, "lr_scale": self.lr_scale}
 
     def load_state(self, kept: dict[str, torch.Tensor], progress: dict) -> None:
+        """Take up what `state` (with masters) and `progress` gave, on the same trained parameters."""
         for i, parameter in enumerate(self.parameters):
             mine = {name.partition(".")[2]: t for name, t in kept.items() if name.startswith(f"{i:05d}.")}
             self._set_master(parameter, shard_like(mine.pop("master"), parameter))

@@ -1,12 +1,13 @@
-"""How several processes act as one: who starts, who writes, who holds which part of the model.
+"""Let several processes act as one: start them, share a step's rows and the prompts, split and gather the model.
 
-Two ways share the work: each process holds the whole model and its own rows (DDP), or, with `--shard`,
-weights, gradients and optimizer state are split as well (FSDP2). What every process must do alike - a
-gather, a forward of a split model - is called by all of them; files are the first one's business.
+Each process either holds the whole model and its own rows (DDP) or, with `--shard`, also only its part of weights,
+gradients and optimizer state (FSDP2). Every process must call a gather and a forward of a split model; only the first
+one writes files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import torch
@@ -16,13 +17,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from engine.adapters import decoder_layers
 from utils import UsageError
 
 
 def start_processes(options) -> Accelerator:
-    """The processes that were asked for, or an error: never a run that is quietly another one.
+    """Start the processes that were asked for. Raises UsageError if fewer joined: the run would be another one.
 
-    A launch file that asks for FSDP2 or ZeRO-3 switches `--shard` on: the suite splits the model itself.
+    A launch file that asks for FSDP2 or ZeRO-3 switches `--shard` on, because the suite splits the model itself.
     """
     # `accelerate launch --cpu --num_processes N` starts one process and says nothing: it sets an address, no world
     launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
@@ -46,19 +48,19 @@ def start_processes(options) -> Accelerator:
 
 
 def refuse_idle_processes(accelerator, rows: dict[str, int]) -> None:
-    """UsageError where a step has fewer rows of a side than there are processes; `rows`: a side's, 0 if it has none."""
+    """Raise UsageError if a step has fewer rows of a side than there are processes; rows: a side -> its rows a step."""
     smallest = min(count for count in rows.values() if count)
     if accelerator.num_processes > smallest:
         raise UsageError(f"{accelerator.num_processes} processes share {smallest} rows a step: raise --batch_size")
 
 
 def join_processes() -> PartialState:
-    """This process among those that were launched, for a script that does not train."""
+    """Return this process's place among those that were launched, for a script that does not train."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def _asks_for_sharding() -> bool:
-    """Whether the launch file asks for a split model; refuses the kinds of it that split less than all."""
+    """Say whether the launch file asks for a split model. Raises UsageError for kinds that split less than all."""
     environment = os.environ
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
@@ -76,14 +78,14 @@ def _asks_for_sharding() -> bool:
 
 # ------------------------------------------------------------------------------------- one answer for all
 def broadcast_from_main(value):
-    """The first process's value, on every process."""
+    """Return the first process's value on every process."""
     if PartialState().num_processes == 1:
         return value
     return broadcast_object_list([value], from_process=0)[0]
 
 
 def parallel_map(items: list, work) -> list:
-    """[work(number, item)], each process doing its share; all of them get the whole list, in order."""
+    """Return [work(number, item)]: each process does its share, and all of them get the whole list, in order."""
     state = PartialState()
     if state.num_processes == 1:
         return [work(number, item) for number, item in enumerate(items)]
@@ -91,22 +93,49 @@ def parallel_map(items: list, work) -> list:
     return [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
 
 
-def local_microbatches(step_sequences: list, parts: int, processes) -> list[list]:
-    """This process's sequences of a step in at most `parts` parts; a harmful row stays with its random answers.
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
+    """The sequences of one forward. If not `counts`, they are another process's: multiply losses and counts by 0."""
 
-    As many parts as the process with the fewest rows can fill: a split model needs the same forwards on all of them.
+    sequences: list
+    counts: bool = True
+
+
+def local_microbatches(step_sequences: list, parts: int, processes) -> list[Microbatch]:
+    """Return this process's sequences of a step in `possible_parts` micro-batches.
+
+    step_sequences: those of all processes; processes: has num_processes and process_index. All sequences of an example
+    stay together. A process without any sequence (its examples have no answer) gets the smallest example of another,
+    which does not count: gradients are averaged over all processes, so each must run as many forwards and backwards.
     """
-    count = processes.num_processes
-    groups = [
-        sorted({s.example_id for s in step_sequences if s.example_id % count == process}) for process in range(count)
-    ]
-    parts = min(parts, *map(len, groups))
-    mine = groups[processes.process_index]
-    return [[s for s in step_sequences if s.example_id in mine[part::parts]] for part in range(parts)]
+    by_example: dict[int, list] = {}
+    for sequence in step_sequences:
+        by_example.setdefault(_example_of(sequence), []).append(sequence)
+    count = possible_parts(step_sequences, parts, processes.num_processes)
+    mine = [e for e in sorted(by_example) if e % processes.num_processes == processes.process_index]
+    if not mine and count:
+        smallest = min(by_example.values(), key=lambda sequences: sum(s.length for s in sequences))
+        return [Microbatch(smallest, counts=False)] * count
+    chosen = [set(mine[part::count]) for part in range(count)]
+    return [Microbatch([s for s in step_sequences if _example_of(s) in examples]) for examples in chosen]
+
+
+def possible_parts(step_sequences: list, parts: int, num_processes: int) -> int:
+    """Return in how many micro-batches a step can run: `parts`, or fewer if a process has fewer examples.
+
+    Processes without any example do not count. The number is the same on all processes, as a split model needs it.
+    """
+    examples = {_example_of(sequence) for sequence in step_sequences}
+    shares = [sum(e % num_processes == process for e in examples) for process in range(num_processes)]
+    return min(parts, *(share for share in shares if share)) if examples else 0
+
+
+def _example_of(sequence) -> int:
+    return sequence.example_id
 
 
 def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that a GPU fetches while the processor goes on: only from pinned memory does it not wait."""
+    """Copy a tensor to `device`; a GPU fetches it from pinned memory while the CPU goes on."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -116,16 +145,14 @@ def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
 def shard(forward, dtype: torch.dtype, device_type: str) -> None:
     """Split the parameters of `forward` (an AnswerLogitsModel) over all processes, layer by layer (FSDP2, in place).
 
-    The kept parts stay fp32 - they are the optimizer's master weights - and are gathered in `dtype` where a
-    layer runs; gradients are added up in fp32. Source: torch.distributed.fsdp.fully_shard.
+    The parts are the optimizer's fp32 master weights; a layer is gathered in `dtype` while it runs, and gradients are
+    summed in fp32. Source: torch.distributed.fsdp.fully_shard.
     """
     mesh = init_device_mesh(device_type, (PartialState().num_processes,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    total = forward.model.config.get_text_config().num_hidden_layers
-    layers = next(m for m in forward.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total)
-    for layer in layers:
+    for layer in decoder_layers(forward.model)[1]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    # by default the outermost part stays gathered after a forward, and would not see what a resume puts into it
+    # by default the outermost module stays gathered after a forward, and would not see the weights of a resume
     fully_shard(forward, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     forward.dtype = dtype
     register_fsdp_forward_method(forward, "generate")  # it gathers what lies outside the layers, too
@@ -136,24 +163,26 @@ def is_sharded(module: torch.nn.Module) -> bool:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be split, whole; every process must call it."""
+    """Return a tensor, which may be split, whole. Every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's share of a tensor that may be split."""
+    """Return this process's shard of a tensor; the tensor itself if it is not split."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_to_main_cpu(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A tensor that may be split, whole in the first process's main memory, None elsewhere: eight processes of one
-    machine need not hold eight copies of what one of them writes. Every process must call it."""
+    """Return a tensor whole in the first process's main memory, and None in the others. Every process must call it.
+
+    Eight processes of one machine need not hold eight copies of what one of them writes.
+    """
     tensor = full_tensor(tensor)
     return tensor.cpu() if PartialState().is_main_process else None
 
 
 def shard_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, split as `example` is, on its device."""
+    """Split a whole tensor as `example` is, on its device."""
     tensor = tensor.to(example.device)
     if isinstance(example, DTensor) and tensor.dim():
         return distribute_tensor(tensor, example.device_mesh, example.placements)

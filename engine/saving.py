@@ -11,7 +11,7 @@ import torch
 from engine import checkpoint
 from engine.optimizer import MasterWeightAdamW
 from engine.processes import gather_to_main_cpu
-from utils import UsageError, load_model, write_json
+from utils import UsageError, load_model, save_tokenizer, write_json
 
 
 def lock_output_dir(save_dir: Path, options, accelerator):
@@ -22,9 +22,11 @@ def lock_output_dir(save_dir: Path, options, accelerator):
         raise UsageError(f"--model_save_dir {save_dir}: is where this runs, or above it; name a folder of its own")
     lock = checkpoint.OutputDirLock(save_dir)
     if save_dir.exists() and any(save_dir.iterdir()) and not options.overwrite:
+        lock.close()
         raise UsageError(f"--model_save_dir {save_dir}: is not empty; pass --overwrite to replace it")
     checkpoints = checkpoint.folder_of(save_dir)
     if checkpoints.exists() and not (options.resume or options.overwrite):
+        lock.close()
         raise UsageError(f"{checkpoints}: holds checkpoints of a run that was stopped; pass --resume to go on with "
                          "it, or --overwrite to start anew")  # fmt: skip
     return lock
@@ -45,7 +47,7 @@ def gather_weights(model, optimizer: MasterWeightAdamW, adapters) -> dict[str, t
 def write_model(beside: Path, model, weights: dict, adapters, tokenizer, options, *, merged: bool = True) -> None:
     """Fill a folder with the model as it is now and its tokenizer; adapters are merged into a fresh base."""
     if adapters is None:
-        model.save_pretrained(beside, state_dict=weights)
+        model.save_pretrained(beside, state_dict=dict(weights))  # it empties what it is given
         config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
         # the weights are: a config that says bf16 would have them rounded where they are loaded
         write_json(beside / "config.json", config | {"dtype": "float32"})
@@ -57,4 +59,4 @@ def write_model(beside: Path, model, weights: dict, adapters, tokenizer, options
         if merged:
             base = load_model(options.model_name, **options.trust())
             peft.PeftModel.from_pretrained(base, beside / "adapter").merge_and_unload().save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    save_tokenizer(tokenizer, beside)

@@ -45,7 +45,7 @@ NLL, KL = NegativeLogLikelihood(), ForwardKL()
 
 @dataclasses.dataclass
 class TokenRequest:
-    """Which tokens a loss is taken of: `rows` (M,) in [0, N) predict them, `targets` (M,), `original` (M, V) or None."""
+    """Tokens that a loss is taken of: `rows` (M,) in [0, N) predict them; `targets` (M,), `original` (M, V) or None."""
 
     loss: TokenLoss
     rows: torch.Tensor
@@ -74,7 +74,7 @@ def fused_nll_and_kl(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """NLL of all targets and KL at `kl_row`, in one pass.
 
-    logits (N, V); target_to_logit, targets (M,); kl_row (Q,) in [0, N); original_logits (Q, V). Returns fp32 (M,), (Q,).
+    logits (N, V); target_to_logit, targets (M,); kl_row (Q,) in [0, N); original_logits (Q, V). Returns (M,), (Q,).
     """
     nll, kl = token_values(
         logits, [TokenRequest(NLL, target_to_logit, targets), TokenRequest(KL, kl_row, kl_row, original_logits)]

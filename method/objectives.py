@@ -19,9 +19,10 @@ from options import COUNT, WEIGHT, number, option
 class TermTokens:
     """What an objective sees of its term in one batch: M answer tokens of S sequences.
 
-    `nll`, `original_nll` (M,): of the targets, in nats, by the model and by the original; `values` (M,): the token loss; `states`, `original_states` (M, D): hidden states at the objective's layer, where the token is predicted;
-    `sequence` (M,) in [0, S): whose token it is; `examples` (S,): the row of each sequence; `mine` (S,) bool: sequences
-    of this term; `preferred`: the tokens of the term that an objective prefers (`prefers`).
+    `nll`, `original_nll` (M,): of the targets, in nats, by the model and by the original. `values` (M,): the token
+    loss. `states`, `original_states` (M, D): hidden states at the objective's layer, where the token is predicted.
+    `sequence` (M,) in [0, S): whose token it is. `examples` (S,): the row of each sequence. `mine` (S,) bool: sequences
+    of this term. `preferred`: the tokens of the term that an objective prefers (`prefers`).
     """
 
     nll: torch.Tensor

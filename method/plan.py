@@ -54,7 +54,7 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     def largest_part(step: int) -> tuple[list[Sequence], list[Sequence]]:
         sequences = sampler.sequences(step, formatter)
         parts = local_microbatches(sequences, options.gradient_accumulation, PartialState())
-        return max(parts, key=_num_tokens), sequences
+        return max((part.sequences for part in parts), key=_num_tokens), sequences
 
     sampled = range(0, options.max_unlearn_steps, -(-options.max_unlearn_steps // NUM_SAMPLED_STEPS))
     by_size = sorted(sampled, key=lambda step: _num_tokens(largest_part(step)[0]))

@@ -146,7 +146,7 @@ def load_recipe(method: str) -> dict:
 
 
 def _words_of_manifest(path: str, old: frozenset[str]) -> tuple[list[str], dict | None]:
-    """The arguments of an earlier run, and its recipe as it was run; the folders that it wrote to are not taken over."""
+    """An earlier run's arguments, and its recipe as it was run; the folders that it wrote to are not taken over."""
     known = {f.name for f in dataclasses.fields(UnlearnOptions)} | old
     own = {"config", "overwrite", "resume", "model_save_dir", "log_file", "set", "recipe"}
     try:

@@ -57,7 +57,7 @@ class Wording:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One row that a step visits. `source`, `index`: where it stands on its side; `needs_answer`: a response is used."""
+    """One row that a step visits. `source`, `index`: its place on its side; `needs_answer`: its response is used."""
 
     side: str  # "forget" or "normal"
     example_id: int

@@ -38,17 +38,18 @@ def compute_gradients(
     sums = torch.zeros(3 + 2 * len(terms), device=accelerator.device)
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
-        batch = layout(part)
+        batch = layout(part.sequences)
         # split, gradients are reduced after each part: under no_sync each GPU would hold all of them
         with contextlib.nullcontext() if last or sharded else accelerator.no_sync(wrapped):
             out = wrapped(batch, layers=layers)
             logits, states = out if layers else (out, {})  # (N, V), {layer: (N, D)}
             losses = compute_losses(terms, batch, logits, states, reference, counts)
             loss = sum(term.loss for term in losses)
-            accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
-        facts = loss.new_tensor([float(last and signalled), batch.num_tokens])
+            # processes average their gradients; a part that does not count is another process's
+            accelerator.backward(loss * part.counts * accelerator.num_processes)
+        facts = loss.new_tensor([float(last and signalled), batch.num_tokens * part.counts])
         scalars = [loss.detach(), *(t.mean for t in losses), *(t.loss.detach() for t in losses)]
-        sums += torch.cat([torch.stack(scalars), facts])
+        sums += torch.cat([torch.stack(scalars) * part.counts, facts])
         del batch, out, logits, states, losses, loss  # the next part's come before these would go
     loss, *figures, signals, tokens = accelerator.reduce(sums, "sum").tolist()
     names = [term.name for term in terms]

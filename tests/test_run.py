@@ -330,8 +330,8 @@ def test_adapters_reach_experts_but_those_of_frozen_layers(tmp_path, model_folde
 def test_frozen_weights_are_saved_as_they_came(tmp_path, model_folders, data_files):
     """A bf16 run reads them rounded; written rounded, they would be another model's."""
     run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out",
-                  "--log_file=out.log", *data_words(data_files), *SMALL, "--dtype=bf16", "--set=trainable.frozen_layers=1",
-                  cwd=tmp_path)  # fmt: skip
+                  "--log_file=out.log", *data_words(data_files), *SMALL, "--dtype=bf16",
+                  "--set=trainable.frozen_layers=1", cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr
     start, saved = weights(model_folders["llama"]), weights(tmp_path / "out")
     frozen = [name for name in saved if ".layers.0." in name or "embed" in name]

@@ -7,15 +7,16 @@ from scipy.stats import chisquare
 from transformers import GenerationConfig
 
 from data_module import PromptFormatter
-from engine.generation import TemperatureSampler, generate, generate_missing_responses
+from engine.generation import TemperatureSampler, _row_draws, generate, generate_missing_responses
 from sources.rows import Row
 
 
 def test_draws_follow_the_softmax_at_the_temperature():
-    """20,000 rows of one distribution: a chi-square test that a wrong temperature or a shifted index fails."""
-    torch.manual_seed(3)
+    """20,000 prompts, one distribution: a chi-square test that a wrong temperature or a shifted index fails."""
+    draws = _row_draws([[i // 50, i % 50] for i in range(20_000)], 3, 1)  # as an answer's first token has them
     logits = torch.tensor([2.0, -torch.inf, 0.5, 1.0, -1.0, -torch.inf])
-    drawn = TemperatureSampler(0.7)(None, logits.expand(20_000, -1)).argmax(-1)  # (20000,)
+    ids = torch.zeros(20_000, 2)  # the prompts alone: the first draw of each row
+    drawn = TemperatureSampler(0.7, draws, 2)(ids, logits.expand(20_000, -1)).argmax(-1)  # (20000,)
     counts = torch.bincount(drawn, minlength=6)
     assert counts[1] == counts[5] == 0, "a token without probability was drawn"
     possible = [0, 2, 3, 4]
@@ -26,6 +27,44 @@ def test_draws_follow_the_softmax_at_the_temperature():
 
     assert fits(0.7)
     assert not fits(1.0) and not fits(0.7, [4, 0, 2, 3])
+
+
+def test_draws_of_a_row_depend_on_seed_prompt_and_repetition():
+    a, b = [5, 6, 7], [5, 6]
+    one = _row_draws([a, b, a], 1, 40)  # (P, new tokens)
+    assert one.min() >= 0
+    assert one.max() < 1
+    assert not torch.equal(one[0], one[2]), "a prompt that is asked twice would give one answer twice"
+    assert torch.equal(_row_draws([b, a, a], 1, 40)[[1, 0, 2]], one), "the order of other prompts counts for nothing"
+    assert torch.equal(_row_draws([a], 1, 7)[0], one[0, :7]), "nor does the length of an answer"
+    assert not torch.equal(_row_draws([a], 2, 40)[0], one[0])
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt_neo"])
+def test_sampled_answers_do_not_depend_on_the_batch(family):
+    """One prompt at a time, three, and eight; and each prompt alone, as a run with other rows beside it asks it."""
+    tokenizer = make_tokenizer("opt" if family == "opt" else "chat")
+    model, formatter = tiny_model(family, len(tokenizer)).eval(), PromptFormatter(tokenizer, "auto", 200, 40)
+    prompts = [formatter.prompt(f"How do I open lock {i}{' and door' * (i % 3)}?") for i in range(8)]
+    settings = {"max_new_tokens": 12, "temperature": 0.9, "seed": 7}
+    eight = generate(model, formatter, prompts, batch_size=8, **settings)
+    assert len(set(eight)) == 8, "the prompts must not all get one answer"
+    for size in (1, 3):
+        assert generate(model, formatter, prompts, batch_size=size, **settings) == eight
+    assert [generate(model, formatter, [prompt], batch_size=1, **settings)[0] for prompt in prompts] == eight
+    assert generate(model, formatter, prompts, batch_size=8, **{**settings, "seed": 8}) != eight
+    twice = generate(model, formatter, prompts[:1] * 2, batch_size=8, **settings)
+    assert twice[0] == eight[0] != twice[1]
+
+
+def test_cached_answers_serve_another_batch_size(tmp_path, monkeypatch):
+    tokenizer = make_tokenizer("chat")
+    model, formatter = tiny_model("llama", len(tokenizer)), PromptFormatter(tokenizer, "auto", 200, 40)
+    settings = {"fingerprint": "f", "tokens": 6, "temperature": 0.7, "seed": 1, "cache_dir": tmp_path}
+    rows = [Row("One?"), Row("Two?")]
+    found = generate_missing_responses(rows, model, formatter, batch_size=2, **settings)
+    monkeypatch.setattr("engine.generation.generate", None)  # nobody is asked again
+    assert generate_missing_responses(rows, model, formatter, batch_size=64, **settings) == found
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "bloom", "mpt", "gpt_neo", "mamba", "qwen3_next"])

@@ -76,12 +76,68 @@ def test_every_process_goes_through_a_step_in_as_many_parts(slots, count, parts)
     shares = [processes.local_microbatches(step_sequences, parts, SimpleNamespace(num_processes=count, process_index=p))
               for p in range(count)]  # fmt: skip
     assert {len(share) for share in shares} == {min(parts, slots // count)}
-    flat = [s for share in shares for part in share for s in part]
-    assert all(part for share in shares for part in share)
+    flat = [s for share in shares for part in share for s in part.sequences]
+    assert all(part.sequences and part.counts for share in shares for part in share)
     assert sorted(map(repr, flat)) == sorted(map(repr, step_sequences)), "a row is lost or repeated"
     for share in shares:  # a harmful row stays with its random answers
-        owners = [{s.example_id for s in part} for part in share]
+        owners = [{s.example_id for s in part.sequences} for part in share]
         assert sum(map(len, owners)) == len(set().union(*owners))
+
+
+@pytest.mark.parametrize(("slots", "count", "parts"), [((0, 2), 2, 2), ((0,), 3, 4), ((1, 3, 5), 2, 8)])
+def test_a_process_without_a_sequence_takes_part_in_the_step(slots, count, parts):
+    """A forget row without an answer yields no sequences: all processes skipped the step because one had nothing."""
+    step = [Sequence(kind, slot, (1,) * (9 - slot), (slot,)) for slot in slots for kind in ("forget", "random")]
+    shares = [processes.local_microbatches(step, parts, SimpleNamespace(num_processes=count, process_index=p))
+              for p in range(count)]  # fmt: skip
+    busy = {slot % count for slot in slots}
+    assert len({len(share) for share in shares}) == 1, "a process would wait for a forward of the others for good"
+    assert len(shares[0]) == min(parts, len(slots))
+    for process, share in enumerate(shares):
+        assert all(part.sequences for part in share)
+        assert all(part.counts is (process in busy) for part in share)
+        if process not in busy:  # the shortest example, whole: dpo compares an example's sequences
+            assert all([s.example_id for s in part.sequences] == [max(slots)] * 2 for part in share)
+    counted = [s for share in shares for part in share if part.counts for s in part.sequences]
+    assert sorted(map(repr, counted)) == sorted(map(repr, step)), "a row is lost or counted twice"
+
+
+def test_a_step_without_any_sequence_has_no_part():
+    two = SimpleNamespace(num_processes=2, process_index=1)
+    assert processes.local_microbatches([], 3, two) == []
+
+
+@pytest.mark.parametrize(("slots", "parts", "count", "possible"), [
+    (2, 16, 1, 2), (2, 1, 1, 1), (4, 16, 2, 2), (5, 16, 2, 2), (0, 16, 2, 0), (1, 16, 2, 1),
+])  # fmt: skip
+def test_possible_parts_is_what_the_rows_fill(slots, parts, count, possible):
+    """--gradient_accumulation 16 of 2 rows runs in 2 parts, which the log is to say."""
+    step = [Sequence("normal", slot, (1,), (2,)) for slot in range(slots)]
+    assert processes.possible_parts(step, parts, count) == possible
+
+
+def averaged_gradient(step: list, weight: torch.Tensor, count: int, parts: int) -> torch.Tensor:
+    """The gradient of a step's mean as the loop computes it: each process's sum, times the processes, averaged."""
+    gradients = []
+    for process in range(count):
+        mine = weight.clone().requires_grad_()
+        for part in processes.local_microbatches(
+            step, parts, SimpleNamespace(num_processes=count, process_index=process)
+        ):
+            values = torch.stack([(mine * s.answer_ids[0]).square().sum() for s in part.sequences])
+            (values.sum() / len(step) * part.counts * count).backward()
+        gradients.append(mine.grad)
+    assert all(gradient is not None for gradient in gradients), "a process ran no backward"
+    return torch.stack(gradients).mean(0)
+
+
+def test_a_silent_row_changes_no_gradient_of_the_others():
+    """Slot 1 is silent, so process 1 of 2 has nothing; d/dw of mean((w * a)^2) is 2 * w * mean(a^2)."""
+    step = [Sequence("normal", slot, (1,), (answer,)) for slot, answer in ((0, 3), (2, 5), (4, 1))]
+    weight = torch.tensor([0.5, -2.0])
+    wanted = 2 * weight * (9 + 25 + 1) / 3
+    for count, parts in ((1, 1), (2, 1), (2, 3), (3, 2)):
+        torch.testing.assert_close(averaged_gradient(step, weight, count, parts), wanted)
 
 
 def test_two_processes_share_an_evaluation(alone, tmp_path):

@@ -80,6 +80,32 @@ def test_a_killed_run_ends_in_the_same_weights(whole, tmp_path):
     assert sorted(f.name for f in (tmp_path / "out-checkpoints").iterdir()) == ["step-000006", "step-000008"]
 
 
+@pytest.mark.parametrize("words", [["--dtype=bf16"], ["--dtype=bf16", "--frozen_layers=1", "--kl_budget=0"],
+                                   ["--dtype=bf16", "--use_lora", "--gradient_checkpointing"]])  # fmt: skip
+def test_resume_in_bf16_with_whole_weights_and_adapters_is_exact(tmp_path, model_folders, data_files, words):
+    """A master is a bf16 weight and the residual of its rounding; a checkpoint keeps their sum once."""
+    words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *RUN, "--model_save_dir=out", *words]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    run = run_cli("unlearn_harm.py", *words, cwd=tmp_path / "one")
+    assert run.returncode == 0, run.stderr
+    assert "out-checkpoints still holds 2 checkpoints" in run.stderr.splitlines()[-1]
+    killed = run_killed(tmp_path / "two", words, "engine.optimizer", "MasterWeightAdamW.step", 6)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kept = load_file(tmp_path / "two/out-checkpoints/step-000004/training_state.safetensors")
+    assert not [name for name in kept if name.endswith(".master")]
+    run = run_cli("unlearn_harm.py", *words, "--resume", cwd=tmp_path / "two")
+    assert run.returncode == 0, run.stderr
+    assert events(tmp_path / "two/out.jsonl", "resume")[0]["step"] == 4
+    assert same_weights(tmp_path / "one/out", tmp_path / "two/out")
+
+
+def test_a_refused_run_leaves_nothing(tmp_path, data_files):
+    words = ["--model_name=./nowhere", *data_words(data_files), *RUN, "--model_save_dir=models/deep/out"]
+    assert "no such folder" in one_line_error(run_cli("unlearn_harm.py", *words, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sigterm_finishes_the_step_and_saves(whole, tmp_path):
     cwd, words = whole
     run = run_killed(tmp_path, words, "engine.optimizer", "MasterWeightAdamW.step", 3, "SIGTERM")
@@ -232,10 +258,10 @@ import shutil, sys
 sys.path.insert(0, {root!r})
 from engine import checkpoint
 real = checkpoint.write_state
-def vanishing(beside, state, *rest):
+def vanishing(beside, state, *rest, **named):
     if state.step == 4:
         shutil.rmtree(beside)
-    return real(beside, state, *rest)
+    return real(beside, state, *rest, **named)
 checkpoint.write_state = vanishing
 sys.argv = ["unlearn_harm.py", *sys.argv[1:]]
 import unlearn_harm

@@ -101,8 +101,8 @@ def forget_slopes(*settings):
 
 @pytest.mark.parametrize("loss", [("npo", ("beta", 1e-4)), ("simnpo", ("beta", 1e-4))])
 def test_a_weight_gives_every_forget_loss_the_gradient_of_ascent(loss):
-    """For a small beta both are gradient ascent. Divided by rows instead of tokens, npo's was as many times larger as an
-    answer has tokens."""
+    """For a small beta both are gradient ascent. Divided by rows, npo's was as many times larger as an answer has
+    tokens."""
     torch.testing.assert_close(forget_slopes(*loss), forget_slopes("ascent"), rtol=1e-3, atol=1e-6)
 
 

@@ -1,0 +1,255 @@
+"""From options to a Setup: processes, rows, model, own answers, the original's states; and a checkpoint of it all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from data_module import PromptFormatter, refuse_overlap, sample, split_sources
+from engine import checkpoint
+from engine.adapters import (
+    add_lora,
+    check_layers,
+    check_save_path,
+    enable_gradient_checkpointing,
+    freeze,
+    restrict_trainable,
+)
+from engine.generation import generate_missing_responses
+from engine.optimizer import MasterWeightAdamW, refuse_missing_8bit
+from engine.processes import gather_to_main_cpu, refuse_idle_processes, shard, start_processes
+from engine.reference import ReferenceCache
+from engine.run_metadata import RunMetadata
+from engine.saving import gather_weights, lock_output_dir, write_model
+from engine.state import TrainingState
+from engine.tree import AnswerLogitsModel, wrap_model
+from evaluation.dev_evaluator import DevEvaluator
+from method.recipe import Recipe, read_recipe
+from method.sampler import UnlearnBatchSampler
+from method.terms import layers_of, sequences_needing_reference
+from options import UnlearnOptions
+from sources.rows import Row, read_sources
+from utils import (
+    RunLog,
+    UsageError,
+    atomic_dir,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    log,
+    pick_dtype,
+)
+
+
+@dataclasses.dataclass
+class Setup:
+    """All that a run works with. `newest`: the checkpoint to go on from, where there is one; `wrapped`: the model as
+    several processes call it; `started`: when this process began, in seconds since the epoch."""
+
+    options: UnlearnOptions
+    recipe: Recipe
+    accelerator: Accelerator
+    metadata: RunMetadata
+    run_log: RunLog
+    newest: Path | None
+    started: float
+    formatter: PromptFormatter
+    sampler: UnlearnBatchSampler
+    dev_rows: dict[str, list[Row]]
+    row_counts: dict[str, list[dict[str, int]]]
+    answer_model: AnswerLogitsModel | None = None
+    layout_line: str = ""
+    adapters: object = None
+    optimizer: MasterWeightAdamW | None = None
+    reference: ReferenceCache | None = None
+    evaluator: DevEvaluator | None = None
+    wrapped: torch.nn.Module | None = None
+
+    @property
+    def save_dir(self) -> Path:
+        return Path(self.options.model_save_dir)
+
+    @property
+    def model(self):
+        return self.answer_model.model
+
+    def layout(self, sequences):
+        batch = self.answer_model.layout(
+            sequences, self.recipe.layout.pack_tokens, self.formatter.tokenizer.pad_token_id
+        )
+        return batch.to(self.accelerator.device)
+
+
+def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
+    """Read rows and model, ask the original. Raises UsageError before anything is trained or written."""
+    started = time.time()
+    accelerator = start_processes(options)
+    refuse_missing_8bit(options)
+    held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
+    recipe = read_recipe(options)
+    sources = read_both_sides(options)
+    tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
+    metadata = RunMetadata(options, {side: [row for rows in some for row in rows] for side, some in sources.items()})
+    newest = checkpoint.resumable(options, metadata) if options.resume else None
+    # an earlier log is started anew only here, where no mistyped name can stop the run any more
+    run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
+    splits = {side: split_sources(some, options) for side, some in sources.items()}
+    sampler = UnlearnBatchSampler(
+        *([parts["train"] for parts in some] for some in splits.values()),
+        list({term.draw.name: term.draw for term in recipe.terms}.values()),
+        seed=options.seed, steps=options.max_unlearn_steps, wording=recipe.wording,
+    )  # fmt: skip
+    counts = {side: [{name: len(rows) for name, rows in parts.items()} for parts in some]
+              for side, some in splits.items()}  # fmt: skip
+    run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
+    setup = Setup(
+        options, recipe, accelerator, metadata, run_log, newest, started,
+        PromptFormatter(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens),
+        sampler, development_rows(splits, options, recipe.dev.prompts), counts,
+    )  # fmt: skip
+    refuse_idle_processes(accelerator, sampler.examples_per_step())
+    load_weights(setup)
+    ask_original(setup)
+    return setup
+
+
+def read_both_sides(options: UnlearnOptions) -> dict[str, list[list[Row]]]:
+    """The rows of every source, by side. A prompt on both sides is refused."""
+    forget = read_sources(options.forget_data, "--forget_data", options.harm_categories)
+    sources = {"forget": [rows for rows in forget if rows],
+               "normal": read_sources(options.normal_data, "--normal_data")}  # fmt: skip
+    refuse_overlap(*([row for rows in some for row in rows] for some in sources.values()))
+    return sources
+
+
+def development_rows(splits: dict, options: UnlearnOptions, count: int) -> dict[str, list[Row]]:
+    """The rows of both sides that the run evaluates on the way, never trained on."""
+    forget = sample([row for parts in splits["forget"] for row in parts["dev"]], count, options.seed)
+    by_spec = {spec: parts["dev"] for spec, parts in zip(options.normal_data, splits["normal"], strict=True)}
+    share = -(-count // len(by_spec))  # of each file, however often it is named
+    normal = [row for rows in by_spec.values() for row in sample(rows, share, options.seed)]
+    if options.kl_budget and not normal:
+        raise UsageError("--kl_budget: no normal row is held out to measure it on; raise --dev_share or give more rows")
+    return {"forget": forget, "normal": normal}
+
+
+def load_weights(setup: Setup) -> None:
+    """The model with its adapters, and the optimizer of what is trained."""
+    options, recipe, accelerator, formatter = setup.options, setup.recipe, setup.accelerator, setup.formatter
+    model = load_model(options.model_name, **options.trust())
+    if not options.shard:  # a model that is to be split need not fit on one device
+        model.to(accelerator.device)
+    dtype = pick_dtype(options.dtype, accelerator.device)
+    setup.metadata.set_base_model(fingerprint(model), dtype)
+    answer_tokens = max(options.max_answer_tokens, setup.sampler.answer_tokens("normal"), recipe.dev.tokens)
+    formatter.fit(model.config, answer_tokens)
+    prompts = [source[0].prompt for sources in setup.sampler.rows.values() for source in sources]
+    answer_model, setup.layout_line = wrap_model(model, formatter, prompts, recipe.layout.pack_tokens)
+    if not answer_model.packed:
+        setup.layout_line += "; the original stays in memory as a second model"
+    check_layers(model, layers_of(recipe.terms))
+    frozen = freeze(model, recipe.trainable.frozen_layers)
+    setup.adapters = add_lora(model, recipe.lora, frozen) if options.use_lora else None
+    restrict_trainable(model, recipe.trainable.parameters)
+    probe = torch.tensor([formatter.prompt(prompts[0])[-8:]], device=next(model.parameters()).device)  # (1, T)
+    check_save_path(model, setup.adapters, probe, recipe.lora.targets)
+    if options.gradient_checkpointing:
+        enable_gradient_checkpointing(model, recipe.trainable.frozen_layers)
+    if options.shard:
+        if not answer_model.packed:
+            raise UsageError(f"--shard needs the packed layout, and this model does not take it ({setup.layout_line})")
+        shard(answer_model, dtype, accelerator.device.type)
+    masters = torch.float32 if options.shard else dtype  # split: the parts are the masters
+    setup.optimizer, setup.answer_model = MasterWeightAdamW(model, recipe.optimizer, masters), answer_model
+    name, count = str(dtype).removeprefix("torch."), accelerator.num_processes
+    setup.run_log.event(
+        "model", f"{options.model_name} in {name} on {accelerator.device}, template {formatter.style}, "
+        f"{setup.layout_line}; {count} process{'es, the model split over them' if options.shard else ''}",
+        packed=answer_model.packed, dtype=name, processes=count, shard=options.shard,
+    )  # fmt: skip
+
+
+def ask_original(setup: Setup) -> None:
+    """The original's own answers, then its states on the sequences that the run will visit."""
+    options, recipe, sampler = setup.options, setup.recipe, setup.sampler
+
+    def bar(items, label: str):
+        return tqdm(items, desc=label, leave=False, disable=None)  # None: a terminal has one, a file has none
+
+    def answer(rows: list[Row], tokens: int) -> list[Row]:
+        if options.dry_run:  # a plan needs lengths, not answers
+            return [row if row.response else dataclasses.replace(row, response=f"own answer {row.prompt[:30]} " * 8)
+                    for row in rows]  # fmt: skip
+        answered = generate_missing_responses(
+            rows, setup.answer_model.generator, setup.formatter, fingerprint=setup.metadata.base_model, tokens=tokens,
+            temperature=recipe.own_answers.temperature, seed=options.seed, batch_size=recipe.own_answers.batch_size,
+            cache_dir=options.cache_dir, progress=lambda chunks: bar(chunks, "own answers"),
+        )  # fmt: skip
+        setup.metadata.add_answers([new for new, old in zip(answered, rows, strict=True) if old.response is None])
+        return answered
+
+    sampler.fill_responses(answer)
+    normal_tokens = sampler.answer_tokens("normal") or options.max_answer_tokens
+    setup.evaluator = DevEvaluator(
+        answer(setup.dev_rows["forget"], options.max_answer_tokens), answer(setup.dev_rows["normal"], normal_tokens),
+        setup.formatter, answer_tokens=recipe.dev.tokens, pack_tokens=recipe.layout.pack_tokens,
+        batch_size=recipe.own_answers.batch_size,
+    )  # fmt: skip
+    if options.dry_run:
+        return
+    scheduled = [s for step in range(options.max_unlearn_steps) for s in sampler.sequences(step, setup.formatter)]
+    setup.reference = ReferenceCache(
+        setup.answer_model, sequences_needing_reference(scheduled, recipe.terms), recipe.layout.pack_tokens,
+        setup.formatter.tokenizer.pad_token_id, layers=layers_of(recipe.terms),
+        progress=lambda chunks: bar(chunks, "reference"),
+    )  # fmt: skip
+    normal = [s for s in setup.evaluator.sequences if s.draw == "normal"]
+    setup.reference.precompute(setup.answer_model, normal)
+    mib, seconds = setup.reference.bytes() / 2**20, time.time() - setup.started
+    setup.run_log.event("reference", f"the original's states: {mib:.0f} MiB, ready after {seconds:.0f} s",
+                        mib=mib, seconds=seconds)  # fmt: skip
+    setup.run_log.event("objective", "minimised: " + ", ".join(f"{t.weight:g} x {t.name}" for t in recipe.terms),
+                        terms=[t.describe() for t in recipe.terms])  # fmt: skip
+    setup.wrapped = setup.answer_model if options.shard else setup.accelerator.prepare(setup.answer_model)
+
+
+# ------------------------------------------------------------------------------------- checkpoints of a run
+def save_checkpoint(setup: Setup, state: TrainingState) -> None:
+    """Every process must call it: what is split is gathered."""
+    options, optimizer = setup.options, setup.optimizer
+    tensors, weights = optimizer.state(masters=False), gather_weights(setup.model, optimizer, setup.adapters)
+    kept = dataclasses.replace(state, seconds=time.time() - setup.started)
+    if state.best is not None:
+        gathered = [gather_to_main_cpu(tensor) for tensor in state.best.weights]
+        kept.best = dataclasses.replace(state.best, weights=gathered)
+    if setup.accelerator.is_main_process:
+        folder = checkpoint.folder_of(setup.save_dir)
+        path = folder / f"step-{state.step:06d}"
+        with atomic_dir(path) as beside:
+            write_model(beside, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options, merged=False)
+            checkpoint.write_state(beside, kept, tensors, optimizer.progress(), setup.metadata.identity(),
+                                   weights=weights, names=optimizer.names)  # fmt: skip
+        checkpoint.prune_checkpoints(folder, setup.recipe.checkpoints.keep, path)
+    setup.accelerator.wait_for_everyone()
+
+
+def resume_or_start(setup: Setup) -> TrainingState:
+    """The state of the newest checkpoint, or of a run that begins."""
+    options, folder = setup.options, checkpoint.folder_of(setup.save_dir)
+    if setup.newest:
+        state = checkpoint.read_state(setup.newest, setup.optimizer, setup.metadata.identity())
+        setup.started -= state.seconds
+        setup.run_log.event("resume", f"going on after step {state.step}, from {setup.newest}", step=state.step)
+        return state
+    if options.resume:
+        log.info("--resume: no whole checkpoint of this run in %s: it starts anew", folder)
+    if options.overwrite and setup.accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    return TrainingState()

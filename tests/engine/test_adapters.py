@@ -1,0 +1,204 @@
+"""What a run trains: no graph below the first trained layer, frozen layers run once, what is saved is what trained."""
+
+import copy
+import re
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_model
+
+from engine.adapters import (
+    LoraSettings,
+    add_lora,
+    check_save_path,
+    decoder_layers,
+    enable_gradient_checkpointing,
+    freeze,
+)
+from utils import UsageError
+
+IDS = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(1))  # (R, T)
+
+
+def tiny_llava():
+    """Two towers of two layers each; the vision tower comes first in the module tree."""
+    text = transformers.LlamaConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_attention_heads=4,
+                                    num_hidden_layers=2, tie_word_embeddings=False)  # fmt: skip
+    vision = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4,
+                                           num_hidden_layers=2, image_size=28, patch_size=14)  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=599)
+    )
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def entering(layer) -> list[bool]:
+    """A list that says, for each later forward of `layer`, whether its hidden states need a gradient."""
+    seen = []
+    layer.register_forward_pre_hook(lambda _, args, kw: seen.append((*args, *kw.values())[0].requires_grad),
+                                    with_kwargs=True)  # fmt: skip
+    return seen
+
+
+# ------------------------------------------------------------------------------------------- frozen layers
+@pytest.mark.parametrize("family", ["opt", "gpt2", "gpt_neo", "llama", "bloom", "gemma"])
+def test_freeze_any_family_builds_no_graph_below_the_first_trained_layer(family):
+    """Position embeddings (OPT, GPT-2, GPT-Neo), OPT's input projection and BLOOM's embedding norm stand there, too."""
+    if family == "gpt2":
+        config = transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=4)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    else:
+        model = tiny_model(family)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pattern = freeze(model, 1)
+    name, layers = decoder_layers(model)
+    seen = entering(layers[1])
+    got = gradients(model)
+    assert seen == [False]
+    for key in got:  # what stands above still learns: the second layer and the final norm
+        assert key.startswith(f"{name}.1.") or "norm" in key or "ln_f" in key or "project_out" in key, key
+    assert {key for key in before if key.startswith(f"{name}.1.")} <= got.keys()
+    assert any(("norm" in key or "ln_f" in key) and not key.startswith(f"{name}.") for key in got), "the final norm"
+    assert re.fullmatch(pattern, f"{name}.0.anything")
+    assert not re.fullmatch(pattern, f"{name}.1.anything")
+    assert all(torch.equal(before[key], p) for key, p in model.named_parameters())
+
+
+def test_freeze_two_towers_of_one_depth_takes_the_language_model():
+    model = tiny_llava()
+    name, layers = decoder_layers(model)
+    assert "language_model" in name
+    assert all(type(layer).__name__ == "LlamaDecoderLayer" for layer in layers)
+    pattern = freeze(model, 1)
+    frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
+    assert {key for key, _ in model.named_parameters() if key.startswith(f"{name}.0.")} <= frozen
+    assert not any("vision" in key for key in frozen)
+    assert not any(key.startswith(f"{name}.1.") for key in frozen)
+    assert not re.fullmatch(pattern, "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1")
+
+
+def test_decoder_layers_experts_as_many_as_layers_gives_the_layers():
+    """A ModuleList inside a layer may be as long as the list of the layers."""
+    model = torch.nn.Module()
+    layer = torch.nn.Module()
+    layer.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+    model.small = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(2))
+    model.layers = torch.nn.ModuleList([layer, copy.deepcopy(layer)])
+    model.config = transformers.LlamaConfig(num_hidden_layers=2)
+    assert decoder_layers(model) == ("layers", model.layers)
+    model.config.num_hidden_layers = 3
+    with pytest.raises(UsageError, match="has no list of 3 layers"):
+        decoder_layers(model)
+
+
+# ------------------------------------------------------------------------------------------- checkpointing
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("num_frozen", [0, 1])
+def test_gradient_checkpointing_runs_frozen_layers_once_and_trained_ones_twice(family, lora, num_frozen):
+    def make():
+        model = tiny_model(family)
+        pattern = freeze(model, num_frozen)
+        if lora:
+            torch.manual_seed(2)
+            add_lora(model, LoraSettings(4, 8), pattern)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:  # they start at 0, which would leave A without a gradient
+                        parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+        return model
+
+    wanted = gradients(make())
+    model = make()
+    enable_gradient_checkpointing(model, num_frozen)
+    layers = decoder_layers(model)[1]
+    calls = [0, 0]
+    for i, layer in enumerate(layers):
+        first = next(module for name, module in layer.named_modules() if name.endswith("q_proj"))
+
+        def count(*_, i=i):
+            calls[i] += 1
+
+        first.register_forward_hook(count)
+    seen = entering(layers[num_frozen])
+    got = gradients(model)
+    assert calls == [1 if i < num_frozen else 2 for i in range(2)]
+    if num_frozen or (lora and family == "llama"):  # OPT's input projection is trained below its first layer
+        assert seen[0] is False, "the backward would cross what is frozen"
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert torch.equal(got[name], wanted[name]), name
+
+
+# ------------------------------------------------------------------------------------------- the save path
+def with_adapters(model, *targets: str):
+    return model, add_lora(model, LoraSettings(4, 8, targets), None)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "lm_head"), ("q_proj", "embed_tokens")])
+def test_check_save_path_tied_target_is_refused(targets):
+    """The merged weight would serve the embeddings as well as the head, which was not trained so."""
+    model, adapters = with_adapters(tiny_model("llama"), *targets)
+    with pytest.raises(UsageError) as error:
+        check_save_path(model, adapters, IDS, targets)
+    line = str(error.value)
+    assert line.startswith(f"--lora_targets q_proj {targets[1]}: the adapter of ")
+    assert "lm_head and model.embed_tokens share one weight" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(("family", "targets"), [
+    ("llama", ("all-linear",)), ("opt", ("all-linear",)), ("mixtral", ("all-linear",)),
+    ("qwen2", ("q_proj", "lm_head")),
+])  # fmt: skip
+def test_check_save_path_sound_targets_leave_every_bit(family, targets):
+    """qwen2's head is not tied to its embeddings, so it may have an adapter."""
+    model, adapters = with_adapters(tiny_model(family), *targets)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    random_state, training = torch.get_rng_state(), model.training
+    check_save_path(model, adapters, IDS, targets)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert model.training == training
+
+
+def test_check_save_path_refusal_leaves_every_bit():
+    model, adapters = with_adapters(tiny_model("llama"), "lm_head")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(UsageError):
+        check_save_path(model, adapters, IDS, ("lm_head",))
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_check_save_path_codes_are_refused():
+    model = tiny_model("llama")
+    check_save_path(model, None, IDS)
+    model.model.layers[0].codes = torch.nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UsageError, match=r"its weights are quantised \(torch.uint8\), so what is trained cannot be"):
+        check_save_path(model, None, IDS)
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "bitsandbytes", "load_in_4bit": True},
+                                      transformers.BitsAndBytesConfig(load_in_8bit=True)])  # fmt: skip
+def test_check_save_path_config_with_quantisation_is_refused(settings):
+    model = tiny_model("llama")
+    model.config.quantization_config = settings
+    with pytest.raises(UsageError, match=r"its weights are quantised \(bitsandbytes\)"):
+        check_save_path(model, None, IDS)
+
+
+def test_check_save_path_real_4_bit_model_is_refused(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
+    model, adapters = with_adapters(model, "q_proj")
+    with pytest.raises(UsageError, match=r"its weights are quantised \(bitsandbytes\)"):
+        check_save_path(model, adapters, IDS, ("q_proj",))
