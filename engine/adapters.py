@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 
 import torch
 
@@ -184,7 +185,10 @@ def add_lora(model, settings: LoraSettings, frozen: str | None):
         exclude_modules="|".join(exclude) or None, target_parameters=experts or None,
     )  # fmt: skip
     try:
-        wrapped = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings")  # `check_save_path` tries what it warns of
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's own call
+            wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"--lora_targets {' '.join(settings.targets)}: {str(error).splitlines()[0]}") from error
     for name, weight in model.named_parameters():  # peft adds adapters to the experts of every layer

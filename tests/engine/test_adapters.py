@@ -3,6 +3,7 @@
 import copy
 import re
 
+import peft
 import pytest
 import torch
 import transformers
@@ -167,6 +168,30 @@ def test_check_save_path_sound_targets_leave_every_bit(family, targets):
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert torch.equal(random_state, torch.get_rng_state())
     assert model.training == training
+
+
+@pytest.mark.parametrize(("family", "sound"), [("llama", False), ("qwen2", True)])
+def test_check_save_path_agrees_with_a_model_that_is_saved_and_loaded(tmp_path, family, sound):
+    """Train the adapters, write them, merge them into a fresh base, save it, load it: are the logits the same?"""
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, adapters = with_adapters(load(tmp_path / "base").eval(), "q_proj", "lm_head")
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    adapters.save_pretrained(tmp_path / "adapter")
+    merged = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "out")
+    off = (load(tmp_path / "out")(IDS).logits - model(IDS).logits).abs().max().item()
+    assert (off < 1e-3) is sound
+    try:
+        check_save_path(model, adapters, IDS)
+        passed = True
+    except UsageError:
+        passed = False
+    assert passed is sound
 
 
 def test_check_save_path_refusal_leaves_every_bit():
