@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, writing files whole, logging, and how a script ends."""
+"""Load models and tokenizers, write files atomically, log, and end a script with the right exit code."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ log = logging.getLogger("unlearning")
 
 # -------------------------------------------------------------------------------------- how a script ends
 class UsageError(Exception):
-    """Wrong use or input: one line that says what, where and what to do; exit code 2."""
+    """Wrong options or input: one line that says what is wrong, where, and what to do. Exit code 2."""
 
 
 class RunError(Exception):
-    """The run itself failed: one line; exit code 1."""
+    """The run itself failed: one line. Exit code 1."""
 
 
 def run_script(main) -> None:
-    """Call `main` and end the process: 0 done, 1 failed while running, 2 wrong use or input, 130 Ctrl-C."""
+    """Call `main` and end the process. Exit codes: 0 done, 1 failed while running, 2 wrong use or input, 130 Ctrl-C."""
     name = Path(sys.argv[0]).name
     try:
         main()
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (RunError, OSError, SafetensorError) as error:  # the last: its writer's word for a full disk
+    except (RunError, OSError, SafetensorError) as error:  # safetensors raises its own on a full disk
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError as error:
@@ -58,16 +58,16 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    finally:  # left to the interpreter's end, the group's threads abort a process that is done now and then
+    finally:  # without this, the process group's threads sometimes abort a process that is done
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 class StopSignals:
-    """Inside, SIGTERM and Ctrl-C are noted instead of obeyed, so that a step can be finished and saved.
+    """Note SIGTERM and Ctrl-C inside the `with` block instead of obeying them, so that a step is finished and saved.
 
-    `signalled`: this process got one; `asked`: the run shall stop (set by the loop, for all processes alike).
-    A second signal is obeyed at once.
+    signalled: this process got one; asked: the run must stop (the loop sets it, on all processes alike).
+    A second signal ends the process at once.
     """
 
     def __init__(self):
@@ -88,15 +88,15 @@ class StopSignals:
             signal.signal(which, handler)
 
     def farewell(self, text: str) -> int:
-        """Print one line; returns the exit code: 143 for SIGTERM, 130 for Ctrl-C."""
+        """Print one line; return the exit code: 143 for SIGTERM, 130 for Ctrl-C."""
         name = signal.Signals(self._number).name
         print(f"{Path(sys.argv[0]).name}: stopped by {name}: {text}", file=sys.stderr)
         return 128 + self._number
 
 
-# ------------------------------------------------------------------------------------------ files, whole
+# ----------------------------------------------------------------------------------------- atomic writing
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write beside the name, then rename: a reader sees the old file or the new one, never half."""
+    """Write to a temporary name, then rename: a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -117,13 +117,13 @@ def write_json_lines(path: str | Path, rows) -> None:
 
 
 def read_json_lines(path: str | Path) -> list:
-    """What `write_json_lines` wrote. Only a newline ends a line: an answer may hold other separators (U+2028)."""
+    """Read what `write_json_lines` wrote. Only a newline ends a line: an answer may hold other ones, such as U+2028."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 @contextlib.contextmanager
 def atomic_dir(path: str | Path):
-    """A folder to fill beside `path`; it takes that name only once the block has ended well."""
+    """Give a temporary folder to fill; it is renamed to `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
@@ -132,7 +132,7 @@ def atomic_dir(path: str | Path):
         yield beside
         for file in beside.rglob("*"):  # safetensors makes its files private too
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
-            sync(file)  # before the name: after a power cut it must not stand on empty files
+            sync(file)  # before the rename: after a power cut, the new name must not hold empty files
         sync(beside)
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
@@ -145,7 +145,7 @@ def atomic_dir(path: str | Path):
 
 
 def sync(path: Path) -> None:
-    """What was written to a file or folder is on the disk when this returns."""
+    """Wait until what was written to a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -161,10 +161,9 @@ def _umask() -> int:
 
 # ----------------------------------------------------------------------------------------------- logging
 class RunLog:
-    """The readable log and its twin in JSON lines; `docs/fields.md` explains every field.
+    """The readable log, and the same events as JSON lines; `docs/fields.md` explains every field.
 
-    Both files are started anew for each run, but a resumed one goes on in them. On ranks other than the
-    first, nothing is written.
+    path: the readable log; write: False on processes other than the first; resume: append to both files.
     """
 
     def __init__(self, path: str | Path, *, write: bool = True, resume: bool = False):
@@ -186,7 +185,7 @@ class RunLog:
             self._json = open(twin, mode, encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def event(self, kind: str, line: str, **fields) -> None:
-        """One readable line, and the same as one JSON object with its `event` kind."""
+        """Log one readable line, and the same as one JSON object whose `event` is `kind`."""
         log.info(line)
         if self._json:
             self._json.write(json.dumps({"event": kind, **fields}, ensure_ascii=False) + "\n")
@@ -194,31 +193,31 @@ class RunLog:
 
 # ------------------------------------------------------------------------------------------------ memory
 def peak_memory_gib(device: torch.device) -> float:
-    """GiB at most held so far: of the GPU, else of this process (Linux; NaN where the system does not tell)."""
+    """Return the most GiB held so far on the GPU, or by this process on a CPU (NaN if the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     return _proc_gib("/proc/self/status", "VmHWM")
 
 
 def current_memory_gib(device: torch.device) -> float:
-    """GiB held now: of the GPU, else of this process (NaN where the system does not tell)."""
+    """Return the GiB held now on the GPU, or by this process on a CPU (NaN if the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) / 2**30
     return _proc_gib("/proc/self/status", "VmRSS")
 
 
 def free_memory_gib(device: torch.device) -> float:
-    """GiB that a process could still take: of the GPU, else of the machine; NaN where the system does not tell."""
+    """Return the GiB that are free on the GPU, or on the machine for a CPU (NaN if the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**30
     return _proc_gib("/proc/meminfo", "MemAvailable")
 
 
 def trim_cpu_heap() -> None:
-    """Hand what is freed back to the system, where the C library can (glibc).
+    """Return freed memory to the system, if the C library can (glibc).
 
-    Each step of a run has other shapes, and blocks of the sizes in between find no hole that fits: the process would
-    grow for as long as it runs. A GPU's allocator is another one and is left alone.
+    Each step has other shapes, so freed blocks do not fit the next ones, and the process would grow as long as it runs.
+    A GPU's own allocator is left alone.
     """
     if _trim is not None:
         _trim(0)
@@ -235,16 +234,17 @@ _trim = _malloc_trim()
 
 
 def _proc_gib(file: str, field: str) -> float:
-    """A field that /proc gives in kB, in GiB."""
+    """Read a field that /proc gives in kB; return GiB, or NaN if it cannot be read."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
-    except (OSError, StopIteration):
+    except (OSError, StopIteration, ValueError, IndexError):
         return math.nan
 
 
 # ------------------------------------------------------------------------------------------------- seeds
 def seed_everything(seed: int, threads: int = 0) -> None:
+    """Seed Python, numpy and torch; set torch's CPU threads (0: leave them)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -254,7 +254,7 @@ def seed_everything(seed: int, threads: int = 0) -> None:
 
 # ---------------------------------------------------------------------------------- models and tokenizers
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where it is computed natively (a GPU with it, a CPU with AVX512-BF16 or AMX)."""
+    """Return fp32 or bf16; `auto` is bf16 if the hardware computes in it (a GPU, or a CPU with AVX512-BF16 or AMX)."""
     if name == "auto":
         if device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -290,12 +290,12 @@ def load_model(
     name: str, *, kind=AutoModelForCausalLM, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ):  # fmt: skip
-    """A causal language model (or another `kind` of auto class) in `dtype`, in training mode but without any dropout.
+    """Load a causal language model (or another `kind` of auto class) in `dtype`, in training mode, without dropout.
 
-    Dropout is off because the KL is measured against an original that has none: with it, an
-    unchanged model would already be punished. Raises UsageError where the model cannot be had. A local
-    folder that holds its weights as a pickle is refused unless `allow_pickle`; hub models are read as
-    transformers reads them (safetensors where there are any, else with the weights-only unpickler).
+    Dropout is off because the KL is measured against an original without it: an unchanged model would have a loss.
+    A local folder that holds its weights as a pickle is refused unless `allow_pickle`; hub models are read as
+    transformers reads them (safetensors if there are any, else with the weights-only unpickler).
+    Raises UsageError if the model cannot be loaded, or lacks tensors, or holds weights that are not finite.
     """
     folder = Path(name)
     if folder.is_dir() and not allow_pickle and not any(folder.glob("*.safetensors*")):
@@ -306,7 +306,7 @@ def load_model(
     model, found = _from_pretrained(kind, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code,
                                     output_loading_info=True, ignore_mismatched_sizes=True)  # named below  # fmt: skip
     wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
-    if wrong:  # transformers draws them at random: such a model would be judged, and called one that has forgotten
+    if wrong:  # transformers initialises them at random: the model would look as if it had forgotten
         raise UsageError(f"{name}: {len(wrong)} tensors of {type(model).__name__} are missing or of another shape (the "
                          f"first: {wrong[0]}); save the whole model under its own names")  # fmt: skip
     broken = next((n for n, tensor in model.named_parameters() if not torch.isfinite(tensor).all()), None)
@@ -316,17 +316,17 @@ def load_model(
 
 
 def load_config(name: str, *, trust_remote_code: bool = False):
-    """A model's config alone. Raises UsageError where it cannot be had."""
+    """Load a model's config. Raises UsageError if that fails."""
     return _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
 
 
 def context_length(config) -> int | None:
-    """How many tokens a model can read at most; None where its config does not tell."""
+    """Return how many tokens a model can read at most; None if its config does not tell."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def attention_window(config) -> int | None:
-    """How many tokens some layers look back at most, by whichever name a family gives it; None where all see all."""
+    """Return the shortest attention window of the layers in tokens; None if every layer attends to all tokens."""
     config = config.get_text_config()
     names = ("sliding_window", "attention_chunk_size", "window_size")  # Mistral and Gemma, Llama 4, GPT-Neo
     return min((w for name in names if isinstance(w := getattr(config, name, None), int) and w > 0), default=None)
@@ -367,7 +367,7 @@ def _first_line(error: Exception) -> str:
 
 
 def fingerprint(model) -> str:
-    """A hash of a model's weights: names, shapes, sums and first values; the same on every machine."""
+    """Return a hash of a model's weights: names, shapes, sums and first values. It is the same on every machine."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()

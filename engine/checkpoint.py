@@ -1,9 +1,8 @@
-"""How a run's state lies on disk, and how it is taken up again.
+"""Reserve the output folder, write and read checkpoints, and tell whether two runs are the same one.
 
-A checkpoint is a folder with the model so far (which a pipeline can load; with adapters, these alone), the optimizer's
-state and a manifest of sizes and hashes. It is filled beside its name, synced, then renamed, so that a
-name is either whole or not there. No random generator is kept: every draw of a run depends on seed,
-step and row alone, so the step number is the place in every stream.
+A checkpoint is a folder with the model so far (a pipeline can load it; with adapters, only these), AdamW's moments and
+a manifest of sizes and hashes. It is written under a temporary name, synced and renamed, so it is complete or absent.
+No random state is stored: every draw of a run depends on seed, step and row only, so the step number is enough.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ PATHS = ("model_name", "forget_data", "normal_data")  # options whose values may
 
 
 def folder_of(save_dir: Path) -> Path:
+    """Return the folder of the checkpoints of a run that saves to `save_dir`."""
     return save_dir.with_name(f"{save_dir.name}-checkpoints")
 
 
@@ -177,13 +177,14 @@ def _read_tensor(file: Path, name: str) -> torch.Tensor:
 
 
 def sha256(path: Path) -> str:
+    """Return the hash of a file's content in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def prune_checkpoints(folder: Path, count: int, written: Path) -> None:
-    """Remove all but the newest checkpoints, and what a killed run left half written. One of a later step than the one
-    just written is damaged, or the run would have gone on from it: it has no place among the newest."""
+    """Keep the newest `count` checkpoints up to `written`; delete the others and those that a killed run left half
+    written. A checkpoint of a later step must be damaged, because resume would have used it."""
     for stray in folder.glob(".*.part"):
         shutil.rmtree(stray, ignore_errors=True)
     found = sorted(folder.glob("step-*"))
@@ -194,7 +195,7 @@ def prune_checkpoints(folder: Path, count: int, written: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ reading
 def latest_valid_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file is as it was written; damaged ones are named and passed over."""
+    """Return the newest checkpoint whose files are all as they were written; warn of each damaged one before it."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         fault = _fault(path)
         if fault is None:
@@ -204,6 +205,7 @@ def latest_valid_checkpoint(folder: Path) -> Path | None:
 
 
 def _fault(path: Path) -> str | None:
+    """Say which file of a checkpoint is not as it was written; None if all are."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, written in manifest.items():

@@ -1,9 +1,8 @@
-"""The step on the weights: which of them it may move, AdamW with fp32 accuracy, clipping, warm-up, and the refusal of
-what is not finite.
+"""AdamW for bf16 training with exact fp32 master weights, with clipping and a learning rate schedule.
 
-A bf16 weight is the upper half of an fp32 master weight; what rounding took from it is kept beside it as a 16-bit
-rest, so that both together are the master, exactly, in the memory of one fp32 number. An update goes through a
-tensor part by part: the fp32 forms of a part's gradient and weights exist only while they are in the cache.
+Each master weight is a bf16 weight, which the model computes with, and an int16 rounding residual; together they
+restore it bit for bit, in the memory of one fp32 number. An update goes through a tensor part by part, so the fp32
+forms of gradient and weight exist only for one part, which stays in the cache.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from engine.processes import full_tensor, gather_to_main_cpu, local_shard, shard
 from options import COUNT, WEIGHT, number, option
 from utils import UsageError
 
-# elements taken through fp32 at a time: on a processor 1 MiB an array, which stays in the cache
+# Elements that are held in fp32 at a time: on a CPU 1 MiB an array, which stays in the cache.
 PART = {"cpu": 1 << 18, "gpu": 1 << 24}
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """How the weights are moved. `total_steps`: where the linear schedule ends; `adapters`: only low-rank adapters are
-    trained, so what rounding takes from the base is not kept."""
+    """AdamW's settings. total_steps: where the linear schedule reaches 0; schedule: linear or constant; kind: adamw or
+    adamw8bit; adapters: only low-rank adapters are trained, so the base's rounding residuals are not kept."""
 
     lr: float
     total_steps: int
@@ -43,8 +42,9 @@ class OptimizerSettings:
 class MasterWeightAdamW:
     """AdamW on the trainable parameters of a model whose forward may run in bf16.
 
-    The model comes in fp32. With `dtype` bf16 its parameters are rounded, and the rests are kept: at a learning
-    rate of 1e-5 an update is smaller than half the distance between neighbouring bf16 numbers and would be lost.
+    The model is given in fp32. With `dtype` bf16 its parameters are rounded in place and the residuals are kept: at a
+    learning rate of 1e-5, an update is smaller than half the distance of neighbouring bf16 numbers and would be lost.
+    Trained are the parameters that require a gradient. A step whose gradient norm is not finite changes nothing.
     """
 
     def __init__(self, model, settings: OptimizerSettings, dtype: torch.dtype):
@@ -54,12 +54,12 @@ class MasterWeightAdamW:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.names = [names[p] for p in self.parameters]  # of each trained parameter: its names in the model
         self._adapters = settings.adapters
-        self._residuals: dict[torch.nn.Parameter, torch.Tensor] = {}  # int16; none for a parameter that lost nothing
+        self._residuals: dict[torch.nn.Parameter, torch.Tensor] = {}  # int16; none if rounding lost nothing
         for parameter in model.parameters():
-            if dtype == torch.float32 or parameter.dtype != torch.float32:  # 4- and 8-bit codes stay what they are
+            if dtype == torch.float32 or parameter.dtype != torch.float32:  # 4- and 8-bit codes must not be cast
                 continue
             master, parameter.data = parameter.data, parameter.data.to(dtype)
-            # frozen weights too: what is saved has lost nothing; adapters are merged into the base as it was stored
+            # Frozen weights are saved exactly, too. Adapters are merged into a base that is loaded afresh.
             if parameter.requires_grad or not self._adapters:
                 residual = torch.empty_like(master, dtype=torch.int16)
                 split_fp32(master, parameter.data, residual)
@@ -69,11 +69,11 @@ class MasterWeightAdamW:
         self._moments: list[dict] = [{} for _ in self.parameters]  # filled by a parameter's first update
         self._update = adamw_8bit if settings.kind == "adamw8bit" else adamw_32bit
         self.settings = settings
-        self.num_updates, self.lr_scale = 0, 1.0  # updates made so far; halved by `halve_lr_and_reset`
+        self.num_updates, self.lr_scale = 0, 1.0  # of the updates so far; of the learning rate
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next update: warm-up, then down to zero in a line, or level."""
+        """Return the learning rate of the next update: a linear warm-up, then linear decay to 0, or constant."""
         settings, done = self.settings, self.num_updates
         if done < settings.warmup_steps:
             factor = (done + 1) / (settings.warmup_steps + 1)
@@ -84,9 +84,9 @@ class MasterWeightAdamW:
 
     @torch.no_grad()
     def step(self) -> float:
-        """Clip, update, clear the gradients. Returns the gradient norm before clipping.
+        """Clip, update and clear the gradients; return the gradient norm before clipping.
 
-        Where the norm is not finite the weights, the moments and the schedule stay as they are.
+        If the norm is not finite, weights, moments and schedule stay as they are.
         """
         norms = [self._scratch.norm(p.grad) for p in self.parameters if p.grad is not None]
         norm = full_tensor(torch.linalg.vector_norm(torch.stack(norms))).item() if norms else 0.0
@@ -115,10 +115,10 @@ class MasterWeightAdamW:
         for parameter in self.parameters:
             parameter.grad = None
 
-    # ---- the masters, and what a checkpoint keeps
+    # ---- master weights, and the state in a checkpoint
     @torch.no_grad()
     def master(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A weight of the model in fp32, with what rounding took from it; with adapters, the base as it stands."""
+        """Return a weight of the model in fp32, with its residual; with adapters, a weight of the base as it is."""
         if not isinstance(tensor, torch.nn.Parameter):
             return tensor.detach()
         residual = self._residuals.get(tensor)
@@ -159,21 +159,23 @@ class MasterWeightAdamW:
         self.num_updates, self.lr_scale = progress["taken"], progress["lr_scale"]
 
     def halve_lr_and_reset(self) -> None:
-        """Half the learning rate from here on, and no moments: they point where the fault came from."""
+        """Halve the learning rate and reset AdamW's moments, which still point towards the failed step."""
         self.lr_scale /= 2
         self._moments = [{} for _ in self.parameters]
 
     def snapshot(self) -> list[torch.Tensor]:
+        """Return copies of the trained master weights, on their device."""
         return [self.master(parameter).clone() for parameter in self.parameters]
 
     def restore(self, snapshot: list[torch.Tensor]) -> None:
+        """Set the trained weights to those of a `snapshot`; the moments stay."""
         for parameter, kept in zip(self.parameters, snapshot, strict=True):
             self._set_master(parameter, kept)
 
 
 # ------------------------------------------------------------------------------------- one part of one tensor
 def adamw_32bit(master, grad, moments: dict, parameter, part: slice, *, lr: float, weight_decay: float) -> None:
-    """AdamW with fp32 moments on `part` of a parameter: master, slope (P,) fp32; the master is changed in place."""
+    """Update `part` of a parameter by AdamW with fp32 moments. master, grad (P,) fp32; master is changed in place."""
     for name in ("exp_avg", "exp_avg_sq"):
         if name not in moments:
             moments[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
@@ -183,9 +185,9 @@ def adamw_32bit(master, grad, moments: dict, parameter, part: slice, *, lr: floa
 
 
 def adamw_8bit(master, grad, moments: dict, parameter, part: slice, *, lr: float, weight_decay: float) -> None:
-    """The same with moments of 8 bits, scaled in blocks of 256 (Dettmers et al. 2022, arXiv 2110.02861).
+    """Do the same with 8-bit moments, scaled in blocks of 256 (Dettmers et al. 2022, arXiv 2110.02861).
 
-    Tensors below 4,096 elements, norms and biases, keep fp32 ones, as there.
+    Tensors below 4,096 elements (norms and biases) keep fp32 moments, as in the paper.
     """
     if parameter.numel() < 4096:
         return adamw_32bit(master, grad, moments, parameter, part, lr=lr, weight_decay=weight_decay)
@@ -206,6 +208,7 @@ def adamw_8bit(master, grad, moments: dict, parameter, part: slice, *, lr: float
 
 
 def refuse_missing_8bit(options) -> None:
+    """Raise UsageError if --optimizer adamw8bit cannot run: with --shard, or without bitsandbytes."""
     if options.optimizer != "adamw8bit":
         return
     if options.shard:
@@ -216,11 +219,11 @@ def refuse_missing_8bit(options) -> None:
         raise UsageError("--optimizer adamw8bit: needs the package bitsandbytes: pip install bitsandbytes") from error
 
 
-# --------------------------------------------------------------------- a master as bf16 and what is left of it
+# ------------------------------------------------------------- a master weight as bf16 and rounding residual
 def split_fp32(master: torch.Tensor, rounded: torch.Tensor, residual: torch.Tensor, *, high_bits=None) -> None:
-    """fp32 -> the nearest bf16 in `rounded` and, in `rest` (int16), its distance in units of fp32's last place.
+    """Write the nearest bf16 to `rounded` and its distance, in units of fp32's last place, to `residual` (int16).
 
-    Halfway goes away from zero, so that the rest always fits. `high`: room for as many int32, where there is some.
+    Ties round away from zero, so that the residual always fits. high_bits: an int32 buffer of that length, if any.
     """
     bits = master.view(torch.int32)
     high_bits = torch.add(bits, 0x8000, out=high_bits).bitwise_right_shift_(16)
@@ -229,13 +232,13 @@ def split_fp32(master: torch.Tensor, rounded: torch.Tensor, residual: torch.Tens
 
 
 def merge_fp32(rounded: torch.Tensor, residual: torch.Tensor, *, out=None) -> torch.Tensor:
-    """The fp32 master of a bf16 tensor and its rest: the inverse of `split_fp32`, to the bit."""
+    """Return the fp32 master of a bf16 tensor and its residual: the exact inverse of `split_fp32`."""
     bits = torch.empty_like(residual, dtype=torch.int32) if out is None else out.view(torch.int32)
     return bits.copy_(rounded.view(torch.int16)).bitwise_left_shift_(16).add_(residual).view(torch.float32)
 
 
 class WorkBuffers:
-    """Room for one part in fp32, used again and again: fresh memory costs more than what is done in it."""
+    """Buffers for one part in fp32, used again for each: allocating them would cost more than the arithmetic."""
 
     def __init__(self, parameters):
         size, device = max((min(_part(p), local_shard(p).numel()) for p in parameters), default=0), parameters[0].device
@@ -243,11 +246,11 @@ class WorkBuffers:
         self.high_bits = torch.empty(size, dtype=torch.int32, device=device)
 
     def fp32(self, part: torch.Tensor) -> torch.Tensor:
-        """A part of a gradient in fp32; itself where it is that already."""
+        """Return a part of a gradient in fp32: itself, if it is fp32 already."""
         return part if part.dtype == torch.float32 else self.grad[: len(part)].copy_(part)
 
     def norm(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Its norm in fp32. torch by itself would make an fp32 copy of the whole tensor."""
+        """Return the gradient's norm in fp32, without the fp32 copy of the whole tensor that torch would make."""
         if isinstance(gradient, DTensor) or gradient.dtype == torch.float32:
             return torch.linalg.vector_norm(gradient, dtype=torch.float32)
         flat = gradient.reshape(-1)
@@ -257,6 +260,7 @@ class WorkBuffers:
 
 
 def parts_of(flat: torch.Tensor) -> list[slice]:
+    """Return the slices in which a flat tensor is updated."""
     return [slice(start, min(start + _part(flat), len(flat))) for start in range(0, len(flat), _part(flat))]
 
 

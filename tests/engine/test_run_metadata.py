@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import utils
 from engine import checkpoint, run_metadata
 from engine.run_metadata import RunMetadata
 from options import UnlearnOptions
@@ -196,3 +198,14 @@ def test_resume_other_answers_of_the_model_are_refused(files, tmp_path):
         with pytest.raises(UsageError, match="the model's own answers are others now") as error:
             resumed(tmp_path, then, run(answers=[other], **files))
         assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- memory
+@pytest.mark.parametrize(("content", "gib"), [
+    ("VmRSS:\t 1048576 kB\n", 1.0), ("VmRSS:\n", None), ("VmRSS: x kB\n", None), ("", None), (None, None),
+])  # fmt: skip
+def test_proc_field_that_cannot_be_read_is_nan(tmp_path, content, gib):
+    if content is not None:
+        (tmp_path / "status").write_text(content)
+    found = utils._proc_gib(str(tmp_path / "status"), "VmRSS")
+    assert found == gib or (gib is None and math.isnan(found))
