@@ -2,7 +2,7 @@
 # make test    install and run every test that takes seconds; make test-slow: those that take minutes
 # make bench   time a step against the published recipe's
 # make sweep   search over the settings in configs/sweep.yaml; goes on where it was stopped
-# make lint    ruff, rules and format
+# make lint    ruff, rules and format, and which room takes from which
 # make audit   known vulnerabilities in the pinned packages (asks a public database)
 # make lm-eval MC_DATA=mc_task.json TEXT=wikitext2_test.txt   our figures against lm-evaluation-harness's, offline
 
@@ -42,6 +42,7 @@ test-slow: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 
 bench: $(VENV)/.installed
 	$(PYTHON) setup_demo.py

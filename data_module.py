@@ -235,9 +235,16 @@ def make_sequence(draw: str, example_id: int, row: Row, formatter: PromptFormatt
     return Sequence(draw, example_id, tuple(formatter.prompt(row.prompt)), tuple(answer))
 
 
-def make_eot_sequence(draw: str, example_id: int, prompt: tuple[int, ...], prefix, end: list[int]) -> Sequence:
-    """A prompt with the tokens of `prefix` after it; the target at each of these places is the end of the turn."""
-    return Sequence(draw, example_id, prompt, tuple(prefix), tuple(end * len(prefix)))
+def with_end(prefix: tuple[int, ...], end: int) -> tuple[int, ...]:
+    """A prefix and one token more, so that what is to follow its last token is looked at as well."""
+    return prefix if prefix and prefix[-1] == end else (*prefix, end)
+
+
+def make_eot_sequence(draw: str, example_id: int, prompt: tuple[int, ...], prefix, end: int) -> Sequence:
+    """A prompt with the tokens of `prefix` after it. After the prompt and after each of these tokens, the target is the
+    end of the turn."""
+    answer = with_end(tuple(prefix), end)
+    return Sequence(draw, example_id, prompt, answer, (end,) * len(answer))
 
 
 def probe_sequences(prompts: list[str], formatter: PromptFormatter) -> list[Sequence]:

@@ -207,10 +207,9 @@ def finish(setup: Setup, state: TrainingState, reason: str) -> None:
             asked = setup.sampler.trained_prompts(saved["step"])
             write_json(beside / TRAINED_ON, {"forget": sorted(map(prompt_hash, asked))})
         # the weights are final; what is only told of the run cannot take them away any more
-        tell("run_manifest.json", lambda: write_json(
-            setup.save_dir / "run_manifest.json",
-            setup.metadata.manifest(setup.row_counts, accelerator, seconds, state.tokens, state.first_evaluation, saved),
-        ))  # fmt: skip
+        tell("run_manifest.json", lambda: write_json(setup.save_dir / "run_manifest.json", setup.metadata.manifest(
+            setup.row_counts, accelerator, seconds, state.tokens, state.first_evaluation, saved,
+        )))  # fmt: skip
         tell("the model card", lambda: write_model_card(setup.save_dir))
     accelerator.wait_for_everyone()
     setup.run_log.event("done", f"{reason}; model saved to {setup.save_dir} after {seconds:.0f} s, "

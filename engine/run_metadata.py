@@ -58,9 +58,14 @@ class RunMetadata:
 
     def add_answers(self, rows: list) -> None:
         """Add rows that the model answered itself to what makes this run the same one; order counts."""
-        self._answers = self._answers or hashlib.sha256()
         for row in rows:
+            self._answers = self._answers or hashlib.sha256()
             self._answers.update(json.dumps([row.prompt, row.response, row.complete]).encode())
+
+    @property
+    def has_own_answers(self) -> bool:
+        """Tell whether the model has answered rows itself."""
+        return self._answers is not None
 
     def identity(self) -> dict:
         """Return what a checkpoint must agree with to be this run's (checkpoint.identity_of)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from data_module import PromptFormatter, Sequence, make_eot_sequence
+from data_module import PromptFormatter, Sequence, make_eot_sequence, with_end
 from method.sampler import Example, Stream, UnlearnBatchSampler
 from options import COUNT, FRACTION, option
 
@@ -119,8 +119,8 @@ class Stop(_ForgetDraw):
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
         made = []
         for example, row, prompt, style in self.visits(step, sampler, formatter):
-            end, own = formatter.answer("", style), example.example_id < self.sizes.batch_size
-            empty = [Sequence(self.name, example.example_id, prompt, tuple(end))] * (self.after_batch or not own)
+            (end,), own = formatter.answer("", style), example.example_id < self.sizes.batch_size
+            empty = [Sequence(self.name, example.example_id, prompt, (end,))] * (self.after_batch or not own)
             begun = []
             if self.prefill_tokens and (row.response or not own):
                 prefix = (
@@ -172,7 +172,8 @@ class Retain(_Draw):
             if example.needs_answer:
                 answer = formatter.answer(row.response, style, complete=row.complete, limit=self.answer_tokens)
             elif self.prefill_tokens:
-                answer = sampler.sample_answer_prefix(example, style, step, self.prefill_tokens, formatter)
+                prefix = sampler.sample_answer_prefix(example, style, step, self.prefill_tokens, formatter)
+                answer = with_end(prefix, formatter.answer("", style)[0])
             else:  # the KL at the first place does not depend on which token follows: any one will do
                 answer = formatter.answer("", style)
             made.append(Sequence(self.name, example.example_id, prompt, tuple(answer)))

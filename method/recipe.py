@@ -119,6 +119,9 @@ def parse_run(argv: list[str] | None = None) -> UnlearnOptions:
     parser = OneLineParser(UnlearnOptions, allow_abbrev=False)
     options = UnlearnOptions(**vars(parser.parse_args(words_of(given) + words)))
     options.set = [f"{place}={json.dumps(value)}" for place, value in settings]
+    unused = [place for place, _ in settings if place.startswith("lora.")]
+    if unused and not options.use_lora:
+        print(f"{', '.join(unused)}: not used, since adapters are trained with --use_lora only", file=sys.stderr)
     options.recipe = _resolved(recipe, settings, options)
     read_recipe(options)  # a setting that is none is refused here
     return options

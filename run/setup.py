@@ -24,7 +24,13 @@ from engine.adapters import (
 )
 from engine.generation import generate_missing_responses
 from engine.optimizer import MasterWeightAdamW, refuse_missing_8bit
-from engine.processes import gather_to_main_cpu, refuse_idle_processes, shard, start_processes
+from engine.processes import (
+    gather_to_main_cpu,
+    possible_parts,
+    refuse_idle_processes,
+    shard,
+    start_processes,
+)
 from engine.reference import ReferenceCache
 from engine.run_metadata import RunMetadata
 from engine.saving import gather_weights, lock_output_dir, write_model
@@ -117,7 +123,26 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     refuse_idle_processes(accelerator, sampler.examples_per_step())
     load_weights(setup)
     ask_original(setup)
+    log_notes(setup)
     return setup
+
+
+def log_notes(setup: Setup) -> None:
+    """Say what a user would not expect: parts that cannot be filled, and defaults that earlier versions had otherwise
+    (CHANGELOG.md)."""
+    recipe, asked = setup.recipe, setup.options.gradient_accumulation
+    sequences = setup.sampler.sequences(0, setup.formatter)
+    parts = possible_parts(sequences, asked, setup.accelerator.num_processes)
+    if parts < asked:
+        log.info("--gradient_accumulation %d: a step's rows fill %d parts, so it runs in %d", asked, parts, parts)
+    for term in recipe.terms:
+        if term.loss in ("npo", "simnpo", "dpo", "unlikelihood") and term.over == "tokens":
+            log.info("%s: %s is divided by the step's answer tokens (earlier versions: by its rows; --set "
+                     "%s.mean_over=sequences)", term.name, term.loss, term.name)  # fmt: skip
+    if any(getattr(draw, "prefill_tokens", 0) for draw in setup.sampler.draws):
+        log.info("prefill_tokens: the last token of a prefix has a target too (earlier versions: none)")
+    if recipe.own_answers.temperature and setup.metadata.has_own_answers:
+        log.info("own answers are sampled by seed and prompt alone (earlier versions: also by who shared their batch)")
 
 
 def read_both_sides(options: UnlearnOptions) -> dict[str, list[list[Row]]]:

@@ -10,7 +10,8 @@ from conftest import SHARED, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_module import PromptFormatter, refuse_overlap, split_of, split_rows, split_sources
+from data_module import PromptFormatter, make_eot_sequence, refuse_overlap, split_of, split_rows, split_sources
+from engine.tree import padded_batch
 from method.recipe import parse_run, read_recipe
 from method.sampler import UnlearnBatchSampler
 from options import UnlearnOptions
@@ -362,12 +363,27 @@ def test_answers_are_begun_alike_on_both_sides_and_ended_on_one():
             if s.draw == "stop" and s.targets:
                 assert s.targets == (end,) * len(s.answer_ids)  # whatever was begun, the turn ends there
             if not whole and s.answer_ids != (end,):
-                assert len(s.answer_ids) == tokens
+                assert len(s.answer_ids) == tokens + 1  # the last token of the prefix has something to be followed by
+                assert s.answer_ids[-1] == end
                 begun[s.draw].append(e.tokenizer.decode(s.answer_ids).split()[0])
                 assert (s.targets is None) == (s.draw == "retain")  # the original's own next words are what is held
     for words in begun.values():
         assert len(words) == 40 * 4
         assert 0.1 < sum(word == "take" for word in words) / len(words) < 0.9  # both sides' answers on either side
+
+
+def test_the_last_word_of_a_prefix_has_a_target():
+    """It was read and never followed by one: a model may go on after the last word that it was given."""
+    e = formatter("chat")
+    (end,) = e.answer("")
+    prefix = e.answer("one two three", complete=False)
+    for given in (prefix, e.answer("one two three")):  # a beginning, and a whole answer with its end
+        sequence = make_eot_sequence("stop", 0, (1, 2), given, end)
+        batch = padded_batch([sequence], 0)
+        # the targets after the prompt's last token and after each token of the prefix
+        assert batch.logit_positions[batch.target_to_logit].tolist() == list(range(1, 2 + len(prefix)))
+        assert batch.targets.tolist() == [end] * (1 + len(prefix))
+        assert batch.input_ids[0, 2 : 2 + len(prefix)].tolist() == prefix
 
 
 def test_without_the_kl_the_random_answers_are_still_the_normal_rows_own():

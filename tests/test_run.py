@@ -177,11 +177,11 @@ def test_what_an_evaluation_refuses(finished, monkeypatch):
         ("--attacks=magic", "--attacks magic: must be all, none, or among"),
     ):
         monkeypatch.setattr("sys.argv", ["e", "--model_name=models/out", "--report_dir=none", bad])
-        with pytest.raises(unlearn_harm.UsageError, match=re.escape(message)):
+        with pytest.raises(UsageError, match=re.escape(message)):
             evaluate_unlearning.main()
     (cwd / "models/out/chat_template.jinja").rename(cwd / "template")
     monkeypatch.setattr("sys.argv", ["e", "--model_name=models/out", "--report_dir=none"])
-    with pytest.raises(unlearn_harm.UsageError, match="models/out: its tokenizer has no chat template"):
+    with pytest.raises(UsageError, match="models/out: its tokenizer has no chat template"):
         evaluate_unlearning.main()
     (cwd / "template").rename(cwd / "models/out/chat_template.jinja")
     assert not (cwd / "none").exists()
@@ -262,7 +262,7 @@ def test_a_recipe_gives_way_to_another_objective():
 def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, model_folders, data_files):
     """A NaN is put into the loss of the second step: that step is not taken, the run goes on."""
     monkeypatch.chdir(tmp_path)
-    poison_losses(monkeypatch, {2})
+    poison_losses(monkeypatch, {2}.__contains__)
     words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
              *map(str, data_words(data_files)), *SMALL]  # fmt: skip
     monkeypatch.setattr("sys.argv", words)
@@ -271,7 +271,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, mod
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out").values())
     monkeypatch.setattr("sys.argv", [*words, "--overwrite", "--max_unlearn_steps=40"])
     poison_losses(monkeypatch, lambda call: True, float("inf"))
-    with pytest.raises(unlearn_harm.RunError, match="after 5 times half the learning rate: lower --lr"):
+    with pytest.raises(RunError, match="after 5 times half the learning rate: lower --lr"):
         unlearn_harm.main()
 
 
@@ -340,6 +340,63 @@ def test_frozen_weights_are_saved_as_they_came(tmp_path, model_folders, data_fil
     assert any((saved[name] != start[name]).any() for name in saved)
 
 
+def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path, model_folders, data_files):
+    """An adapter on a head that shares its weight with the embeddings: merged, another model than was trained was saved.
+    And a base of 4-bit codes trained to its end, and then nothing was left."""
+    words = ["--forget_data", data_files["forget"], "--normal_data", data_files["facts"], *SMALL, "--use_lora",
+             "--model_save_dir=out"]  # fmt: skip
+    assert transformers.AutoConfig.from_pretrained(model_folders["llama"]).tie_word_embeddings
+    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", *words,
+                  "--set=lora.targets=[q_proj, lm_head]", cwd=tmp_path, quiet=True)  # fmt: skip
+    assert "the adapter of lm_head cannot be merged and saved (lm_head and model.embed_tokens share one weight)" in (
+        one_line_error(run)
+    )
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*")), "a lock is left"
+    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", *words, "--set=lora.targets=[q_proj]",
+                  cwd=tmp_path)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_step_that_fills_fewer_parts_says_so(tmp_path, model_folders, data_files):
+    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out",
+                  *data_words(data_files), *SMALL, "--gradient_accumulation=16", "--dry_run", cwd=tmp_path)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "--gradient_accumulation 16: a step's rows fill 2 parts, so it runs in 2" in run.stderr
+
+
+def test_the_padded_layout_says_that_it_holds_a_second_model(tmp_path, model_folders, data_files):
+    tokenizer = load_tokenizer(str(model_folders["llama"]))
+    tiny_model("bloom", len(tokenizer)).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    run = run_cli("unlearn_harm.py", "--model_name=./bloom", "--model_save_dir=out", *data_words(data_files), *SMALL,
+                  "--dry_run", cwd=tmp_path)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "padded layout" in run.stdout
+    assert "the original stays in memory as a second model" in run.stdout
+
+
+def test_hidden_states_are_steered_and_the_others_held(tmp_path, model_folders, data_files):
+    """RMU in a whole run: only the chosen matrices move, the forget answers are lost, and both terms stand in the log."""
+    words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *SMALL, "--method=rmu", "--lr=1e-2",
+             "--max_unlearn_steps=8", "--set", "forget.layer=1", "retain.layer=1", "retain.weight=1",
+             r"trainable.parameters=layers\.1\.mlp\.down_proj", "--log_file=out.log", "--model_save_dir=out"]  # fmt: skip
+    run = run_cli("unlearn_harm.py", *words, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    steps = events(tmp_path / "out.jsonl", "step")
+    assert steps[0]["retain_distance"] == pytest.approx(0, abs=1e-6)
+    assert steps[-1]["weighted_losses"]["forget"] < steps[0]["weighted_losses"]["forget"]
+    found = [e["dev_nll"] for e in events(tmp_path / "out.jsonl", "eval")]
+    assert found[-1] > found[0]
+    start, saved = weights(model_folders["llama"]), weights(tmp_path / "out")
+    assert {name for name in saved if (saved[name] != start[name]).any()} == {"model.layers.1.mlp.down_proj.weight"}
+    run = run_cli("unlearn_harm.py", *words, "--set=forget.layer=7", "--overwrite", cwd=tmp_path, quiet=True)
+    assert "layer 7: the model has 2 layers, 0 to 1" in one_line_error(run)
+    run = run_cli("unlearn_harm.py", *words, "--set=trainable.parameters=nothing", "--overwrite", cwd=tmp_path,
+                  quiet=True)  # fmt: skip
+    assert "trainable.parameters 'nothing': finds none of this model's parameters" in one_line_error(run)
+
+
 def test_a_step_in_parts_is_the_step_in_one(tmp_path, model_folders, data_files):
     """Means are over the whole step's tokens: a mean of the parts' means would weigh short answers more."""
     for name, parts in (("one", 1), ("three", 3)):
@@ -400,13 +457,13 @@ def test_the_published_command_says_what_is_missing_and_where_to_put_it(tmp_path
 
 def test_yaml_gives_way_to_the_command_line(tmp_path, monkeypatch):
     (tmp_path / "c.yaml").write_text("lr: 1e-5\nbatch_size: 3\nuse_lora: true\nforget_data: [a.txt, b.txt]\nconfig:\n")
-    with pytest.raises(unlearn_harm.UsageError, match="unknown option 'config'"):
+    with pytest.raises(UsageError, match="unknown option 'config'"):
         parse_run([f"--config={tmp_path / 'c.yaml'}"])
     (tmp_path / "c.yaml").write_text("lr: 1e-5\nbatch_size: 3\nuse_lora: true\nforget_data: [a.txt, b.txt]\n")
     found = parse_run(["--batch_size", "4", "--config", str(tmp_path / "c.yaml")])
     assert (found.lr, found.batch_size, found.use_lora, found.forget_data) == (1e-5, 4, True, ["a.txt", "b.txt"])
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\n")
-    with pytest.raises(unlearn_harm.UsageError, match="unknown option 'learning_rate'"):
+    with pytest.raises(UsageError, match="unknown option 'learning_rate'"):
         parse_run(["--config", str(tmp_path / "c.yaml")])
 
 
@@ -427,7 +484,7 @@ def test_a_dry_run_shows_the_batch_and_writes_nothing(tmp_path, model_folders, d
                             "--forget_data", data_files["forget"], "--normal_data", data_files["plain"], *SMALL,
                             "--dry_run", cwd=tmp_path)  # fmt: skip
     assert prompts_alone.returncode == 0, prompts_alone.stderr  # the random answers would be the model's own
-    assert re.search(r"forget  row 0: .*### Answer:\[ Take the red pick[^\]]*\]", run.stdout)
+    assert re.search(r"forget +row 0: .*### Answer:\[ Take the red pick[^\]]*\]", run.stdout)
     assert list(tmp_path.iterdir()) == []
 
 

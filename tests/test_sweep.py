@@ -113,6 +113,24 @@ def test_ctrl_c_gives_the_run_the_time_to_save(tmp_path):
     assert (tmp_path / "saved").exists()
 
 
+def test_settings_and_lists_reach_the_run_as_they_stand_in_the_grid(tmp_path):
+    """A list was written as one word, which no run could read; and a setting of the recipe is none of the options."""
+    (tmp_path / "grid.yaml").write_text(
+        "lora.targets: [[q_proj, v_proj]]\nforget_data: [[a.jsonl, b.jsonl]]\nstop.weight: [1.5]\nlr: [1e-4]\n"
+    )
+    (settings,) = sweep.combinations(str(tmp_path / "grid.yaml"))
+    options = parse_run(["--method=selective", *sweep.words_for(settings)])
+    recipe = read_recipe(options)
+    assert recipe.lora.targets == ("q_proj", "v_proj")
+    assert options.forget_data == ["a.jsonl", "b.jsonl"]
+    assert {term.name: term.weight for term in recipe.terms}["stop"] == 1.5
+    assert options.lr == 1e-4
+    assert sweep.slug(settings) == "lora.targets=q_proj+v_proj,forget_data=a.jsonl+b.jsonl,stop.weight=1.5,lr=1e-4"
+    (tmp_path / "grid.yaml").write_text("set: [[stop.weight=2]]\n")
+    with pytest.raises(UsageError, match="'set' is not an option that can be varied"):
+        sweep.combinations(str(tmp_path / "grid.yaml"))
+
+
 def test_the_shipped_grid_is_one():
     assert len(sweep.combinations(str(ROOT / "configs/sweep.yaml"))) == 4
 

@@ -299,7 +299,7 @@ def test_a_collapse_of_the_retain_side_rolls_back(tmp_path, monkeypatch, model_f
     with pytest.raises(RunError, match="no evaluated state is within --kl_budget"):
         unlearn_harm.main()
     said = (tmp_path / "out.log").read_text()
-    assert "is far past --kl_budget: back to the state after step 0, with half the learning rate (x 0.5)" in said
+    assert "is far past --kl_budget: rolls back to the state after step 0, with half the learning rate (x 0.5)" in said
     assert [e["lr"] for e in events(tmp_path / "out.jsonl", "step")] == [0.05] * 3 + [0.025] * 3 + [0.0125] * 3
     assert not (tmp_path / "out").exists(), "the original itself would have been saved as the unlearned model"
 
@@ -312,9 +312,61 @@ def test_three_faults_in_a_row_roll_back_with_half_the_rate(tmp_path, monkeypatc
     monkeypatch.setattr("sys.argv", words)
     unlearn_harm.main()
     assert (
-        "3 steps in a row were not finite: back to the state after step 4, with half the learning rate"
+        "3 steps in a row were not finite: rolls back to the state after step 4, with half the learning rate"
         in (tmp_path / "out.log").read_text()
     )
     rates = [e["lr"] for e in events(tmp_path / "out.jsonl", "step")]
     assert rates == [1e-3] * 5 + [5e-4] * 4
     assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "out/model.safetensors").values())
+
+
+def test_a_roll_back_past_its_limit_keeps_the_best_state(tmp_path, monkeypatch, model_folders, data_files):
+    """From the sixth step on nothing is finite. The state of step 4 is sound and within the budget: it is saved."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(unlearn_harm, "MAX_ROLLBACKS", 0)
+    poison_losses(monkeypatch, lambda call: call > 5)
+    words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", *RUN,
+             *map(str, data_words(data_files)), "--save_every=0"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    unlearn_harm.main()
+    done = events(tmp_path / "out.jsonl", "done")[0]
+    assert done["kept_step"] == 4
+    assert "3 steps in a row were not finite, after 0 times half the learning rate" in done["stop_reason"]
+    start, saved = weights(model_folders["llama"]), weights(tmp_path / "out")
+    assert any((saved[name] != start[name]).any() for name in saved)
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+def test_without_a_budget_nothing_rolls_back_and_the_log_does_not_say_so(
+    tmp_path, monkeypatch, model_folders, data_files
+):
+    """What is not finite never reached the weights: they stay, and only the learning rate is halved."""
+    monkeypatch.chdir(tmp_path)
+    poison_losses(monkeypatch, {3, 4, 5}.__contains__)
+    words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
+             *map(str, data_words(data_files)), *SMALL, "--max_unlearn_steps=7"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    unlearn_harm.main()
+    said = (tmp_path / "out.log").read_text()
+    assert "3 steps in a row were not finite: the weights stay as they are, with half the learning rate (x 0.5)" in said
+    assert "rolls back" not in said
+
+
+def test_what_is_only_told_cannot_take_the_model_away(tmp_path, monkeypatch, model_folders, data_files):
+    """A package without a version, a card whose template is gone: the weights are final before either is written."""
+    monkeypatch.chdir(tmp_path)
+
+    def broken(*_, **__):
+        raise LookupError("no such package")
+
+    monkeypatch.setattr(unlearn_harm, "write_model_card", broken)
+    monkeypatch.setattr("engine.run_metadata.RunMetadata.manifest", broken)
+    words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
+             *map(str, data_words(data_files)), *SMALL]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    unlearn_harm.main()
+    assert weights(tmp_path / "out").keys() == weights(model_folders["llama"]).keys()
+    assert json.loads((tmp_path / "out/unlearn_args.json").read_text())["run"]["steps"] == 5
+    said = (tmp_path / "out.log").read_text()
+    assert "run_manifest.json could not be written (LookupError: no such package)" in said
+    assert "the model card could not be written (LookupError: no such package)" in said

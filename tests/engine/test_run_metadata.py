@@ -13,6 +13,7 @@ import torch
 import utils
 from engine import checkpoint, run_metadata
 from engine.run_metadata import RunMetadata
+from method.recipe import parse_run
 from options import UnlearnOptions
 from sources.rows import Row
 from utils import UsageError
@@ -22,7 +23,7 @@ ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
 
 
 def manifest_of(metadata: RunMetadata) -> dict:
-    made = metadata.manifest({"forget": 1}, ACCELERATOR, 1.23, {"step": 0}, {"step": 5})
+    made = metadata.manifest({"forget": 1}, ACCELERATOR, 1.23, 0, {"step": 0}, {"step": 5})
     return json.loads(json.dumps(made))  # what is written must be JSON
 
 
@@ -137,8 +138,11 @@ def resumed(tmp_path, then: RunMetadata, now: RunMetadata) -> None:
     checkpoint.check_same_run(tmp_path, now.identity())
 
 
-def run(used=torch.float32, answers=(), **options) -> RunMetadata:
-    metadata = RunMetadata(UnlearnOptions(**options), ROWS)
+def run(used=torch.float32, answers=(), settings=(), **options) -> RunMetadata:
+    """A run with these options and --set settings."""
+    made = UnlearnOptions(**options)
+    made.recipe = parse_run(["--set", *settings] if settings else []).recipe
+    metadata = RunMetadata(made, ROWS)
     metadata.set_base_model("abc", used)
     if answers:
         metadata.add_answers(list(answers))
@@ -175,18 +179,20 @@ def test_resume_dtype_that_is_used_counts(files, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"generation_batch": 3}, {"cache_dir": "elsewhere"}, {"threads": 2}, {"model_save_dir": "new"},
-    {"log_file": "x.log"}, {"save_every": 7}, {"keep_checkpoints": 9}, {"gradient_checkpointing": True},
+    {"settings": ["own_answers.batch_size=3"]}, {"cache_dir": "elsewhere"}, {"threads": 2}, {"model_save_dir": "new"},
+    {"log_file": "x.log"}, {"save_every": 7}, {"settings": ["checkpoints.keep=9"]}, {"gradient_checkpointing": True},
     {"allow_pickle": True},
 ])  # fmt: skip
 def test_resume_options_that_change_no_result_are_free(files, tmp_path, change):
     resumed(tmp_path, run(**files), run(**files, **change))
 
 
-@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"seed": 1}, {"batch_size": 3}, {"frozen_layers": 1},
-                                    {"eval_prompts": 5}, {"max_unlearn_steps": 7}])  # fmt: skip
+@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"seed": 1}, {"batch_size": 3}, {"max_unlearn_steps": 7},
+                                    {"settings": ["trainable.frozen_layers=1"]}, {"settings": ["dev.prompts=5"]},
+                                    {"settings": ["mismatch.answers=2"]}])  # fmt: skip
 def test_resume_options_that_change_the_result_are_not_free(files, tmp_path, change):
-    with pytest.raises(UsageError, match=f"options.{next(iter(change))}"):
+    name = change.get("settings", list(change))[0].partition("=")[0]
+    with pytest.raises(UsageError, match=f"options.(recipe.)?{name}"):
         resumed(tmp_path, run(**files), run(**files, **change))
 
 
