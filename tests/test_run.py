@@ -341,8 +341,7 @@ def test_frozen_weights_are_saved_as_they_came(tmp_path, model_folders, data_fil
 
 
 def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path, model_folders, data_files):
-    """An adapter on a head that shares its weight with the embeddings: merged, another model than was trained was saved.
-    And a base of 4-bit codes trained to its end, and then nothing was left."""
+    """An adapter on a head that shares its weight with the embeddings: another model than was trained was saved."""
     words = ["--forget_data", data_files["forget"], "--normal_data", data_files["facts"], *SMALL, "--use_lora",
              "--model_save_dir=out"]  # fmt: skip
     assert transformers.AutoConfig.from_pretrained(model_folders["llama"]).tie_word_embeddings
@@ -377,10 +376,11 @@ def test_the_padded_layout_says_that_it_holds_a_second_model(tmp_path, model_fol
 
 
 def test_hidden_states_are_steered_and_the_others_held(tmp_path, model_folders, data_files):
-    """RMU in a whole run: only the chosen matrices move, the forget answers are lost, and both terms stand in the log."""
+    """RMU in a whole run: only the chosen matrices move, the forget answers are lost, both terms stand in the log."""
     words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *SMALL, "--method=rmu", "--lr=1e-2",
              "--max_unlearn_steps=8", "--set", "forget.layer=1", "retain.layer=1", "retain.weight=1",
-             r"trainable.parameters=layers\.1\.mlp\.down_proj", "--log_file=out.log", "--model_save_dir=out"]  # fmt: skip
+             r"trainable.parameters=layers\.1\.mlp\.down_proj", "--log_file=out.log",
+             "--model_save_dir=out"]  # fmt: skip
     run = run_cli("unlearn_harm.py", *words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     steps = events(tmp_path / "out.jsonl", "step")
