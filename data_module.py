@@ -31,7 +31,7 @@ def prompt_hash(prompt: str) -> str:
 
 
 def split_of(prompt: str, seed: int, dev_share: float, test_share: float) -> str:
-    """Return 'train', 'dev' or 'test', from prompt and seed alone: all rows of a prompt, in any file, share a split."""
+    """Return 'train', 'dev' or 'test', from prompt, seed and shares: all rows of a prompt share a split."""
     digest = hashlib.sha256(f"{seed}\n{_same(prompt)}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     return "test" if place < test_share else "dev" if place < test_share + dev_share else "train"
@@ -70,7 +70,7 @@ def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
     if both:
         shown = "; ".join(repr(prompt[:60]) for prompt in both[:5]) + (" ..." if len(both) > 5 else "")
         raise UsageError(
-            f"{len(both)} prompts are in --forget_data and in --normal_data, remove them from one: {shown}"
+            f"{len(both)} prompts are in --forget_data and in --normal_data; remove them from one of the two: {shown}"
         )
 
 
@@ -146,14 +146,14 @@ class PromptFormatter:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _ids_after(self, before: str, alone: list[int], text: str) -> list[int]:
-        """Return the token ids of `text` as it follows `before`, whose own ids are `alone`.
+    def _ids_after(self, before: str, before_ids: list[int], text: str) -> list[int]:
+        """Return the token ids of `text` as it follows `before`, whose own ids are `before_ids`.
 
         Some tokenizers (Llama's) put a space before a separate text. The first answer token would then be one that no
         model generates there.
         """
         joined = self._ids(before + text)
-        return joined[len(alone) :] if joined[: len(alone)] == alone else self._ids(text)
+        return joined[len(before_ids) :] if joined[: len(before_ids)] == before_ids else self._ids(text)
 
     def _end_of_turn(self, style: str) -> int:
         """Return the token that ends an answer; in a chat, the first special token after the assistant's text."""

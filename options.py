@@ -104,7 +104,7 @@ class CommonOptions:
         ["data/TruthfulQA.csv"], "prompts to retain, as files or hub data sets, in the same shares"
     )
     harm_categories: list[str] = option(
-        [], "use only forget rows of these categories, upper or lower case (default: all rows)"
+        [], "use only forget rows of these categories, upper or lower case (if unset: all rows)"
     )
     template: Literal["auto", "qa", "chat", "raw"] = option(
         "auto", "prompt template; auto: the tokenizer's chat template if it has one, else qa"
@@ -140,14 +140,16 @@ class UnlearnOptions(CommonOptions):
     method: str = option("yao", "recipe: a folder of recipes/ (yao, selective, rmu), or a path to a recipe.yaml")
     set: list[str] = option([], "recipe settings to change, as TERM.SETTING=VALUE or SECTION.SETTING=VALUE")
     forget_loss: str | None = option(
-        None, "objective of the term 'forget': ascent npo simnpo dpo unlikelihood rmu (default: the recipe's)"
+        None, "objective of the term 'forget': ascent npo simnpo dpo unlikelihood rmu (if unset: the recipe's)"
     )
-    bad_weight: OptionalWeight = option(None, "weight of the term that unlearns forget answers (default: the recipe's)")
+    bad_weight: OptionalWeight = option(
+        None, "weight of the term that unlearns forget answers (if unset: the recipe's)"
+    )
     random_weight: OptionalWeight = option(
         None,
-        "weight of the terms that teach forget prompts replacement answers or end-of-turn (default: the recipe's)",
+        "weight of the terms that teach forget prompts replacement answers or end-of-turn (if unset: the recipe's)",
     )
-    normal_weight: OptionalWeight = option(None, "weight of the KL on normal rows (default: the recipe's)")
+    normal_weight: OptionalWeight = option(None, "weight of the KL on normal rows (if unset: the recipe's)")
 
     # ---- the run
     max_unlearn_steps: POSITIVE = option(1000, "maximum number of steps")
@@ -196,10 +198,10 @@ class EvaluateOptions(CommonOptions):
     model_name: str = option("models/unlearned", "the model after unlearning: a folder or a hub name")
     original_name: str = option("facebook/opt-1.3b", "the model before unlearning: a folder or a hub name")
     report_dir: str | None = option(
-        None, "folder of report.json, report.html and answers.jsonl (default: the folder of --model_name)"
+        None, "folder of report.json, report.html and answers.jsonl (if unset: the folder of --model_name)"
     )
     split: Literal["test", "dev", "train", "all"] | None = option(
-        None, "prompts to evaluate: a split of the training run (test: never trained on), or all (default: test for a "
+        None, "prompts to evaluate: a split of the training run (test: never trained on), or all (if unset: test for a "
         "model made by unlearn_harm.py, else all)"
     )  # fmt: skip
     prompts_per_group: POSITIVE = option(64, "maximum prompts per group, drawn with the seed")
@@ -215,7 +217,7 @@ class EvaluateOptions(CommonOptions):
         [], "moderation models (folders or hub names); each one's rate of flagged answers is reported"
     )
     reward_model: str | None = option(
-        None, "reward model that scores the utility of answers (default: the original's log-probability)"
+        None, "reward model that scores the utility of answers (if unset: the original's log-probability)"
     )
     retrained_name: str | None = option(
         None, "model never trained on the forget data: the reference of the privacy-leakage metric"
@@ -230,7 +232,7 @@ class EvaluateOptions(CommonOptions):
     )
     quick: bool = option(False, "run small attacks: 6 prompts, 4 samples, 8 relearning steps")
     require: list[str] = option(
-        [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 if one fails (default: built-in criteria)"
+        [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 if one fails (if unset: built-in criteria)"
     )
     reuse: bool = option(False, "print the existing report if the same models and options made it")
     examples: COUNT = option(6, "number of example answers printed side by side at the end")

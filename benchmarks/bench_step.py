@@ -227,7 +227,7 @@ def where_time_goes(step, number: int) -> dict[str, float]:
     return {group: micro / spent.total() for group, micro in spent.most_common()}
 
 
-def alone(options: BenchOptions, kind: str) -> dict:
+def run_alone(options: BenchOptions, kind: str) -> dict:
     """Run one kind of step in a process of its own; return {"seconds": of each timed step, "gib": peak memory}."""
     arguments = [f"--{f.name}={getattr(options, f.name)}" for f in dataclasses.fields(options)
              if f.name not in ("only", "json_file")]  # fmt: skip
@@ -238,7 +238,7 @@ def alone(options: BenchOptions, kind: str) -> dict:
 
 
 def take_steps(options: BenchOptions) -> dict:
-    """Run the steps of one kind; return what `alone` returns."""
+    """Run the steps of one kind; return what `run_alone` returns."""
     step, seconds = KINDS[options.only](options), []
     for number in range(options.steps + 1):
         start = time.perf_counter()
@@ -255,7 +255,7 @@ def main() -> None:
     if options.only:
         print(json.dumps(take_steps(options)))
         return
-    rounds = [{kind: alone(options, kind) for kind in KINDS} for _ in range(options.rounds)]
+    rounds = [{kind: run_alone(options, kind) for kind in KINDS} for _ in range(options.rounds)]
     median = {kind: statistics.median(s for one in rounds for s in one[kind]["seconds"]) for kind in KINDS}
     memory = {kind: max(one[kind]["gib"] for one in rounds) for kind in KINDS}
     steps = {kind: KINDS[kind](options) for kind in ("this suite, bf16", "this suite, fp32")}

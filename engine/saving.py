@@ -19,7 +19,7 @@ def lock_output_dir(save_dir: Path, options, accelerator):
     if options.dry_run or not accelerator.is_main_process:
         return contextlib.ExitStack()
     if save_dir.resolve() in (here := Path.cwd(), *here.parents):
-        raise UsageError(f"--model_save_dir {save_dir}: is where this runs, or above it; name a folder of its own")
+        raise UsageError(f"--model_save_dir {save_dir}: is where this runs, or a parent folder; choose another folder")
     lock = checkpoint.OutputDirLock(save_dir)
     if save_dir.exists() and any(save_dir.iterdir()) and not options.overwrite:
         lock.close()
@@ -27,8 +27,8 @@ def lock_output_dir(save_dir: Path, options, accelerator):
     checkpoints = checkpoint.folder_of(save_dir)
     if checkpoints.exists() and not (options.resume or options.overwrite):
         lock.close()
-        raise UsageError(f"{checkpoints}: holds checkpoints of a run that was stopped; pass --resume to go on with "
-                         "it, or --overwrite to start anew")  # fmt: skip
+        raise UsageError(f"{checkpoints}: holds checkpoints of a run that was stopped; pass --resume to "
+                         "continue it, or --overwrite to start again")  # fmt: skip
     return lock
 
 

@@ -83,7 +83,7 @@ def fused_nll_and_kl(
 
 
 class _TokenValues(torch.autograd.Function):
-    """`token_values` with its gradient. All NLL and KL requests of a row share one softmax, scaled by their sum."""
+    """`token_values` with its gradient. All NLL and KL requests of a row share one softmax, scaled once."""
 
     @staticmethod
     def forward(ctx, logits, losses, *tensors):

@@ -145,7 +145,7 @@ class Stop(_ForgetDraw):
 
 @dataclasses.dataclass(frozen=True)
 class Wanted(_ForgetDraw):
-    """Each forget row's own wanted answer after its prompt, where the row has one."""
+    """Each forget row's wanted answer after its prompt, if the row has one."""
 
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
         sequences = []

@@ -287,7 +287,7 @@ def _build_term(name: str, spec: dict, earlier: dict[str, Term], sizes: RunSizes
     settings = spec.keys() - TERM_KEYS  # of its draw and of its objective
     if shared := spec.get("sequences_of"):
         if shared not in earlier or draw:
-            raise UsageError(f"{name}: sequences_of must name a term that stands before it, and goes without a draw")
+            raise UsageError(f"{name}: sequences_of must name a term that stands before it, and excludes a draw")
         own_draw, of_draw = earlier[shared].draw, set()
     else:
         if draw not in DRAWS:

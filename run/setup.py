@@ -98,7 +98,10 @@ class Setup:
 
 
 def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
-    """Read rows and model, and cache the original's answers and states. Raises UsageError before any training."""
+    """Read rows and model, and cache the original's answers and states. Raises UsageError before any training.
+
+    `held` closes the lock of the output folder at the end of the run.
+    """
     started = time.time()
     accelerator = start_processes(options)
     refuse_missing_8bit(options)
@@ -147,7 +150,7 @@ def log_notes(setup: Setup) -> None:
     if any(getattr(draw, "prefill_tokens", 0) for draw in setup.sampler.draws):
         log.info("prefill_tokens: the last token of a prefix has a target too (earlier versions: none)")
     if recipe.own_answers.temperature and setup.metadata.has_own_answers:
-        log.info("own answers are sampled by seed and prompt alone (earlier versions: also by who shared their batch)")
+        log.info("own answers depend on seed and prompt only (earlier versions: also on the other prompts of a batch)")
 
 
 def read_both_sides(options: UnlearnOptions) -> dict[str, list[list[Row]]]:
@@ -201,7 +204,7 @@ def load_weights(setup: Setup) -> None:
     name, count = str(dtype).removeprefix("torch."), accelerator.num_processes
     setup.run_log.event(
         "model", f"{options.model_name} in {name} on {accelerator.device}, template {formatter.style}, "
-        f"{setup.layout_line}; {count} process{'es, the model split over them' if options.shard else ''}",
+        f"{setup.layout_line}; {count} process{'es, the model sharded over them' if options.shard else ''}",
         packed=answer_model.packed, dtype=name, processes=count, shard=options.shard,
     )  # fmt: skip
 
@@ -276,10 +279,10 @@ def resume_or_start(setup: Setup) -> TrainingState:
     if setup.newest:
         state = checkpoint.read_state(setup.newest, setup.optimizer, setup.metadata.identity())
         setup.started -= state.seconds
-        setup.run_log.event("resume", f"going on after step {state.step}, from {setup.newest}", step=state.step)
+        setup.run_log.event("resume", f"resumed after step {state.step}, from {setup.newest}", step=state.step)
         return state
     if options.resume:
-        log.info("--resume: no whole checkpoint of this run in %s: it starts anew", folder)
+        log.info("--resume: no valid checkpoint of this run in %s; the run starts at step 0", folder)
     if options.overwrite and setup.accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
     return TrainingState()

@@ -48,7 +48,7 @@ def read_sources(specs: list[str], option: str, harm_categories: list[str] | Non
             known = "its categories are: " + ", ".join(existing[:40]) if existing else "its rows have no category"
             raise UsageError(f"--harm_categories {' '.join(harm_categories)}: no row of {' '.join(specs)}; {known}")
         for spec in (spec for spec, rows in zip(specs, matching, strict=True) if not rows):
-            log.warning("%s: has no row of --harm_categories and is left out", spec)
+            log.warning("%s: has no row of --harm_categories and is skipped", spec)
         sources = matching
     return sources
 
