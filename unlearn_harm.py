@@ -1,9 +1,9 @@
-"""Make a causal language model forget listed text and keep the rest (Yao, Xu and Liu 2023).
+"""Make a causal language model forget listed text and keep its other behaviour (Yao, Xu and Liu 2023).
 
     python unlearn_harm.py --model_name=facebook/opt-1.3b --model_save_dir=models/opt1.3b_unlearned
 
-Reads top to bottom: prepare (processes, rows, model, own answers, the original's states), train, finish. A step
-minimises the weighted sum of a recipe's terms over the trainable parameters.
+The file reads top to bottom: prepare (processes, rows, model, own answers, reference), train, finish. A step minimises
+the weighted sum of a recipe's terms over the trainable parameters.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from utils import (
     write_json,
 )
 
-MAX_SKIPPED_STEPS = 3  # in a row, for a loss or gradient that is not finite; then the learning rate is halved
+MAX_SKIPPED_STEPS = 3  # in a row, with a loss or gradient that is not finite; then the run rolls back
 MAX_ROLLBACKS = 5  # each halves the learning rate
-TRIM_EVERY = 2  # steps; each one leaves a third of what it used in holes that the next one cannot use
-COLLAPSE_FACTOR = 5  # times --kl_budget: from there on the retain side has collapsed, and the run rolls back
+TRIM_EVERY = 2  # steps; a step leaves a third of its memory in fragments that the next step cannot use
+COLLAPSE_FACTOR = 5  # times --kl_budget; with a larger dev KL the retain side has collapsed, and the run rolls back
 
 
 def main() -> None:
+    """Run the command line: prepare, train, finish."""
     options = parse_run()
     seed_everything(options.seed, options.threads)
     stop = StopSignals()
@@ -59,13 +60,13 @@ def main() -> None:
 
 # -------------------------------------------------------------------------------------------------- train
 def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[TrainingState, str]:
-    """Go through the steps; returns the state at the end and why it ended there."""
+    """Run the steps; return (the state at the end, the reason for the end)."""
     options = setup.options
     first, loop_started, ended = state.step, time.time(), None
     steps = tqdm(range(first, options.max_unlearn_steps), desc="unlearning", disable=None)
     with logging_redirect_tqdm([log]), stop:
         for step in steps:
-            # ---- save and evaluate, with the weights as `step` updates have made them
+            # ---- save and evaluate the weights after `step` steps
             if setup.accelerator.num_processes == 1:
                 stop.asked = stop.signalled
             if step > first and (stop.asked or (options.save_every and step % options.save_every == 0)):
@@ -85,7 +86,7 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
                 setup.reference, setup.accelerator, num_parts=options.gradient_accumulation, sharded=options.shard,
                 signalled=stop.signalled,
             )  # fmt: skip
-            stop.asked = stats.signals > 0  # of several processes, all stop after the same step
+            stop.asked = stats.signals > 0  # all processes stop after the same step
             if ended := reached_max_bad_loss(setup, stats):
                 break
             lr, grad_norm = update(setup, state, stats)
@@ -105,7 +106,7 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
 
 
 def reached_max_bad_loss(setup: Setup, stats: StepStats) -> str | None:
-    """Why the run stops, before the weights are touched, where a watched term has reached --max_bad_loss."""
+    """Return the reason to stop if a watched term has reached --max_bad_loss, else None."""
     ceiling = setup.options.max_bad_loss
     for term in setup.recipe.terms:
         if term.watch and term.weight > 0 and stats.means[term.name] >= ceiling:
@@ -114,7 +115,7 @@ def reached_max_bad_loss(setup: Setup, stats: StepStats) -> str | None:
 
 
 def update(setup: Setup, state: TrainingState, stats: StepStats) -> tuple[float, float]:
-    """Move the weights; returns (learning rate, gradient norm). What is not finite never reaches them."""
+    """Update the weights; return (learning rate, gradient norm). A step that is not finite leaves them unchanged."""
     optimizer = setup.optimizer
     lr, grad_norm = optimizer.lr, math.nan
     if math.isfinite(stats.loss):
@@ -132,7 +133,7 @@ def update(setup: Setup, state: TrainingState, stats: StepStats) -> tuple[float,
 
 
 def log_step(setup: Setup, stats: StepStats, step: int, **figures) -> None:
-    """One readable line and one JSON object: each term's mean under its own name, then the rest."""
+    """Log a step as a readable line and a JSON object: each term's mean under its own name, then `figures`."""
     means = {term.field: stats.means[term.name] for term in setup.recipe.terms}
     digits = {term.field: 3 if term.objective.measure == "nll" else 4 for term in setup.recipe.terms}
     shown = "  ".join(f"{field} {value:.{digits[field]}f}" for field, value in means.items())
@@ -145,9 +146,9 @@ def log_step(setup: Setup, stats: StepStats, step: int, **figures) -> None:
 
 
 def evaluate(setup: Setup, state: TrainingState) -> float:
-    """Evaluate on the development split, log the result, keep the best state within the KL budget; returns the KL.
+    """Evaluate on the dev split, log the result, and keep the best state within the KL budget; return the dev KL.
 
-    The untouched original is the one to go back to after a fault, and gives way to whatever is within the budget.
+    The original (step 0) is kept for roll-backs until another state is within the budget.
     """
     budget, evaluator = setup.options.kl_budget, setup.evaluator
     trim_cpu_heap()
@@ -164,10 +165,10 @@ def evaluate(setup: Setup, state: TrainingState) -> float:
 
 
 def roll_back(setup: Setup, state: TrainingState, why: str) -> str | None:
-    """After a fault: the best state that is kept, or the weights as they are, and half the learning rate.
+    """Restore the best state, if there is one, and halve the learning rate.
 
-    Steps that are not finite never reach the weights, so without --kl_budget there is nothing to undo. Past the limit,
-    returns why the run ends if a state within the budget is kept, which is then saved; else raises RunError.
+    Steps that are not finite never change the weights, so without --kl_budget there is nothing to restore. After
+    MAX_ROLLBACKS, return the reason for the end if a state within the budget can be saved; otherwise raise RunError.
     """
     best, optimizer = state.best, setup.optimizer
     state.rollbacks += 1
@@ -187,7 +188,7 @@ def roll_back(setup: Setup, state: TrainingState, why: str) -> str | None:
 
 # ------------------------------------------------------------------------------------------------- finish
 def finish(setup: Setup, state: TrainingState, reason: str) -> None:
-    """Restore the best state within the budget, save the model whole, and tell what the run was."""
+    """Restore the best state within the budget, save the model, and describe the run in files and log."""
     options, optimizer, accelerator = setup.options, setup.optimizer, setup.accelerator
     saved = choose_state(setup, state)
     if not optimizer.num_updates:
@@ -206,7 +207,7 @@ def finish(setup: Setup, state: TrainingState, reason: str) -> None:
             write_json(beside / "unlearn_args.json", {"options": dataclasses.asdict(options), "run": summary})
             asked = setup.sampler.trained_prompts(saved["step"])
             write_json(beside / TRAINED_ON, {"forget": sorted(map(prompt_hash, asked))})
-        # the weights are final; what is only told of the run cannot take them away any more
+        # the weights are in place; an error in a descriptive file must not lose them
         tell("run_manifest.json", lambda: write_json(setup.save_dir / "run_manifest.json", setup.metadata.manifest(
             setup.row_counts, accelerator, seconds, state.tokens, state.first_evaluation, saved,
         )))  # fmt: skip
@@ -219,15 +220,15 @@ def finish(setup: Setup, state: TrainingState, reason: str) -> None:
 
 
 def tell(what: str, write) -> None:
-    """Write something that only tells of a run. Whatever goes wrong there is one warning."""
+    """Write a file that only describes the run; any error becomes a warning."""
     try:
         write()
-    except Exception as error:  # a package without a version, a template that is gone: none of it is the model
+    except Exception as error:  # such as a missing template: the model itself is saved
         log.warning("%s could not be written (%s: %s)", what, type(error).__name__, error)
 
 
 def choose_state(setup: Setup, state: TrainingState) -> dict:
-    """Restore the state that is saved; returns its evaluation. RunError where none is within the budget."""
+    """Restore the state to save; return its evaluation. Raises RunError if no state is within the budget."""
     budget, best = setup.options.kl_budget, state.best
     if not budget:
         return state.last_evaluation

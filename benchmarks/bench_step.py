@@ -1,10 +1,10 @@
-"""One step, timed: this suite's against the published recipe's, on the same rows, in one run.
+"""Time one training step of this project and of the published code, on the same rows.
 
     python benchmarks/bench_step.py --model_name models/smollm2-135m-instruct
 
-The published recipe's step is written anew here: four calls over sixteen padded sequences in fp32, full
-logits, a second model for the KL, a plain AdamW. Every kind has processes of its own, as in a run: in one process,
-each would get memory that another has just given up. They take turns, since a machine drifts.
+The published step is reimplemented here: four calls over sixteen padded sequences in fp32, full logits, a second model
+for the KL, a plain AdamW. Each kind of step has processes of its own, as in a run, since in a shared process one kind
+would reuse the memory of another. The kinds take turns, since a machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -40,31 +40,35 @@ from utils import load_model, load_tokenizer, peak_memory_gib, run_script, seed_
 
 @dataclasses.dataclass
 class BenchOptions:
+    """Options of the benchmark."""
+
     model_name: str = option("models/smollm2-135m-instruct", "model folder or hub name")
-    steps: POSITIVE = option(4, "timed steps of a process, after one that is not timed")
-    rounds: POSITIVE = option(3, "processes of each kind, in turns")
-    batch_size: POSITIVE = option(2, "harmful rows a step, and normal rows a step")
-    num_random_answers: POSITIVE = option(5, "random answers after each harmful prompt (K)")
-    answer_tokens: POSITIVE = option(64, "tokens of an answer at most")
-    threads: POSITIVE = option(2, "processor threads")
-    only: str | None = option(None, "run one kind of step alone and print its peak memory (used by the script itself)")
-    json_file: str | None = option(None, "write the figures to this file as well")
+    steps: POSITIVE = option(4, "timed steps per process, after one warm-up step")
+    rounds: POSITIVE = option(3, "processes per kind of step, in turns")
+    batch_size: POSITIVE = option(2, "forget rows per step, and normal rows per step")
+    num_random_answers: POSITIVE = option(5, "replacement answers per forget prompt (K)")
+    answer_tokens: POSITIVE = option(64, "maximum tokens of an answer")
+    threads: POSITIVE = option(2, "CPU threads")
+    only: str | None = option(
+        None, "run only this kind of step and print its times and memory (used by the script itself)"
+    )
+    json_file: str | None = option(None, "also write the figures to this file")
 
 
 # ------------------------------------------------------------------------------------------------ the rows
 def make_rows(options: BenchOptions, extra_answers: int = 0):
-    """(sampler, recipe of the published run): this project's prompts, with answers put together from its facts."""
+    """Return (sampler, recipe `yao`): this project's prompts, with answers composed from its facts."""
     facts = read_rows(str(ROOT / "data/facts.jsonl"), "facts")
     text = " ".join(row.response for row in facts).split()
 
     def long_answer(number: int) -> str:
         start = 41 * number % (len(text) - 60)
-        return " ".join(text[start : start + 25 + 7 * number % 35])  # 25 to 59 words, as real answers differ
+        return " ".join(text[start : start + 25 + 7 * number % 35])  # 25 to 59 words, since real answers vary in length
 
-    harmful = [
+    forget_rows = [
         Row(row.prompt, long_answer(i)) for i, row in enumerate(read_rows(str(ROOT / "data/harmful.jsonl"), "f"))
     ]
-    plain = [
+    normal_rows = [
         Row(row.prompt, long_answer(i + 7)) for i, row in enumerate(read_rows(str(ROOT / "data/benign.jsonl"), "n"))
     ]
     answers = options.num_random_answers + extra_answers
@@ -74,44 +78,46 @@ def make_rows(options: BenchOptions, extra_answers: int = 0):
     ])  # fmt: skip
     recipe = read_recipe(run)
     draws = list({term.draw.name: term.draw for term in recipe.terms}.values())
-    rows = UnlearnBatchSampler([harmful], [plain, facts], draws, seed=run.seed, steps=run.max_unlearn_steps)
-    rows.fill_responses(lambda wanted, tokens: wanted)
-    return rows, recipe
+    sampler = UnlearnBatchSampler(
+        [forget_rows], [normal_rows, facts], draws, seed=run.seed, steps=run.max_unlearn_steps
+    )
+    sampler.fill_responses(lambda rows, tokens: rows)
+    return sampler, recipe
 
 
 # -------------------------------------------------------------------------------------------- kinds of step
 class OurStep:
-    """Pack, one forward, fused losses, backward, update: what unlearn_harm.py does."""
+    """A step as in unlearn_harm.py: pack, one forward, fused losses, backward, update."""
 
     def __init__(self, options: BenchOptions, dtype: torch.dtype, extra_answers: int = 0, optimizer: str = "adamw"):
-        self.rows, self.recipe = make_rows(options, extra_answers)
+        self.sampler, self.recipe = make_rows(options, extra_answers)
         self.pack_tokens = self.recipe.layout.pack_tokens
         tokenizer = load_tokenizer(options.model_name)
         self.pad_id = tokenizer.pad_token_id
         self.formatter = PromptFormatter(tokenizer, "qa", 512, options.answer_tokens)
         model = load_model(options.model_name)
         speed_up(model)
-        self.stepper = MasterWeightAdamW(model, dataclasses.replace(self.recipe.optimizer, kind=optimizer), dtype)
-        self.forward = AnswerLogitsModel(model, packed=True)
-        visited = [s for step in range(self.rows.steps) for s in self.rows.sequences(step, self.formatter)]
-        needed = sequences_needing_reference(visited, self.recipe.terms)
-        self.reference = ReferenceCache(self.forward, needed, self.pack_tokens, self.pad_id)
+        self.optimizer = MasterWeightAdamW(model, dataclasses.replace(self.recipe.optimizer, kind=optimizer), dtype)
+        self.answer_model = AnswerLogitsModel(model, packed=True)
+        scheduled = [s for step in range(self.sampler.steps) for s in self.sampler.sequences(step, self.formatter)]
+        needed = sequences_needing_reference(scheduled, self.recipe.terms)
+        self.reference = ReferenceCache(self.answer_model, needed, self.pack_tokens, self.pad_id)
 
     def __call__(self, step: int) -> None:
-        sequences = self.rows.sequences(step, self.formatter)
-        batch = self.forward.layout(sequences, self.pack_tokens, self.pad_id)
+        sequences = self.sampler.sequences(step, self.formatter)
+        batch = self.answer_model.layout(sequences, self.pack_tokens, self.pad_id)
         losses = compute_losses(
-            self.recipe.terms, batch, self.forward(batch), {}, self.reference, count_draws(sequences)
+            self.recipe.terms, batch, self.answer_model(batch), {}, self.reference, count_draws(sequences)
         )
         sum(term.loss for term in losses).backward()
-        self.stepper.step()
+        self.optimizer.step()
 
 
 class PublishedStep:
-    """Yao et al.'s published step, its cost and not its mistakes: four forwards of padded rows, full logits."""
+    """Yao et al.'s published step, without its mistakes: four forwards of padded rows, full logits."""
 
     def __init__(self, options: BenchOptions):
-        self.rows, recipe = make_rows(options)
+        self.sampler, recipe = make_rows(options)
         tokenizer = load_tokenizer(options.model_name)
         self.pad_id = tokenizer.pad_token_id
         self.formatter = PromptFormatter(tokenizer, "qa", 512, options.answer_tokens)
@@ -120,7 +126,7 @@ class PublishedStep:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.optimizer.lr)
 
     def padded(self, sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """ids (R, T), attention mask (R, T), answer mask (R, T)."""
+        """Return (ids (R, T), attention mask (R, T), answer mask (R, T))."""
         width = max(len(s.prompt_ids) + len(s.answer_ids) for s in sequences)
         ids = torch.full((len(sequences), width), self.pad_id)
         mask, answer = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -131,12 +137,14 @@ class PublishedStep:
         return ids, mask, answer
 
     def answer_loss(self, sequences) -> torch.Tensor:
+        """Return the mean NLL of the answer tokens."""
         ids, mask, answer = self.padded(sequences)
         logits = self.model(input_ids=ids, attention_mask=mask).logits  # (R, T, V)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         return (loss * answer[:, 1:].flatten()).sum() / answer.sum()
 
     def kl(self, sequences) -> torch.Tensor:
+        """Return the published KL: the cross-entropy to the original, over all tokens."""
         ids, mask, _ = self.padded(sequences)
         with torch.no_grad():
             original = self.original(input_ids=ids, attention_mask=mask).logits.softmax(-1)  # (R, T, V)
@@ -144,9 +152,9 @@ class PublishedStep:
         return -(original * torch.log(model + 1e-12)).sum(-1).mean()
 
     def __call__(self, step: int) -> None:
-        step_sequences = self.rows.sequences(step, self.formatter)
-        kinds = {draw: [s for s in step_sequences if s.draw == draw] for draw in ("forget", "mismatch", "retain")}
-        loss = -0.5 * self.answer_loss(kinds["forget"]) + self.answer_loss(kinds["mismatch"]) + self.kl(kinds["retain"])
+        step_sequences = self.sampler.sequences(step, self.formatter)
+        draws = {draw: [s for s in step_sequences if s.draw == draw] for draw in ("forget", "mismatch", "retain")}
+        loss = -0.5 * self.answer_loss(draws["forget"]) + self.answer_loss(draws["mismatch"]) + self.kl(draws["retain"])
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -163,7 +171,7 @@ KINDS = {
 
 # ------------------------------------------------------------------------------------- the matrix multiplies
 class Products(TorchDispatchMode):
-    """Notes the shapes, strides and types of every matrix multiply that runs inside."""
+    """Recorder of the shapes, strides and types of all matrix multiplies that run inside."""
 
     def __init__(self):
         super().__init__()
@@ -182,7 +190,7 @@ def _layout(tensor: torch.Tensor) -> tuple:
 
 
 def gemm_seconds(products: collections.Counter) -> tuple[float, float]:
-    """(seconds, FLOPs) of the noted products alone, each shape and layout timed by itself, best of three."""
+    """Return (seconds, FLOPs) of the recorded products, each shape and layout timed by itself, best of three."""
     seconds = flops = 0.0
     for (name, left, right), count in products.items():
         a, b = (torch.empty_strided(shape, stride, dtype=dtype).normal_() for shape, stride, dtype in (left, right))
@@ -199,7 +207,7 @@ def gemm_seconds(products: collections.Counter) -> tuple[float, float]:
 
 
 def where_time_goes(step, number: int) -> dict[str, float]:
-    """Share of one step's processor time by kind of operation."""
+    """Return {kind of operation: its fraction of one step's CPU time}."""
     groups = {
         "matrix multiply": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn"),
         "attention": ("attention", "softmax"),
@@ -219,18 +227,18 @@ def where_time_goes(step, number: int) -> dict[str, float]:
     return {group: micro / spent.total() for group, micro in spent.most_common()}
 
 
-def alone(options: BenchOptions, kind: str) -> dict:
-    """{"seconds": of each timed step, "gib": that were needed at most} of a process that takes this kind alone."""
-    words = [f"--{f.name}={getattr(options, f.name)}" for f in dataclasses.fields(options)
+def run_alone(options: BenchOptions, kind: str) -> dict:
+    """Run one kind of step in a process of its own; return {"seconds": of each timed step, "gib": peak memory}."""
+    arguments = [f"--{f.name}={getattr(options, f.name)}" for f in dataclasses.fields(options)
              if f.name not in ("only", "json_file")]  # fmt: skip
     run = subprocess.run(
-        [sys.executable, __file__, *words, f"--only={kind}"], capture_output=True, text=True, check=True
+        [sys.executable, __file__, *arguments, f"--only={kind}"], capture_output=True, text=True, check=True
     )
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def take_steps(options: BenchOptions) -> dict:
-    """What `alone` asks its process for."""
+    """Run the steps of one kind; return what `run_alone` returns."""
     step, seconds = KINDS[options.only](options), []
     for number in range(options.steps + 1):
         start = time.perf_counter()
@@ -241,12 +249,13 @@ def take_steps(options: BenchOptions) -> dict:
 
 # --------------------------------------------------------------------------------------------------- the run
 def main() -> None:
+    """Run all kinds in turns; print medians, memory, matrix multiplies and where the time goes."""
     options = BenchOptions(**vars(OneLineParser(BenchOptions, allow_abbrev=False).parse_args()))
     seed_everything(8888, options.threads)
     if options.only:
         print(json.dumps(take_steps(options)))
         return
-    rounds = [{kind: alone(options, kind) for kind in KINDS} for _ in range(options.rounds)]
+    rounds = [{kind: run_alone(options, kind) for kind in KINDS} for _ in range(options.rounds)]
     median = {kind: statistics.median(s for one in rounds for s in one[kind]["seconds"]) for kind in KINDS}
     memory = {kind: max(one[kind]["gib"] for one in rounds) for kind in KINDS}
     steps = {kind: KINDS[kind](options) for kind in ("this suite, bf16", "this suite, fp32")}
@@ -256,18 +265,18 @@ def main() -> None:
     figures = {"options": dataclasses.asdict(options), "threads": torch.get_num_threads(), "median_seconds": median,
                "peak_gib": memory, "gemm": {}}  # fmt: skip
     published = "published, fp32"
-    print(f"\n{options.batch_size} harmful rows, K {options.num_random_answers}, {options.batch_size} normal rows, "
+    print(f"\n{options.batch_size} forget rows, K {options.num_random_answers}, {options.batch_size} normal rows, "
           f"{torch.get_num_threads()} threads, medians over {options.rounds} processes of {options.steps} steps each, "
           "in turns")  # fmt: skip
     for kind, seconds in median.items():
         print(f"  {kind:28s} {seconds:6.2f} s a step   {median[published] / seconds:5.2f} x as fast as the published"
               f"   peak {memory[kind]:.2f} GiB ({memory[kind] / memory[published]:.2f})")  # fmt: skip
     pair = ("this suite, bf16", "this suite, bf16, K + 1")
-    more = statistics.median(
+    extra = statistics.median(
         statistics.median(one[pair[1]]["seconds"]) / statistics.median(one[pair[0]]["seconds"]) - 1 for one in rounds
     )
-    print(f"  K + 1, an answer more for each of {options.batch_size} rows: {100 * more:+.1f} % of a step, "
-          f"{100 * more / options.batch_size:+.1f} % an answer")  # fmt: skip
+    print(f"  K + 1, one more answer for each of {options.batch_size} rows: {100 * extra:+.1f} % of a step, "
+          f"{100 * extra / options.batch_size:+.1f} % an answer")  # fmt: skip
     for kind in ("this suite, bf16", "this suite, fp32"):
         with Products() as products:
             steps[kind](0)
@@ -277,7 +286,7 @@ def main() -> None:
               f"({flops / seconds / 1e9:.0f} GFLOP/s); the step takes {median[kind] / seconds:.2f} x that")  # fmt: skip
     shares = where_time_goes(ours, 1)
     print("  where a bf16 step goes:    " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items()))
-    figures |= {"one_more_answer": more, "shares": shares}
+    figures |= {"one_more_answer": extra, "shares": shares}
     if options.json_file:
         write_json(options.json_file, figures)
 

@@ -1,8 +1,8 @@
-"""Our MC1, MC2 and word perplexity against lm-evaluation-harness's, on local files and offline, for two models.
+"""Compare our MC1, MC2 and word perplexity with lm-evaluation-harness's, on local files and offline.
 
     make lm-eval MC_DATA=truthfulqa_mc_task.json TEXT=wikitext2_test.txt
 
-Prints both figures and how far they lie apart; exit code 1 where that is more than 0.5 %.
+Prints both figures and their relative difference; exit code 1 if a difference is above 0.5 %.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from evaluation.likelihood import choices, labels_of, perplexity, read_choices
 from options import POSITIVE, OneLineParser, option
 from utils import load_model, load_tokenizer, pick_dtype, run_script
 
-MOST_APART = 0.005
-WINDOW = 1024
+MAX_DIFFERENCE = 0.005  # relative
+WINDOW = 1024  # tokens
 
 CHOICE_TASK = """\
 task: {name}
@@ -79,25 +79,28 @@ def text(doc, results):
 
 @dataclasses.dataclass
 class CheckOptions:
+    """Options of the comparison."""
+
     models: list[str] = option(["models/smollm2-135m-instruct", "models/demo"], "model folders or hub names")
     mc_data: str = option("data/mc_task.json", "TruthfulQA's mc_task.json")
     text: str = option("data/wikitext2_test.txt", "a text file, such as WikiText-2's test part")
-    rows: POSITIVE = option(100, "questions, from the first on")
-    characters: POSITIVE = option(150_000, "characters of the text, from the first on")
-    dtype: Literal["auto", "fp32", "bf16"] = option("fp32", "precision of both")
+    rows: POSITIVE = option(100, "number of questions, from the first on")
+    characters: POSITIVE = option(150_000, "number of characters of the text, from the first on")
+    dtype: Literal["auto", "fp32", "bf16"] = option("fp32", "precision of both sides")
 
 
 def theirs(name: str, dtype: torch.dtype, rows: list[dict], text: str, starts_with_special: bool) -> dict[str, float]:
+    """Return lm-evaluation-harness's figures {measure: value} of one model."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "results.py").write_text(RESULTS)
-        laid_out = [
+        records = [
             {"question": row["question"]}
             | {field: {"choices": list(labels_of(row[field])), "labels": list(labels_of(row[field]).values())}
                for field in ("mc1_targets", "mc2_targets")}
             for row in rows
         ]  # fmt: skip
-        (folder / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in laid_out))
+        (folder / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in records))
         (folder / "text.json").write_text(json.dumps({"page": text}) + "\n")
         for task in ("mc1", "mc2"):
             (folder / f"{task}.yaml").write_text(CHOICE_TASK.format(name=task, file=folder / "rows.json"))
@@ -105,25 +108,27 @@ def theirs(name: str, dtype: torch.dtype, rows: list[dict], text: str, starts_wi
         model = HFLM(pretrained=name, dtype=str(dtype)[6:], batch_size=16, max_length=WINDOW, device="cpu",
                      add_bos_token=starts_with_special)  # fmt: skip
         tasks = TaskManager(include_path=str(folder), include_defaults=False)
-        found = lm_eval.simple_evaluate(model=model, tasks=["mc1", "mc2", "text"], bootstrap_iters=0,
-                                        task_manager=tasks)  # fmt: skip
-    results = found["results"]
+        output = lm_eval.simple_evaluate(model=model, tasks=["mc1", "mc2", "text"], bootstrap_iters=0,
+                                         task_manager=tasks)  # fmt: skip
+    results = output["results"]
     return {"mc1": results["mc1"]["acc,none"], "mc2": results["mc2"]["acc,none"],
             "word_perplexity": results["text"]["word_perplexity,none"]}  # fmt: skip
 
 
 def ours(model, formatter: PromptFormatter, rows: list[dict], text: str) -> dict[str, float]:
-    forward, _ = wrap_model(model, formatter, [row["question"] for row in rows[:3]])
-    found = choices(forward, formatter, rows, "qa")
-    means = {name: sum(some) / len(some) for name, some in found.items()}
+    """Return our figures {measure: value} of one model."""
+    answer_model, _ = wrap_model(model, formatter, [row["question"] for row in rows[:3]])
+    scores = choices(answer_model, formatter, rows, "qa")
+    means = {name: sum(values) / len(values) for name, values in scores.items()}
     return means | {"word_perplexity": perplexity(model, formatter.tokenizer, text, window=WINDOW)["word_perplexity"]}
 
 
 def main() -> None:
+    """Compare both on each model and print a table."""
     options = CheckOptions(**vars(OneLineParser(CheckOptions, allow_abbrev=False).parse_args()))
     rows = read_choices(options.mc_data, "--mc_data")[: options.rows]
     text = Path(options.text).read_text(encoding="utf-8")[: options.characters]
-    tokenizers = {name: load_tokenizer(name) for name in options.models}  # a missing folder shows now
+    tokenizers = {name: load_tokenizer(name) for name in options.models}  # fails early for a missing folder
     dtype, worst = pick_dtype(options.dtype, torch.device("cpu")), 0.0
     lines = [f"{'model':32s} {'measure':16s} {'ours':>10s} {'lm-eval':>10s} {'apart':>8s}"]
     for name, tokenizer in tokenizers.items():
@@ -136,7 +141,7 @@ def main() -> None:
             lines.append(f"{name:32s} {measure:16s} {value:10.4f} {other[measure]:10.4f} {100 * apart:7.3f}%")
     print("\n".join(lines))
     print(f"{len(rows)} questions, {len(text):,} characters; at most {100 * worst:.3f} % apart")
-    sys.exit(worst > MOST_APART)
+    sys.exit(worst > MAX_DIFFERENCE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a run's model lies on disk: which folder it may take, which weights are saved, and in which form."""
+"""A run's model on disk: the folder that it may use, the weights that are saved, and their form."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from utils import UsageError, load_model, save_tokenizer, write_json
 
 
 def lock_output_dir(save_dir: Path, options, accelerator):
-    """Refuse a folder with something in it, or that another run writes to; the lock is held until it is closed."""
+    """Lock the output folder; return the lock, to be closed. Raises UsageError if it is not empty or is in use."""
     if options.dry_run or not accelerator.is_main_process:
         return contextlib.ExitStack()
     if save_dir.resolve() in (here := Path.cwd(), *here.parents):
-        raise UsageError(f"--model_save_dir {save_dir}: is where this runs, or above it; name a folder of its own")
+        raise UsageError(f"--model_save_dir {save_dir}: is where this runs, or a parent folder; choose another folder")
     lock = checkpoint.OutputDirLock(save_dir)
     if save_dir.exists() and any(save_dir.iterdir()) and not options.overwrite:
         lock.close()
@@ -27,36 +27,38 @@ def lock_output_dir(save_dir: Path, options, accelerator):
     checkpoints = checkpoint.folder_of(save_dir)
     if checkpoints.exists() and not (options.resume or options.overwrite):
         lock.close()
-        raise UsageError(f"{checkpoints}: holds checkpoints of a run that was stopped; pass --resume to go on with "
-                         "it, or --overwrite to start anew")  # fmt: skip
+        raise UsageError(f"{checkpoints}: holds checkpoints of a run that was stopped; pass --resume to "
+                         "continue it, or --overwrite to start again")  # fmt: skip
     return lock
 
 
 def gather_weights(model, optimizer: MasterWeightAdamW, adapters) -> dict[str, torch.Tensor | None]:
-    """The fp32 weights that are saved, by name, whole in the first process: with adapters these alone. Every process
-    must call it."""
+    """Return the fp32 weights to save as {name: full tensor}, on the main process. With adapters: only theirs.
+
+    Every process must call it.
+    """
     named = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()
              if adapters is None or tensor.requires_grad}  # fmt: skip
-    saved: dict[int, torch.Tensor | None] = {}  # a tied weight has two names and stays one tensor
+    saved: dict[int, torch.Tensor | None] = {}  # by id: a tied weight has two names and stays one tensor
     for tensor in named.values():
         if id(tensor) not in saved:
             saved[id(tensor)] = gather_to_main_cpu(optimizer.master(tensor))
     return {name: saved[id(tensor)] for name, tensor in named.items()}
 
 
-def write_model(beside: Path, model, weights: dict, adapters, tokenizer, options, *, merged: bool = True) -> None:
-    """Fill a folder with the model as it is now and its tokenizer; adapters are merged into a fresh base."""
+def write_model(folder: Path, model, weights: dict, adapters, tokenizer, options, *, merged: bool = True) -> None:
+    """Write the model and its tokenizer to a folder. With `merged`, adapters are merged into a freshly loaded base."""
     if adapters is None:
-        model.save_pretrained(beside, state_dict=dict(weights))  # it empties what it is given
-        config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-        # the weights are: a config that says bf16 would have them rounded where they are loaded
-        write_json(beside / "config.json", config | {"dtype": "float32"})
+        model.save_pretrained(folder, state_dict=dict(weights))  # a copy, since save_pretrained empties the dict
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        # the weights are fp32; with a config that says bf16 they would be rounded on loading
+        write_json(folder / "config.json", config | {"dtype": "float32"})
     else:
         import peft
 
         named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-        adapters.save_pretrained(beside / "adapter", state_dict=named)
+        adapters.save_pretrained(folder / "adapter", state_dict=named)
         if merged:
             base = load_model(options.model_name, **options.trust())
-            peft.PeftModel.from_pretrained(base, beside / "adapter").merge_and_unload().save_pretrained(beside)
-    save_tokenizer(tokenizer, beside)
+            peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

@@ -1,4 +1,4 @@
-"""What a run is after a number of steps, beside its weights: exactly what a checkpoint holds of it."""
+"""The state of a run beside its weights and optimizer, as a checkpoint stores it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 
 @dataclasses.dataclass
 class BestState:
-    """The best evaluated state so far. `selection_key`: smaller is better; `weights`: fp32 masters, where they are
-    kept; `metrics`: its evaluation, as logged."""
+    """The best evaluated state so far.
+
+    `selection_key`: smaller is better. `metrics`: its evaluation, as logged. `weights`: fp32 master weights, or None.
+    """
 
     step: int
     selection_key: tuple[float, ...]
@@ -20,8 +22,11 @@ class BestState:
 
 @dataclasses.dataclass
 class TrainingState:
-    """`step`: steps gone through; `skipped`: steps in a row that were not finite; `rollbacks`: so far; `seconds`,
-    `tokens`: spent so far; `first_evaluation`, `last_evaluation`: as logged."""
+    """The progress of a run.
+
+    `step`: completed steps, skipped ones included. `skipped`: latest steps in a row with a loss or gradient that was
+    not finite. `rollbacks`, `seconds`, `tokens`: so far. `first_evaluation`, `last_evaluation`: as logged.
+    """
 
     step: int = 0
     best: BestState | None = None

@@ -1,4 +1,4 @@
-"""Token values from logits, a few logit rows at a time: the vocabulary is the largest axis of a step.
+"""Token losses from logits, computed a few logit rows at a time: the vocabulary is the largest axis of a step.
 
 Letters: N logit rows, M answer tokens of a request, n tokens or rows of a chunk, V vocabulary.
 """
@@ -10,21 +10,21 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-CHUNK = 16  # logit rows at a time: at a vocabulary of 50,000, 3 MiB in fp32, which stays in the cache
+CHUNK = 16  # logit rows at a time; with a vocabulary of 50,000 they take 3 MiB in fp32, which fits the CPU cache
 
 
 class TokenLoss:
-    """One value a token from its logit row. Subclasses say how in `values`; autograd gives the gradient."""
+    """One value a token, from its logit row. A subclass defines `values`; autograd computes the gradient."""
 
     needs_original = False
 
     def values(self, logits: torch.Tensor, targets: torch.Tensor, original: torch.Tensor | None) -> torch.Tensor:
-        """logits (n, V) fp32, targets (n,), original (n, V) fp32 where it is needed -> (n,) in nats."""
+        """Return (n,) in nats, from logits (n, V) fp32, targets (n,), and original (n, V) fp32 or None."""
         raise NotImplementedError
 
 
 class NegativeLogLikelihood(TokenLoss):
-    """-ln p(target). Its gradient is p minus the target, so the closed form below replaces autograd."""
+    """-ln p(target). Its gradient is p minus the one-hot target; `_TokenValues` uses this closed form."""
 
     def values(self, logits, targets, original):
         return F.cross_entropy(logits, targets, reduction="none")
@@ -45,7 +45,7 @@ NLL, KL = NegativeLogLikelihood(), ForwardKL()
 
 @dataclasses.dataclass
 class TokenRequest:
-    """Tokens that a loss is taken of: `rows` (M,) in [0, N) predict them; `targets` (M,), `original` (M, V) or None."""
+    """A loss and its tokens: `rows` (M,) in [0, N) predict them; `targets` (M,); `original` (M, V) logits or None."""
 
     loss: TokenLoss
     rows: torch.Tensor
@@ -54,10 +54,10 @@ class TokenRequest:
 
 
 def token_values(logits: torch.Tensor, requests: list[TokenRequest]) -> list[torch.Tensor]:
-    """The values (M,) fp32 of every request, in one pass over logits (N, V). Gradient flows to `logits` only.
+    """Return the values (M,) fp32 of each request, in one pass over logits (N, V). Gradient flows to `logits` only.
 
-    Full-size fp32 copies of (N, V) and their gradients cost more than the matrix product that made them: here only a
-    chunk of rows is ever held in fp32.
+    Only a chunk of rows is ever held in fp32: fp32 copies of all logits and their gradients would cost more than the
+    matrix product that computes the logits.
     """
     for request in requests:
         assert request.rows.shape == request.targets.shape, (request.rows.shape, request.targets.shape)
@@ -72,9 +72,9 @@ def fused_nll_and_kl(
     logits: torch.Tensor, target_to_logit: torch.Tensor, targets: torch.Tensor, kl_row: torch.Tensor,
     original_logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """NLL of all targets and KL at `kl_row`, in one pass.
+    """Return (NLL (M,) of all targets, KL (Q,) at the logit rows `kl_row`), in one pass.
 
-    logits (N, V); target_to_logit, targets (M,); kl_row (Q,) in [0, N); original_logits (Q, V). Returns (M,), (Q,).
+    logits (N, V); target_to_logit, targets (M,); kl_row (Q,) in [0, N); original_logits (Q, V).
     """
     nll, kl = token_values(
         logits, [TokenRequest(NLL, target_to_logit, targets), TokenRequest(KL, kl_row, kl_row, original_logits)]
@@ -83,7 +83,7 @@ def fused_nll_and_kl(
 
 
 class _TokenValues(torch.autograd.Function):
-    """`token_values`. Both closed forms share one softmax a row, scaled by all that is asked of the row."""
+    """`token_values` with its gradient. All NLL and KL requests of a row share one softmax, scaled once."""
 
     @staticmethod
     def forward(ctx, logits, losses, *tensors):
@@ -118,12 +118,12 @@ class _TokenValues(torch.autograd.Function):
         logits, log_partition, *tensors = ctx.saved_tensors
         requests = [TokenRequest(loss, *tensors[3 * i : 3 * i + 3]) for i, loss in enumerate(ctx.losses)]
         grad = torch.empty_like(logits)  # (N, V)
-        mass = torch.zeros_like(log_partition)  # (N,): how much of the model's own softmax each row gets
+        mass = torch.zeros_like(log_partition)  # (N,): factor of the model's own softmax in each row's gradient
         for request, value_grad in zip(requests, grads, strict=True):
             if request.loss in (NLL, KL):
                 mass.index_add_(0, request.rows, value_grad)
         edges = torch.arange(0, logits.shape[0] + CHUNK, CHUNK, device=logits.device)
-        orders = [request.rows.argsort() for request in requests]  # a request's tokens, by the row that predicts them
+        orders = [request.rows.argsort() for request in requests]  # a request's tokens, sorted by logit row
         bounds = [
             torch.searchsorted(request.rows[order], edges).tolist()
             for request, order in zip(requests, orders, strict=True)
@@ -140,7 +140,7 @@ class _TokenValues(torch.autograd.Function):
 
 
 def _add_gradient(row_grad, start: int, logits, request: TokenRequest, tokens, value_grad) -> None:
-    """Add what `tokens` of a request ask of the rows from `start` on to row_grad (n, V), in place."""
+    """Add the gradient of a request's `tokens` to row_grad (n, V) in place; its first row is logit row `start`."""
     rows, targets = request.rows[tokens], request.targets[tokens]
     if request.loss is NLL:
         row_grad.index_put_((rows - start, targets), -value_grad, accumulate=True)
@@ -151,9 +151,10 @@ def _add_gradient(row_grad, start: int, logits, request: TokenRequest, tokens, v
         with torch.enable_grad():
             chunk = logits[rows].float().detach().requires_grad_()  # (tokens, V)
             values = request.loss.values(chunk, targets, _chunk(request, tokens))
-            (slope,) = torch.autograd.grad(values, chunk, value_grad)
-        row_grad.index_add_(0, rows - start, slope)
+            (logit_grad,) = torch.autograd.grad(values, chunk, value_grad)
+        row_grad.index_add_(0, rows - start, logit_grad)
 
 
 def _chunk(request: TokenRequest, part) -> torch.Tensor | None:
+    """Return the original's logits of some tokens in fp32, or None for a loss that does not use them."""
     return request.original[part].float() if request.loss.needs_original else None

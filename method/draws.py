@@ -1,6 +1,6 @@
-"""Draws: which rows a step visits for a term, and which (prompt, continuation, targets) it makes of them.
+"""Draws: each chooses the rows of a step for a term and builds (prompt, continuation, targets) from them.
 
-A new draw is a class like these, in a file of its own, and one line in DRAWS. The fields with a help text are its
+A new draw is a class like these, in a file of its own, and one line in DRAWS. Its fields with a help text are its
 settings in a recipe's YAML.
 """
 
@@ -15,7 +15,7 @@ from options import COUNT, FRACTION, option
 
 @dataclasses.dataclass(frozen=True)
 class RunSizes:
-    """What a draw takes from the options of a run: forget rows a step, and tokens of an answer at most."""
+    """The options of a run that draws use: forget rows per step, and maximum tokens of an answer."""
 
     batch_size: int = 2
     max_answer_tokens: int = 128
@@ -23,7 +23,7 @@ class RunSizes:
 
 @dataclasses.dataclass(frozen=True)
 class _Draw:
-    """What all draws have: a name, the run's sizes, and a way to go over the rows of a step with their prompts."""
+    """The base of all draws: a name, the run's sizes, and an iterator over the rows of a step with their prompts."""
 
     name: str
     sizes: RunSizes
@@ -32,17 +32,18 @@ class _Draw:
 
     @property
     def answer_tokens(self) -> int:
+        """Maximum tokens of an answer."""
         return self.sizes.max_answer_tokens
 
     def visits(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter):
-        """Yield (example, its row, prompt tokens, template) for each example of the step."""
+        """Yield (example, its row, prompt tokens, style of the template) for each example of the step."""
         for example in self.examples(step, sampler):
             yield example, sampler.row(example), *sampler.build_prompt(example, step, formatter)
 
 
 @dataclasses.dataclass(frozen=True)
 class _ForgetDraw(_Draw):
-    """The forget rows of a step: `batch_size` of them, the same ones for all draws of this side."""
+    """The `batch_size` forget rows of a step, the same rows for all forget draws."""
 
     side = "forget"
     needs_answer = False
@@ -53,27 +54,31 @@ class _ForgetDraw(_Draw):
 
 @dataclasses.dataclass(frozen=True)
 class Answer(_ForgetDraw):
-    """Each forget row's own answer after its prompt. A row to which the model is silent makes no sequence: it must not
-    be pushed away from silence."""
+    """Each forget row's own answer after its prompt.
+
+    A row with an empty answer gives no sequence, since unlearning it would push the model away from an empty answer.
+    """
 
     needs_answer = True
 
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
-        made = []
+        sequences = []
         for example, row, prompt, style in self.visits(step, sampler, formatter):
             if row.response:
                 answer = formatter.answer(row.response, style, complete=row.complete)
-                made.append(Sequence(self.name, example.example_id, prompt, tuple(answer)))
-        return made
+                sequences.append(Sequence(self.name, example.example_id, prompt, tuple(answer)))
+        return sequences
 
 
 @dataclasses.dataclass(frozen=True)
 class Mismatch(_ForgetDraw):
-    """Replacement answers after each forget prompt: true answers of normal rows, drawn without repetition
-    (Yao et al. 2023, eq. 3)."""
+    """Replacement answers after each forget prompt (Yao et al. 2023, eq. 3).
+
+    They are true answers of normal rows, drawn without repetition within a row and step.
+    """
 
     answers: COUNT = option(5, "replacement answers after each forget prompt (K)")
-    empty_fraction: FRACTION = option(0.0, "fraction of them that are empty: the end of the turn at once")
+    empty_fraction: FRACTION = option(0.0, "fraction of the replacement answers that are empty (immediate end of turn)")
 
     @property
     def replacements(self) -> int:
@@ -84,23 +89,29 @@ class Mismatch(_ForgetDraw):
         return self.answers == 0
 
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
-        made, empty = [], round(self.answers * self.empty_fraction)
+        sequences, num_empty = [], round(self.answers * self.empty_fraction)
         for example, _, prompt, style in self.visits(step, sampler, formatter):
-            drawn = sampler.replacement_answers(step, example.example_id, self.answers - empty)
-            for text, complete in drawn + [("", True)] * empty:
+            drawn = sampler.replacement_answers(step, example.example_id, self.answers - num_empty)
+            for text, complete in drawn + [("", True)] * num_empty:
                 answer = formatter.answer(text, style, complete=complete)
-                made.append(Sequence(self.name, example.example_id, prompt, tuple(answer)))
-        return made
+                sequences.append(Sequence(self.name, example.example_id, prompt, tuple(answer)))
+        return sequences
 
 
 @dataclasses.dataclass(frozen=True)
 class Stop(_ForgetDraw):
-    """The end of the turn after a forget prompt, and, with a prefix, after every token of an answer that is begun for
-    the model. Prefixes of the step's own forget rows are their whole answers."""
+    """End-of-turn after a forget prompt and, with `prefill_tokens`, after every token of a prefilled answer.
 
-    after_batch: bool = option(True, "the step's own forget rows are among them, not the further rows alone")
-    rows: COUNT = option(0, "further forget rows a step, over all processes; each costs a prompt")
-    prefill_tokens: COUNT = option(0, "tokens of an answer put after a further row's prompt (0: no prefix at all)")
+    The step's own forget rows are prefilled with their whole answers.
+    """
+
+    after_batch: bool = option(
+        True, "put end-of-turn after the step's own forget prompts too, not only after further rows"
+    )
+    rows: COUNT = option(0, "further forget rows per step, over all processes")
+    prefill_tokens: COUNT = option(
+        0, "tokens of the prefilled answer of a further row (0: no prefilled answers at all)"
+    )
 
     @property
     def needs_answer(self) -> bool:
@@ -117,41 +128,45 @@ class Stop(_ForgetDraw):
         return batch + further
 
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
-        made = []
+        sequences = []
         for example, row, prompt, style in self.visits(step, sampler, formatter):
-            (end,), own = formatter.answer("", style), example.example_id < self.sizes.batch_size
-            empty = [Sequence(self.name, example.example_id, prompt, (end,))] * (self.after_batch or not own)
-            begun = []
-            if self.prefill_tokens and (row.response or not own):
+            (end,), in_batch = formatter.answer("", style), example.example_id < self.sizes.batch_size
+            empty = [Sequence(self.name, example.example_id, prompt, (end,))] * (self.after_batch or not in_batch)
+            prefilled = []
+            if self.prefill_tokens and (row.response or not in_batch):
                 prefix = (
-                    formatter.answer(row.response, style, complete=row.complete) if own
+                    formatter.answer(row.response, style, complete=row.complete) if in_batch
                     else sampler.sample_answer_prefix(example, style, step, self.prefill_tokens, formatter)
                 )  # fmt: skip
-                begun = [make_eot_sequence(self.name, example.example_id, prompt, prefix, end)]
-            made += begun + empty if own else empty + begun
-        return made
+                prefilled = [make_eot_sequence(self.name, example.example_id, prompt, prefix, end)]
+            sequences += prefilled + empty if in_batch else empty + prefilled
+        return sequences
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted(_ForgetDraw):
-    """Each forget row's own wanted answer after its prompt, where the row has one."""
+    """Each forget row's wanted answer after its prompt, if the row has one."""
 
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
-        made = []
+        sequences = []
         for example, row, prompt, style in self.visits(step, sampler, formatter):
             if row.wanted:
-                made.append(Sequence(self.name, example.example_id, prompt, tuple(formatter.answer(row.wanted, style))))
-        return made
+                sequences.append(
+                    Sequence(self.name, example.example_id, prompt, tuple(formatter.answer(row.wanted, style)))
+                )
+        return sequences
 
 
 @dataclasses.dataclass(frozen=True)
 class Retain(_Draw):
-    """Normal rows with their answers; further rows hold the model at their first answer token, or at a prefix."""
+    """Normal rows with their answers, and further normal rows with only a first answer token or a prefilled answer."""
 
-    rows: COUNT = option(0, "normal rows a step, over all processes (0: as many as --batch_size)")
-    max_tokens: COUNT = option(0, "longer answers of normal rows lose their end (0: as --max_answer_tokens)")
-    first_token_rows: COUNT = option(0, "further normal rows a step, looked at where the answer begins; a prompt each")
-    prefill_tokens: COUNT = option(0, "tokens of an answer put after a further row's prompt (0: its first place alone)")
+    rows: COUNT = option(0, "normal rows per step, over all processes (0: as many as --batch_size)")
+    max_tokens: COUNT = option(0, "maximum tokens of a normal row's answer (0: as --max_answer_tokens)")
+    first_token_rows: COUNT = option(0, "further normal rows per step, with a loss only where the answer starts")
+    prefill_tokens: COUNT = option(
+        0, "tokens of the prefilled answer of a further row (0: only the first answer token)"
+    )
     side = "normal"
 
     @property
@@ -160,24 +175,24 @@ class Retain(_Draw):
 
     def examples(self, step: int, sampler: UnlearnBatchSampler) -> list[Example]:
         rows = self.rows or self.sizes.batch_size
-        whole = sampler.visit("normal", Stream.RETAIN, rows, step)
+        with_answers = sampler.visit("normal", Stream.RETAIN, rows, step)
         further = sampler.visit(
             "normal", Stream.RETAIN_FIRST, self.first_token_rows, step, first_id=rows, needs_answer=False
         )
-        return whole + further
+        return with_answers + further
 
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
-        made = []
+        sequences = []
         for example, row, prompt, style in self.visits(step, sampler, formatter):
             if example.needs_answer:
                 answer = formatter.answer(row.response, style, complete=row.complete, limit=self.answer_tokens)
             elif self.prefill_tokens:
                 prefix = sampler.sample_answer_prefix(example, style, step, self.prefill_tokens, formatter)
                 answer = with_end(prefix, formatter.answer("", style)[0])
-            else:  # the KL at the first place does not depend on which token follows: any one will do
+            else:  # the KL at the first place does not depend on the token that follows it
                 answer = formatter.answer("", style)
-            made.append(Sequence(self.name, example.example_id, prompt, tuple(answer)))
-        return made
+            sequences.append(Sequence(self.name, example.example_id, prompt, tuple(answer)))
+        return sequences
 
 
 DRAWS = {"answer": Answer, "mismatch": Mismatch, "stop": Stop, "wanted": Wanted, "retain": Retain}

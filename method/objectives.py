@@ -1,6 +1,6 @@
-"""Objectives: what a term makes of its tokens. Each is settings, a token loss, and a rule for a sequence.
+"""Objectives: the loss of a term, as settings, a token loss, and values a sequence or token.
 
-A new objective is a class like these, in a file of its own, and one line in OBJECTIVES. The fields with a help text
+A new objective is a class like these, in a file of its own, and one line in OBJECTIVES. Its fields with a help text
 are its settings in a recipe's YAML. The formulas are the pure functions of method/losses.py.
 """
 
@@ -17,12 +17,12 @@ from options import COUNT, WEIGHT, number, option
 
 @dataclasses.dataclass(frozen=True)
 class TermTokens:
-    """What an objective sees of its term in one batch: M answer tokens of S sequences.
+    """The tokens of a term in one batch, as its objective gets them: M answer tokens; the batch has S sequences.
 
-    `nll`, `original_nll` (M,): of the targets, in nats, by the model and by the original. `values` (M,): the token
-    loss. `states`, `original_states` (M, D): hidden states at the objective's layer, where the token is predicted.
-    `sequence` (M,) in [0, S): whose token it is. `examples` (S,): the row of each sequence. `mine` (S,) bool: sequences
-    of this term. `preferred`: the tokens of the term that an objective prefers (`prefers`).
+    `nll`, `original_nll` (M,): NLL of the targets, in nats, under the model and under the original. `values` (M,): the
+    token loss. `states`, `original_states` (M, D): hidden states at the objective's layer, at the place that predicts
+    each token. `sequence` (M,) in [0, S): each token's sequence. `count`: S. `examples` (S,): example_id of each
+    sequence. `mine` (S,) bool: the term's own sequences. `preferred`: the tokens of the term that `prefers` names.
     """
 
     nll: torch.Tensor
@@ -37,40 +37,41 @@ class TermTokens:
     preferred: TermTokens | None = None
 
     def first_only(self, is_first: torch.Tensor) -> TermTokens:
-        """The same with each sequence's first token alone: is_first (M,) bool."""
+        """Return only the first token of each sequence: is_first (M,) bool."""
         names = ("values", "nll", "original_nll", "states", "original_states", "sequence")
-        kept = {name: value[is_first] for name in names if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(self, **kept)
+        selected = {name: value[is_first] for name in names if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **selected)
 
 
 class Objective:
-    """`values(tokens)` gives what is minimised, (S,) or (M,), to be summed and divided by the term's mean."""
+    """The base of all objectives. A term sums `values` and divides the sum by its number of sequences or tokens."""
 
     token_loss: TokenLoss = NLL  # gives TermTokens.values
-    measure = "nll"  # what the log shows of the term
-    logs_nll = False  # the log shows the NLL of the term's tokens, not the value that is minimised
-    better = "falls"  # which way the measure goes in a run that works
+    measure = "nll"  # name of the value that the log shows for the term
+    logs_nll = False  # True: the log shows the NLL of the term's tokens, not the minimised value
+    better = "falls"  # direction of the measure in a successful run: "falls" or "rises"
     length_normalised = False  # a sequence's value is a mean over its tokens, not a sum
-    # What the mean is over, unless the recipe says otherwise. "tokens", for whatever pushes answers away: a sequence
-    # counts as many times as it has tokens, so that a weight gives every objective the same gradient at the start.
+    # The unit of the mean, unless the recipe sets it. Objectives that unlearn answers use "tokens": a sequence then
+    # counts once a token, so that one weight gives each of them the same gradient at the start.
     over = "sequences"
-    original_nll = original_states = False  # what it needs of the original beside its token loss
-    layer: int | None = None  # whose hidden states it needs
-    prefers: str | None = None  # the draw whose sequences it prefers to its own
+    original_nll = original_states = False  # what it needs from the original beside its token loss
+    layer: int | None = None  # the layer whose hidden states it needs
+    prefers: str | None = None  # the draw whose answers it prefers to the term's own
 
     def values(self, tokens: TermTokens) -> torch.Tensor:
+        """Return the values to minimise, (S,) or (M,)."""
         raise NotImplementedError
 
     @property
     def needs_original(self) -> bool:
-        """Whether the original's final states are needed at the term's tokens."""
+        """Whether the term's tokens need the original's logits."""
         return self.original_nll or self.token_loss.needs_original
 
 
-# ------------------------------------------------------------------------------- towards an answer, or the original
+# --------------------------------------------------------------------- towards an answer or the original
 @dataclasses.dataclass(frozen=True)
 class Nll(Objective):
-    """Mean token NLL of each sequence (Yao et al. 2023, eq. 3): falls as the continuation is learned."""
+    """Mean token NLL of each sequence (Yao et al. 2023, eq. 3). It falls as the continuation is learned."""
 
     def values(self, tokens):
         return losses.random_mismatch(tokens.values, tokens.sequence, tokens.count)
@@ -78,7 +79,7 @@ class Nll(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Kl(Objective):
-    """KL( original || model ) of each token (Yao et al. 2023, eq. 4): 0 where nothing has changed."""
+    """KL( original || model ) of each token (Yao et al. 2023, eq. 4). It is 0 for an unchanged model."""
 
     token_loss = KL
     measure = "kl"
@@ -93,7 +94,7 @@ class Kl(Objective):
 class Ascent(Objective):
     """Gradient ascent on the answer (Yao et al. 2023, eq. 2)."""
 
-    ceiling: WEIGHT = option(0.0, "nats: a row whose mean NLL is above it is pushed no further (0: no ceiling)")
+    ceiling: WEIGHT = option(0.0, "nats; an answer whose mean NLL is above it gives no gradient (0: no ceiling)")
     better = "rises"
     logs_nll = True
     over = "tokens"
@@ -106,22 +107,22 @@ class Ascent(Objective):
 class Npo(Objective):
     """Negative preference optimisation (Zhang et al. 2024)."""
 
-    beta: number(float, 0, above=True) = option(0.1, "how soon a row that is forgotten is pushed less")
+    beta: number(float, 0, above=True) = option(0.1, "the larger, the sooner the gradient of a forgotten answer fades")
     over = "tokens"
     better = "rises"
     logs_nll = True
     original_nll = True
 
     def values(self, tokens):
-        found = losses.npo(tokens.nll, tokens.original_nll, tokens.sequence, tokens.count, self.beta)
-        return found * tokens.mine
+        values = losses.npo(tokens.nll, tokens.original_nll, tokens.sequence, tokens.count, self.beta)
+        return values * tokens.mine
 
 
 @dataclasses.dataclass(frozen=True)
 class SimNpo(Objective):
-    """SimNPO (Fan et al. 2024): needs no original."""
+    """SimNPO (Fan et al. 2024); it needs no original."""
 
-    beta: number(float, 0, above=True) = option(2.5, "how soon a row that is forgotten is pushed less")
+    beta: number(float, 0, above=True) = option(2.5, "the larger, the sooner the gradient of a forgotten answer fades")
     gamma: WEIGHT = option(0.0, "margin, in nats")
     over = "tokens"
     length_normalised = True
@@ -134,9 +135,9 @@ class SimNpo(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Dpo(Objective):
-    """Direct preference optimisation (Rafailov et al. 2023): a row's replacement answers are preferred to its own."""
+    """Direct preference optimisation (Rafailov et al. 2023): prefers a row's replacement answers to its own."""
 
-    beta: number(float, 0, above=True) = option(0.1, "how far the model may move from the original")
+    beta: number(float, 0, above=True) = option(0.1, "the larger, the closer the model stays to the original")
     prefers = "mismatch"
     over = "tokens"
     better = "rises"
@@ -146,9 +147,9 @@ class Dpo(Objective):
     def values(self, tokens):
         rejected = losses.sequence_sum(tokens.nll - tokens.original_nll, tokens.sequence, tokens.count)
         other = tokens.preferred
-        gained = losses.sequence_sum(other.nll - other.original_nll, other.sequence, other.count)
+        preferred = losses.sequence_sum(other.nll - other.original_nll, other.sequence, other.count)  # (S,)
         rows = int(tokens.examples.max()) + 1
-        by_row = losses.sequence_mean(gained[other.mine], other.examples[other.mine], rows)  # (rows,)
+        by_row = losses.sequence_mean(preferred[other.mine], other.examples[other.mine], rows)  # (rows,)
         return losses.dpo(by_row[tokens.examples], rejected, self.beta) * tokens.mine
 
 
@@ -173,11 +174,11 @@ class Unlikelihood(Objective):
 # ------------------------------------------------------------------------------------------------ on hidden states
 @dataclasses.dataclass(frozen=True)
 class Rmu(Objective):
-    """Hidden states of forget answers are steered to a fixed random direction (Li et al. 2024)."""
+    """RMU: steers the hidden states of forget answers to a fixed random direction (Li et al. 2024)."""
 
     layer: COUNT = option(7, "layer whose output is steered, counted from 0")
-    coefficient: number(float, 0, above=True) = option(6.5, "length of the vector that it is steered to")
-    direction_seed: COUNT = option(0, "seed of the direction")
+    coefficient: number(float, 0, above=True) = option(6.5, "length of the vector that the states are steered to")
+    direction_seed: COUNT = option(0, "seed of the random direction")
     over = "tokens"
     better = "rises"
     logs_nll = True
@@ -189,9 +190,9 @@ class Rmu(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class StateDistance(Objective):
-    """Hidden states stay with the original's (RMU's retain loss, Li et al. 2024)."""
+    """Distance of hidden states to the original's: RMU's retain loss (Li et al. 2024)."""
 
-    layer: COUNT = option(7, "layer whose output is held, counted from 0")
+    layer: COUNT = option(7, "layer whose output is kept close to the original's, counted from 0")
     measure = "distance"
     over = "tokens"
     original_states = True

@@ -1,4 +1,4 @@
-"""What a run would do, printed before it does it: rows, tokens, steps, the first batch token by token."""
+"""The plan of a run, printed by --dry_run: rows, tokens, memory, time, and the first batch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from method.sampler import UnlearnBatchSampler
 from method.terms import compute_losses, count_draws, layers_of, sequences_needing_reference
 from utils import current_memory_gib, free_memory_gib, peak_memory_gib, trim_cpu_heap
 
-NUM_SAMPLED_STEPS = 100  # evenly over the run, of which
-NUM_TRIED_STEPS = 3  # the largest are tried; the first one warms up
-# On a CPU, each step leaves this fraction of what it uses in blocks that later steps cannot use, with each tenfold of
-# the steps: measured over 12, 60 and 300 of them (docs/LOG.md, "Memory that grows").
+NUM_SAMPLED_STEPS = 100  # their sizes are compared; they are spread evenly over the run
+NUM_TRIED_STEPS = 3  # the largest sampled steps are run; the first one warms up
+# On a CPU, fragmentation grows by this fraction of a step's memory for each tenfold number of steps. Measured over
+# 12, 60 and 300 steps (docs/LOG.md, "Memory that grows").
 FRAGMENTATION_FRACTION = 1 / 3
 
 
 @dataclasses.dataclass
 class PlanEstimate:
-    """What the probe found: sizes of the first and of the largest batch, memory in GiB, seconds a step."""
+    """Estimates of a run: its first and its largest batch, memory in GiB, seconds a step."""
 
     first: Batch
     largest: Batch
@@ -47,7 +47,7 @@ def print_plan(
 
 
 def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: AnswerLogitsModel) -> PlanEstimate:
-    """Try a forward and a backward of some of the steps, the largest last, since these decide the peak."""
+    """Run forward and backward of the largest sampled steps, the largest last; return the estimates."""
     device, pad_id = next(answer_model.parameters()).device, formatter.tokenizer.pad_token_id
     pack_tokens, layers = recipe.layout.pack_tokens, layers_of(recipe.terms)
 
@@ -76,8 +76,10 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
         seconds = time.perf_counter() - start
 
     weights = list(answer_model.parameters())
-    trained = sum(local_shard(p).numel() for p in weights if p.requires_grad)  # by this process, where it is split
-    # the probe has held weights, activations, logits and gradients; what only the first update and the cache add:
+    trained = sum(
+        local_shard(p).numel() for p in weights if p.requires_grad
+    )  # of this process, if the model is sharded
+    # the measured peak has weights, activations, logits and gradients; the optimizer and the cache come on top
     cached = sum(len(s.answer_ids) for s in sequences_needing_reference(largest.sequences, recipe.terms))
     cached *= options.max_unlearn_steps
     width = answer_model.model.config.get_text_config().hidden_size * weights[0].element_size()
@@ -96,9 +98,10 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
 
 
 def _plan_lines(options, recipe, formatter, sampler, answer_model, layout_line, estimate: PlanEstimate) -> list[str]:
+    """Return the lines of the plan."""
     parameters = list(answer_model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    visited = {side: len(sampler.answered_rows(side)) for side in sampler.rows}
+    answered = {side: len(sampler.answered_rows(side)) for side in sampler.rows}
     rows = {side: sum(map(len, sources)) for side, sources in sampler.rows.items()}
     terms = ", ".join(f"{term.weight:g} x {term.name}" for term in recipe.terms)
     part = "a step" if options.gradient_accumulation == 1 else "part of a step"
@@ -106,7 +109,7 @@ def _plan_lines(options, recipe, formatter, sampler, answer_model, layout_line, 
         f"model          {options.model_name}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",
         f"minimised      {terms}",
         f"layout         {layout_line}",
-        f"rows visited   {visited['forget']:,} forget of {rows['forget']:,}, {visited['normal']:,} normal of "
+        f"rows visited   {answered['forget']:,} forget of {rows['forget']:,}, {answered['normal']:,} normal of "
         f"{rows['normal']:,}; {len(sampler.replacement_pool):,} replacement answers to draw from",
         f"{part:14s} {_size(estimate.first)}; the largest: {_size(estimate.largest)}",
         f"memory         {estimate.peak_gib:.2f} GiB at most ({estimate.optimizer_gib:.2f} of it the optimizer's "
@@ -114,7 +117,7 @@ def _plan_lines(options, recipe, formatter, sampler, answer_model, layout_line, 
         f"time           {estimate.step_seconds:.1f} s a step (one probe step), {options.max_unlearn_steps} steps: "
         f"{estimate.step_seconds * options.max_unlearn_steps / 60:.0f} min",
         "",
-        "first batch; [..] is the continuation that a term looks at; the words before it are the prompt:",
+        "first batch: each prompt, then in [..] the continuation that a term trains on:",
     ]
     decode = formatter.tokenizer.decode
     for s in estimate.first.sequences:
@@ -136,11 +139,11 @@ def _size(batch: Batch) -> str:
 
 
 def _advice(estimate: PlanEstimate, options) -> str:
-    """Whether it fits, and what to switch on where it does not."""
+    """Say whether the run fits into memory and, if not, which options to switch on."""
     if not estimate.peak_gib > 0.9 * estimate.available_gib:
         if estimate.available_gib > 0:
             return f"fits in {estimate.available_gib:.1f} GiB"
-        return "the system does not tell how much there is"
+        return "the system does not report its memory"
     switches = [text for text, on in (("--use_lora", options.use_lora),
                                       ("--gradient_checkpointing", options.gradient_checkpointing))
                 if not on]  # fmt: skip

@@ -1,6 +1,7 @@
-"""A recipe: the terms that a step minimises, and the settings that go with them, from YAML, options and --set.
+"""A recipe: the terms that a step minimises and their settings, from YAML, options and --set.
 
-The settings' defaults stand in the dataclasses here and in the rooms that read them; a recipe names what differs.
+Default values of settings are fields of the dataclasses here and in the rooms that use them. A recipe lists what
+differs.
 """
 
 from __future__ import annotations
@@ -44,38 +45,42 @@ WEIGHTS = ("bad_weight", "random_weight", "normal_weight")
 
 @dataclasses.dataclass(frozen=True)
 class OwnAnswers:
-    """How the original answers the rows that have no response."""
+    """Generation of the original's answers to rows without a response."""
 
     temperature: WEIGHT = option(0.7, "sampling temperature (0: greedy)")
-    batch_size: POSITIVE = option(64, "prompts answered at once")
+    batch_size: POSITIVE = option(64, "prompts per generation batch")
 
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """Which weights may move."""
+    """The weights that are trained."""
 
     frozen_layers: COUNT = option(
-        0, "layers, from the first on, that stay as they are, and with them the token embeddings and the head"
+        0, "number of first layers that are frozen, together with the token embeddings and the head"
     )
-    parameters: str | None = option(None, "regular expression: only parameters whose name it finds are trained")
+    parameters: str | None = option(None, "regular expression; only parameters with a matching name are trained")
 
 
 @dataclasses.dataclass(frozen=True)
 class DevSettings:
-    """What a run looks at on the way."""
+    """Evaluation during a run, on the dev split."""
 
-    prompts: POSITIVE = option(24, "development prompts a side in an evaluation on the way")
-    tokens: POSITIVE = option(24, "tokens of an answer in an evaluation on the way")
+    prompts: POSITIVE = option(24, "dev prompts per side")
+    tokens: POSITIVE = option(24, "maximum tokens per dev answer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    pack_tokens: POSITIVE = option(256, "length that the rows of a packed batch are filled to")
+    """Layout of a packed batch."""
+
+    pack_tokens: POSITIVE = option(256, "target length of the rows of a packed batch, in tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    keep: POSITIVE = option(2, "newest checkpoints that stay")
+    """Checkpoints of a run."""
+
+    keep: POSITIVE = option(2, "number of newest checkpoints to keep")
 
 
 SECTIONS = {"wording": Wording, "own_answers": OwnAnswers, "optimizer": OptimizerSettings, "lora": LoraSettings,
@@ -84,7 +89,7 @@ SECTIONS = {"wording": Wording, "own_answers": OwnAnswers, "optimizer": Optimize
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a run minimises and how, every setting resolved."""
+    """The terms and settings of a run, all resolved."""
 
     terms: list[Term]
     wording: Wording
@@ -99,41 +104,41 @@ class Recipe:
 
 # ------------------------------------------------------------------------------------------ options and recipe
 def parse_run(argv: list[str] | None = None) -> UnlearnOptions:
-    """Read a run's options: recipe (`--method`), manifest, YAML file, command line; what stands later wins.
+    """Read a run's options from recipe (`--method`), manifest, YAML file and command line; a later source wins.
 
-    `options.recipe` is the recipe with every setting in its place, as it is written beside the model.
+    `options.recipe` is the recipe with all settings resolved, as it is saved beside the model.
     """
     argv = sys.argv[1:] if argv is None else argv
     old = old_names()
-    words, recipe = config_words(UnlearnOptions, argv, frozenset(old)) + argv, None
-    if manifest := peek(words, "from_manifest"):
-        made, recipe = _words_of_manifest(manifest, frozenset(old))
-        words = made + words
-    words, settings = _take_settings(words, old)
-    method = peek(words, "method") or UnlearnOptions.method
+    arguments, recipe = config_words(UnlearnOptions, argv, frozenset(old)) + argv, None
+    if manifest := peek(arguments, "from_manifest"):
+        manifest_arguments, recipe = _words_of_manifest(manifest, frozenset(old))
+        arguments = manifest_arguments + arguments
+    arguments, settings = _take_settings(arguments, old)
+    method = peek(arguments, "method") or UnlearnOptions.method
     if recipe is None or peek(argv, "method"):
         recipe = load_recipe(method)
-    given = dict(recipe.get("options") or {})
-    if peek(words, "use_lora", string_to_bool) is False:
-        given |= recipe.get("whole_weights") or {}
+    recipe_options = dict(recipe.get("options") or {})
+    if peek(arguments, "use_lora", string_to_bool) is False:
+        recipe_options |= recipe.get("whole_weights") or {}
     parser = OneLineParser(UnlearnOptions, allow_abbrev=False)
-    options = UnlearnOptions(**vars(parser.parse_args(words_of(given) + words)))
+    options = UnlearnOptions(**vars(parser.parse_args(words_of(recipe_options) + arguments)))
     options.set = [f"{place}={json.dumps(value)}" for place, value in settings]
     unused = [place for place, _ in settings if place.startswith("lora.")]
     if unused and not options.use_lora:
         print(f"{', '.join(unused)}: not used, since adapters are trained with --use_lora only", file=sys.stderr)
     options.recipe = _resolved(recipe, settings, options)
-    read_recipe(options)  # a setting that is none is refused here
+    read_recipe(options)  # refuses unknown settings
     return options
 
 
 def old_names() -> dict[str, list[str]]:
-    """Old option -> the places in a recipe where its setting stands now."""
+    """Return {old option: the recipe settings that replace it}."""
     return read_yaml(RECIPES / "old_names.yaml", "recipes")
 
 
 def load_recipe(method: str) -> dict:
-    """A recipe by its folder's name or by a path, as its YAML holds it. Raises UsageError."""
+    """Read a recipe by its folder's name or by a path; return the content of its YAML. Raises UsageError."""
     path = RECIPES / method / "recipe.yaml"
     if Path(method).suffix in (".yaml", ".yml"):
         path = Path(method)
@@ -149,38 +154,38 @@ def load_recipe(method: str) -> dict:
 
 
 def _words_of_manifest(path: str, old: frozenset[str]) -> tuple[list[str], dict | None]:
-    """An earlier run's arguments, and its recipe as it was run; the folders that it wrote to are not taken over."""
+    """Return (an earlier run's arguments, its resolved recipe or None); output folders are not taken over."""
     known = {f.name for f in dataclasses.fields(UnlearnOptions)} | old
-    own = {"config", "overwrite", "resume", "model_save_dir", "log_file", "set", "recipe"}
+    dropped = {"config", "overwrite", "resume", "model_save_dir", "log_file", "set", "recipe"}
     try:
         arguments = json.loads(Path(path).read_text(encoding="utf-8"))["arguments"]
         recipe = arguments.get("recipe")
-        if recipe:  # they stand in it
-            own |= {*WEIGHTS, "forget_loss"}
-        elif arguments.get("method") == "selective":  # of a time when it had no term 'stop' of its own
-            own |= {"num_random_answers", "empty_answer_share"}
-        return words_of({k: v for k, v in arguments.items() if k in known - own}), recipe
+        if recipe:  # the resolved recipe contains them
+            dropped |= {*WEIGHTS, "forget_loss"}
+        elif arguments.get("method") == "selective":  # an old manifest, without the term 'stop'
+            dropped |= {"num_random_answers", "empty_answer_share"}
+        return words_of({k: v for k, v in arguments.items() if k in known - dropped}), recipe
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--from_manifest {path}: is not the run_manifest.json of a run ({error!r})") from error
 
 
-def _take_settings(words: list[str], old: dict[str, list[str]]) -> tuple[list[str], list[tuple[str, object]]]:
-    """Take every --set and every old option out of a command line: (the other words, [(place, value)]).
+def _take_settings(argv: list[str], old: dict[str, list[str]]) -> tuple[list[str], list[tuple[str, object]]]:
+    """Take all --set and all old options out of the arguments; return (other arguments, [(place, value)]).
 
-    Each old name is told once, with its new place.
+    Prints one line for each old option, with its new place.
     """
     parser = OneLineParser(add_help=False, allow_abbrev=False)
-    found: list[tuple[str, list[str]]] = []
+    taken: list[tuple[str, list[str]]] = []  # (option, its values)
 
     class Note(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
-            found.append((self.dest, values))
+            taken.append((self.dest, values))
 
     for name in ("set", *old):
         parser.add_argument(f"--{name}", nargs="+", action=Note, default=argparse.SUPPRESS)
-    rest = parser.parse_known_args(words)[1]
+    rest = parser.parse_known_args(argv)[1]
     settings = []
-    for name, values in found:
+    for name, values in taken:
         if name == "set":
             for text in values:
                 place, sign, value = text.partition("=")
@@ -189,14 +194,15 @@ def _take_settings(words: list[str], old: dict[str, list[str]]) -> tuple[list[st
                 settings.append((place, _value(value)))
         else:
             value = values if name == "lora_targets" else _value(values[0])
-            unset = name == "forget_beta" and not float(value)  # 0 meant: as in the paper
+            unset = name == "forget_beta" and not float(value)  # 0 stood for the paper's value
             settings += [(place, value) for place in old[name] if not unset]
-    for name in dict.fromkeys(name for name, _ in found if name != "set"):
+    for name in dict.fromkeys(name for name, _ in taken if name != "set"):
         print(f"--{name} is now --set {' '.join(f'{place}=...' for place in old[name])}", file=sys.stderr)
     return rest, settings
 
 
 def _value(text: str):
+    """Return the value that a text stands for in YAML."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -204,15 +210,15 @@ def _value(text: str):
 
 
 def _resolved(recipe: dict, settings: list[tuple[str, object]], options: UnlearnOptions) -> dict:
-    """The recipe with everything that was typed in its place. UsageError for a place that it does not have."""
+    """Return the recipe with the weights, loss and settings of the command line. Raises UsageError for others."""
     recipe, method = copy.deepcopy(recipe), options.method
     terms = {term.get("name"): term for term in recipe["terms"]}
     for name in WEIGHTS:
         if (value := getattr(options, name)) is not None:
-            mine = [term for term in terms.values() if term.get("weight_option") == name]
-            if not mine:
+            weighted = [term for term in terms.values() if term.get("weight_option") == name]
+            if not weighted:
                 raise UsageError(f"--{name}: no term of --method {method} takes its weight from it")
-            for term in mine:
+            for term in weighted:
                 term["weight"] = value
     if options.forget_loss:
         if "forget" not in terms:
@@ -231,7 +237,7 @@ def _resolved(recipe: dict, settings: list[tuple[str, object]], options: Unlearn
 
 
 def _replace_loss(term: dict, loss: str) -> None:
-    """Another loss for a term: what the recipe says of the old one alone does not concern the new one."""
+    """Replace the loss of a term, and drop the settings that only the old loss has."""
     before, after = (_setting_names(OBJECTIVES[name]) if name in OBJECTIVES else set() for name in (term["loss"], loss))
     for name in before - after:
         term.pop(name, None)
@@ -239,12 +245,13 @@ def _replace_loss(term: dict, loss: str) -> None:
 
 
 def _setting_names(kind: type) -> set[str]:
+    """Return the names of a dataclass's settings."""
     return {field.name for field in dataclasses.fields(kind) if "help" in field.metadata}
 
 
 # ------------------------------------------------------------------------------------------ recipe -> objects
 def read_recipe(options: UnlearnOptions) -> Recipe:
-    """The objects that a run works with, of `options.recipe`. Raises UsageError, naming term and setting."""
+    """Return `options.recipe` as a Recipe. Raises UsageError with term and setting."""
     fixed = {"optimizer": {"lr": options.lr, "total_steps": options.max_unlearn_steps, "kind": options.optimizer,
                            "adapters": options.use_lora}}  # fmt: skip
     sections = {name: read_settings(kind, options.recipe.get(name) or {}, name, **fixed.get(name, {}))
@@ -254,7 +261,7 @@ def read_recipe(options: UnlearnOptions) -> Recipe:
 
 
 def build_terms(specs: list[dict], sizes: RunSizes) -> list[Term]:
-    """The terms that a run makes, of a recipe's list of them. Raises UsageError."""
+    """Return the active terms of a recipe's list of terms. Raises UsageError."""
     terms: dict[str, Term] = {}
     for number, spec in enumerate(specs, 1):
         name = spec.get("name")
@@ -273,23 +280,24 @@ def build_terms(specs: list[dict], sizes: RunSizes) -> list[Term]:
 
 
 def _build_term(name: str, spec: dict, earlier: dict[str, Term], sizes: RunSizes) -> Term:
+    """Return a term from its entry in a recipe; `earlier`: the terms before it, by name. Raises UsageError."""
     loss, draw = spec.get("loss"), spec.get("draw")
     if loss not in OBJECTIVES:
         raise UsageError(f"{name}: loss must be one of {', '.join(OBJECTIVES)}, got {loss!r}")
-    own = spec.keys() - TERM_KEYS
+    settings = spec.keys() - TERM_KEYS  # of its draw and of its objective
     if shared := spec.get("sequences_of"):
         if shared not in earlier or draw:
-            raise UsageError(f"{name}: sequences_of must name a term that stands before it, and goes without a draw")
-        made, of_draw = earlier[shared].draw, set()
+            raise UsageError(f"{name}: sequences_of must name a term that stands before it, and excludes a draw")
+        own_draw, of_draw = earlier[shared].draw, set()
     else:
         if draw not in DRAWS:
             raise UsageError(f"{name}: draw must be one of {', '.join(DRAWS)}, got {draw!r}")
-        of_draw = own & _setting_names(DRAWS[draw])
-        made = read_settings(DRAWS[draw], {key: spec[key] for key in of_draw}, name, name=name, sizes=sizes)
-    if unknown := sorted(own - of_draw - _setting_names(OBJECTIVES[loss])):
+        of_draw = settings & _setting_names(DRAWS[draw])
+        own_draw = read_settings(DRAWS[draw], {key: spec[key] for key in of_draw}, name, name=name, sizes=sizes)
+    if unknown := sorted(settings - of_draw - _setting_names(OBJECTIVES[loss])):
         known = sorted(_setting_names(OBJECTIVES[loss]) | (_setting_names(DRAWS[draw]) if draw else set()))
         raise UsageError(f"{name}: has no setting {unknown[0]!r}; it has weight, {', '.join(known)}")
-    objective = read_settings(OBJECTIVES[loss], {key: spec[key] for key in own - of_draw}, name)
+    objective = read_settings(OBJECTIVES[loss], {key: spec[key] for key in settings - of_draw}, name)
     weight = read_settings(_Weight, {"weight": spec.get("weight", 1.0)}, name).weight
     if times := spec.get("times"):
         if times not in earlier:
@@ -298,10 +306,13 @@ def _build_term(name: str, spec: dict, earlier: dict[str, Term], sizes: RunSizes
     for key, allowed in (("tokens", ("all", "first")), ("mean_over", ("tokens", "sequences"))):
         if spec.get(key, allowed[0]) not in allowed:
             raise UsageError(f"{name}.{key}: must be {' or '.join(allowed)}, got {spec[key]!r}")
-    return Term(name, made, loss, objective, weight, spec.get("tokens", "all"), spec.get("mean_over", objective.over),
+    return Term(name, own_draw, loss, objective, weight, spec.get("tokens", "all"),
+                spec.get("mean_over", objective.over),
                 spec.get("log") or f"{name}_{objective.measure}", bool(spec.get("watch")))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
+    """The weight of a term, as a setting."""
+
     weight: WEIGHT = option(1.0, "weight of the term in the sum")

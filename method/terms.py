@@ -1,6 +1,6 @@
 """The terms of a step: named, weighted losses over the sequences of a draw. A step minimises their sum.
 
-Nothing here, and nothing that goes over them, knows how many terms there are or what they are called.
+Neither this file nor its callers know the number or the names of the terms.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from method.sampler import Draw
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """`draw`: where its sequences come from (terms may share one); `tokens`: all of them, or each sequence's first;
-    `over`: what its mean is over; `field`: its name in the log."""
+    """One weighted loss.
+
+    `draw`: gives its sequences; terms may share a draw. `tokens`: "all", or "first" of each sequence. `over`: unit of
+    its mean, "tokens" or "sequences". `field`: its name in the log. `watch`: measured, and compared with
+    --max_bad_loss, even at weight 0.
+    """
 
     name: str
     draw: Draw
@@ -36,11 +40,11 @@ class Term:
 
     @property
     def active(self) -> bool:
-        """Whether its draw is made on its account: a term of weight 0 is only measured where others make it."""
+        """Whether it requires its draw. A term of weight 0 is measured only if another term requires the same draw."""
         return (self.weight > 0 or self.watch) and not self.draw.is_off
 
     def describe(self) -> dict:
-        """What the log tells of it, for whoever draws its curve."""
+        """Return its description for the log, which plots of its curve need."""
         return {"name": self.name, "field": self.field, "measure": self.objective.measure, "side": self.draw.side,
                 "loss": self.loss, "weight": self.weight, "over": self.over, "tokens": self.tokens,
                 "better": self.objective.better}  # fmt: skip
@@ -48,7 +52,7 @@ class Term:
 
 @dataclasses.dataclass
 class LossTerm:
-    """One term of one batch, scalars: `loss`, weighted, to be minimised; `mean`, as logged, without a gradient."""
+    """One term of one batch, as scalars: `loss`, weighted, to be minimised; `mean`, as logged, without a gradient."""
 
     name: str
     loss: torch.Tensor
@@ -57,31 +61,35 @@ class LossTerm:
 
 @dataclasses.dataclass(frozen=True)
 class DrawCount:
+    """Number of answer tokens and sequences of a draw in a step."""
+
     tokens: int = 0
     sequences: int = 0
 
 
 def active_terms(terms: list[Term]) -> list[Term]:
-    """The terms whose draw is made, on their own account or on another's."""
+    """Return the terms whose draw is required, by themselves or by another term."""
     draws = {term.draw.name for term in terms if term.active}
     return [term for term in terms if term.draw.name in draws]
 
 
 def count_draws(sequences: list[Sequence]) -> dict[str, DrawCount]:
-    """Tokens and sequences of each draw. Means are over a whole step, so that parts and processes add up to it."""
-    tokens, numbers = collections.Counter(), collections.Counter(s.draw for s in sequences)
+    """Return {draw: its tokens and sequences} of a whole step, the denominators of all means."""
+    tokens, num_sequences = collections.Counter(), collections.Counter(s.draw for s in sequences)
     for s in sequences:
         tokens[s.draw] += len(s.answer_ids)
-    return collections.defaultdict(DrawCount, {name: DrawCount(tokens[name], numbers[name]) for name in numbers})
+    return collections.defaultdict(
+        DrawCount, {name: DrawCount(tokens[name], num_sequences[name]) for name in num_sequences}
+    )
 
 
 def layers_of(terms: list[Term]) -> tuple[int, ...]:
-    """The layers whose hidden states the terms need."""
+    """Return the layers whose hidden states the terms need."""
     return tuple(sorted({term.objective.layer for term in terms if term.objective.layer is not None}))
 
 
 def sequences_needing_reference(sequences: list[Sequence], terms: list[Term]) -> list[Sequence]:
-    """Those of which a term needs the original."""
+    """Return the sequences on which a term needs the original."""
     draws = set()
     for term in terms:
         if term.objective.needs_original or term.objective.original_states:
@@ -93,12 +101,13 @@ def compute_losses(
     terms: list[Term], batch: Batch, logits: torch.Tensor, states: dict[int, torch.Tensor], reference: ReferenceCache,
     counts: dict[str, DrawCount],
 ) -> list[LossTerm]:  # fmt: skip
-    """Every term of one batch: logits (N, V), hidden states {layer: (N, D)}; `counts`: of the whole step."""
+    """Compute every term of one batch: logits (N, V), hidden states {layer: (N, D)}; `counts`: of the whole step."""
     view = _BatchView(terms, batch, logits, states, reference)
     return [_loss_term(term, view, counts[term.draw.name]) for term in terms]
 
 
 def _loss_term(term: Term, view: _BatchView, count: DrawCount) -> LossTerm:
+    """Compute one term of one batch; `count`: of its draw in the whole step."""
     objective = term.objective
     tokens = view.tokens(term.draw.name, objective, first_only=term.tokens == "first")
     if objective.prefers:
@@ -115,15 +124,17 @@ def _loss_term(term: Term, view: _BatchView, count: DrawCount) -> LossTerm:
 
 
 class _BatchView:
-    """The token values of a batch, each loss in one go for all the draws that ask for it, and a draw's part of them."""
+    """The token losses of a batch, each computed once for all draws that need it, and the tokens of each draw."""
 
     def __init__(self, terms: list[Term], batch: Batch, logits, states: dict, reference: ReferenceCache):
         self.batch, self.states, self.reference = batch, states, reference
         draws: dict[TokenLoss, set[str]] = {NLL: set()}
         for term in terms:
             draws.setdefault(term.objective.token_loss, set()).add(term.draw.name)
-        # the NLL costs nothing more for all tokens; of the others, those of the draws that ask
-        self.masks = {loss: self.chosen(*names) for loss, names in draws.items() if loss is not NLL}  # (M,) bool each
+        # the NLL of all tokens costs nothing extra; the other losses are computed for the draws that need them
+        self.masks = {
+            loss: self.tokens_of(*names) for loss, names in draws.items() if loss is not NLL
+        }  # (M,) bool each
         requests = [TokenRequest(NLL, batch.target_to_logit, batch.targets)]
         for loss, mask in self.masks.items():
             sequences = [s for s in batch.sequences if s.draw in draws[loss]]
@@ -132,18 +143,18 @@ class _BatchView:
         self.nll, *values = token_values(logits, requests)  # (M,), and (Q,) each
         self.values = dict(zip(self.masks, values, strict=True))
 
-    def chosen(self, *draws: str) -> torch.Tensor:
-        """(M,) bool: the answer tokens of these draws."""
+    def tokens_of(self, *draws: str) -> torch.Tensor:
+        """Return a mask (M,) bool: the answer tokens of these draws."""
         batch = self.batch
         return torch.stack([batch.tokens_of(draw) for draw in draws]).any(0)
 
     def tokens(self, draw: str, objective: Objective, *, first_only: bool = False) -> TermTokens:
-        """A draw's tokens as an objective sees them; `first_only`: each sequence's first alone."""
+        """Return a draw's tokens as an objective gets them; with `first_only`, the first token of each sequence."""
         batch, loss, layer = self.batch, objective.token_loss, objective.layer
-        mine = self.chosen(draw)
+        mine = self.tokens_of(draw)  # (M,) bool
         sequences = [s for s in batch.sequences if s.draw == draw]
         nll = self.nll[mine]  # (Q,)
-        found = TermTokens(
+        tokens = TermTokens(
             nll=nll,
             values=nll if loss is NLL else self.values[loss][mine[self.masks[loss]]],
             original_nll=self._original_nll(sequences, batch.targets[mine]) if objective.original_nll else None,
@@ -154,8 +165,9 @@ class _BatchView:
             examples=batch.sequence_ids.new_tensor([s.example_id for s in batch.sequences]),
             mine=batch.sequence_ids.new_tensor([s.draw == draw for s in batch.sequences]).bool(),
         )
-        return found.first_only(batch.is_first_token[mine]) if first_only else found
+        return tokens.first_only(batch.is_first_token[mine]) if first_only else tokens
 
     def _original_nll(self, sequences: list[Sequence], targets: torch.Tensor) -> torch.Tensor:
+        """Return the NLL (Q,) of the targets under the original."""
         logits = self.reference.logits(sequences)  # (Q, V)
         return token_nll(logits, torch.arange(len(logits), device=logits.device), targets)

@@ -1,4 +1,4 @@
-"""From options to a Setup: processes, rows, model, own answers, the original's states; and a checkpoint of it all."""
+"""Build a run's Setup from its options (processes, rows, model, own answers, reference); save and resume it."""
 
 from __future__ import annotations
 
@@ -56,8 +56,11 @@ from utils import (
 
 @dataclasses.dataclass
 class Setup:
-    """All that a run works with. `newest`: the checkpoint to go on from, where there is one; `wrapped`: the model as
-    several processes call it; `started`: when this process began, in seconds since the epoch."""
+    """All objects of a run.
+
+    `newest`: the checkpoint to resume from, or None. `wrapped`: the model as several processes call it. `started`: the
+    start of this process, in seconds since the epoch; a resume moves it back by the seconds already spent.
+    """
 
     options: UnlearnOptions
     recipe: Recipe
@@ -87,6 +90,7 @@ class Setup:
         return self.answer_model.model
 
     def layout(self, sequences):
+        """Return the sequences as a Batch on the device."""
         batch = self.answer_model.layout(
             sequences, self.recipe.layout.pack_tokens, self.formatter.tokenizer.pad_token_id
         )
@@ -94,7 +98,10 @@ class Setup:
 
 
 def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
-    """Read rows and model, ask the original. Raises UsageError before anything is trained or written."""
+    """Read rows and model, and cache the original's answers and states. Raises UsageError before any training.
+
+    `held` closes the lock of the output folder at the end of the run.
+    """
     started = time.time()
     accelerator = start_processes(options)
     refuse_missing_8bit(options)
@@ -102,18 +109,20 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     recipe = read_recipe(options)
     sources = read_both_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
-    metadata = RunMetadata(options, {side: [row for rows in some for row in rows] for side, some in sources.items()})
+    metadata = RunMetadata(
+        options, {side: [row for rows in of_side for row in rows] for side, of_side in sources.items()}
+    )
     newest = checkpoint.resumable(options, metadata) if options.resume else None
-    # an earlier log is started anew only here, where no mistyped name can stop the run any more
+    # data and tokenizer have loaded: a mistyped name must not overwrite an earlier log
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
-    splits = {side: split_sources(some, options) for side, some in sources.items()}
+    splits = {side: split_sources(of_side, options) for side, of_side in sources.items()}
     sampler = UnlearnBatchSampler(
-        *([parts["train"] for parts in some] for some in splits.values()),
+        *([parts["train"] for parts in of_side] for of_side in splits.values()),
         list({term.draw.name: term.draw for term in recipe.terms}.values()),
         seed=options.seed, steps=options.max_unlearn_steps, wording=recipe.wording,
     )  # fmt: skip
-    counts = {side: [{name: len(rows) for name, rows in parts.items()} for parts in some]
-              for side, some in splits.items()}  # fmt: skip
+    counts = {side: [{name: len(rows) for name, rows in parts.items()} for parts in of_side]
+              for side, of_side in splits.items()}  # fmt: skip
     run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
     setup = Setup(
         options, recipe, accelerator, metadata, run_log, newest, started,
@@ -128,8 +137,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
 
 
 def log_notes(setup: Setup) -> None:
-    """Say what a user would not expect: parts that cannot be filled, and defaults that earlier versions had otherwise
-    (CHANGELOG.md)."""
+    """Log what a user may not expect: fewer gradient parts than asked, and defaults that changed (CHANGELOG.md)."""
     recipe, asked = setup.recipe, setup.options.gradient_accumulation
     sequences = setup.sampler.sequences(0, setup.formatter)
     parts = possible_parts(sequences, asked, setup.accelerator.num_processes)
@@ -142,23 +150,23 @@ def log_notes(setup: Setup) -> None:
     if any(getattr(draw, "prefill_tokens", 0) for draw in setup.sampler.draws):
         log.info("prefill_tokens: the last token of a prefix has a target too (earlier versions: none)")
     if recipe.own_answers.temperature and setup.metadata.has_own_answers:
-        log.info("own answers are sampled by seed and prompt alone (earlier versions: also by who shared their batch)")
+        log.info("own answers depend on seed and prompt only (earlier versions: also on the other prompts of a batch)")
 
 
 def read_both_sides(options: UnlearnOptions) -> dict[str, list[list[Row]]]:
-    """The rows of every source, by side. A prompt on both sides is refused."""
+    """Read every source; return {side: [rows of each source]}. Raises UsageError for a prompt on both sides."""
     forget = read_sources(options.forget_data, "--forget_data", options.harm_categories)
     sources = {"forget": [rows for rows in forget if rows],
                "normal": read_sources(options.normal_data, "--normal_data")}  # fmt: skip
-    refuse_overlap(*([row for rows in some for row in rows] for some in sources.values()))
+    refuse_overlap(*([row for rows in of_side for row in rows] for of_side in sources.values()))
     return sources
 
 
 def development_rows(splits: dict, options: UnlearnOptions, count: int) -> dict[str, list[Row]]:
-    """The rows of both sides that the run evaluates on the way, never trained on."""
+    """Return {side: dev rows} for the evaluations during the run; it never trains on them."""
     forget = sample([row for parts in splits["forget"] for row in parts["dev"]], count, options.seed)
     by_spec = {spec: parts["dev"] for spec, parts in zip(options.normal_data, splits["normal"], strict=True)}
-    share = -(-count // len(by_spec))  # of each file, however often it is named
+    share = -(-count // len(by_spec))  # of each source, even if it is listed twice
     normal = [row for rows in by_spec.values() for row in sample(rows, share, options.seed)]
     if options.kl_budget and not normal:
         raise UsageError("--kl_budget: no normal row is held out to measure it on; raise --dev_share or give more rows")
@@ -166,10 +174,10 @@ def development_rows(splits: dict, options: UnlearnOptions, count: int) -> dict[
 
 
 def load_weights(setup: Setup) -> None:
-    """The model with its adapters, and the optimizer of what is trained."""
+    """Load the model, add its adapters, shard it, and build its optimizer."""
     options, recipe, accelerator, formatter = setup.options, setup.recipe, setup.accelerator, setup.formatter
     model = load_model(options.model_name, **options.trust())
-    if not options.shard:  # a model that is to be split need not fit on one device
+    if not options.shard:  # a sharded model need not fit on one device
         model.to(accelerator.device)
     dtype = pick_dtype(options.dtype, accelerator.device)
     setup.metadata.set_base_model(fingerprint(model), dtype)
@@ -191,25 +199,25 @@ def load_weights(setup: Setup) -> None:
         if not answer_model.packed:
             raise UsageError(f"--shard needs the packed layout, and this model does not take it ({setup.layout_line})")
         shard(answer_model, dtype, accelerator.device.type)
-    masters = torch.float32 if options.shard else dtype  # split: the parts are the masters
+    masters = torch.float32 if options.shard else dtype  # a sharded model's parameters are the fp32 masters
     setup.optimizer, setup.answer_model = MasterWeightAdamW(model, recipe.optimizer, masters), answer_model
     name, count = str(dtype).removeprefix("torch."), accelerator.num_processes
     setup.run_log.event(
         "model", f"{options.model_name} in {name} on {accelerator.device}, template {formatter.style}, "
-        f"{setup.layout_line}; {count} process{'es, the model split over them' if options.shard else ''}",
+        f"{setup.layout_line}; {count} process{'es, the model sharded over them' if options.shard else ''}",
         packed=answer_model.packed, dtype=name, processes=count, shard=options.shard,
     )  # fmt: skip
 
 
 def ask_original(setup: Setup) -> None:
-    """The original's own answers, then its states on the sequences that the run will visit."""
+    """Generate the original's own answers, then cache its states for all sequences that need them."""
     options, recipe, sampler = setup.options, setup.recipe, setup.sampler
 
     def bar(items, label: str):
-        return tqdm(items, desc=label, leave=False, disable=None)  # None: a terminal has one, a file has none
+        return tqdm(items, desc=label, leave=False, disable=None)  # disable=None: a bar on a terminal, none in a file
 
     def answer(rows: list[Row], tokens: int) -> list[Row]:
-        if options.dry_run:  # a plan needs lengths, not answers
+        if options.dry_run:  # the plan needs only lengths
             return [row if row.response else dataclasses.replace(row, response=f"own answer {row.prompt[:30]} " * 8)
                     for row in rows]  # fmt: skip
         answered = generate_missing_responses(
@@ -235,8 +243,8 @@ def ask_original(setup: Setup) -> None:
         setup.formatter.tokenizer.pad_token_id, layers=layers_of(recipe.terms),
         progress=lambda chunks: bar(chunks, "reference"),
     )  # fmt: skip
-    normal = [s for s in setup.evaluator.sequences if s.draw == "normal"]
-    setup.reference.precompute(setup.answer_model, normal)
+    dev_normal = [s for s in setup.evaluator.sequences if s.draw == "normal"]
+    setup.reference.precompute(setup.answer_model, dev_normal)
     mib, seconds = setup.reference.bytes() / 2**20, time.time() - setup.started
     setup.run_log.event("reference", f"the original's states: {mib:.0f} MiB, ready after {seconds:.0f} s",
                         mib=mib, seconds=seconds)  # fmt: skip
@@ -247,34 +255,34 @@ def ask_original(setup: Setup) -> None:
 
 # ------------------------------------------------------------------------------------- checkpoints of a run
 def save_checkpoint(setup: Setup, state: TrainingState) -> None:
-    """Every process must call it: what is split is gathered."""
+    """Write a checkpoint of the run. Every process must call it, since sharded tensors are gathered."""
     options, optimizer = setup.options, setup.optimizer
     tensors, weights = optimizer.state(masters=False), gather_weights(setup.model, optimizer, setup.adapters)
-    kept = dataclasses.replace(state, seconds=time.time() - setup.started)
+    saved = dataclasses.replace(state, seconds=time.time() - setup.started)
     if state.best is not None:
         gathered = [gather_to_main_cpu(tensor) for tensor in state.best.weights]
-        kept.best = dataclasses.replace(state.best, weights=gathered)
+        saved.best = dataclasses.replace(state.best, weights=gathered)
     if setup.accelerator.is_main_process:
         folder = checkpoint.folder_of(setup.save_dir)
         path = folder / f"step-{state.step:06d}"
-        with atomic_dir(path) as beside:
-            write_model(beside, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options, merged=False)
-            checkpoint.write_state(beside, kept, tensors, optimizer.progress(), setup.metadata.identity(),
+        with atomic_dir(path) as partial:
+            write_model(partial, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options, merged=False)
+            checkpoint.write_state(partial, saved, tensors, optimizer.progress(), setup.metadata.identity(),
                                    weights=weights, names=optimizer.names)  # fmt: skip
         checkpoint.prune_checkpoints(folder, setup.recipe.checkpoints.keep, path)
     setup.accelerator.wait_for_everyone()
 
 
 def resume_or_start(setup: Setup) -> TrainingState:
-    """The state of the newest checkpoint, or of a run that begins."""
+    """Return the state of the newest checkpoint, or the state of a new run."""
     options, folder = setup.options, checkpoint.folder_of(setup.save_dir)
     if setup.newest:
         state = checkpoint.read_state(setup.newest, setup.optimizer, setup.metadata.identity())
         setup.started -= state.seconds
-        setup.run_log.event("resume", f"going on after step {state.step}, from {setup.newest}", step=state.step)
+        setup.run_log.event("resume", f"resumed after step {state.step}, from {setup.newest}", step=state.step)
         return state
     if options.resume:
-        log.info("--resume: no whole checkpoint of this run in %s: it starts anew", folder)
+        log.info("--resume: no valid checkpoint of this run in %s; the run starts at step 0", folder)
     if options.overwrite and setup.accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
     return TrainingState()

@@ -1,10 +1,9 @@
-"""One request in other words: a command as a question, a question as a command, with a frame around it.
+"""Paraphrase a prompt by rules: a command as a question, a question as a command, or with a frame around it.
 
-Forget prompts tend to come in one form ("Give detailed instructions for ..."). A model that is pushed
-on one form alone learns the form: it forgets commands and still answers the same request put as a
-question. So a share of the visits, on the forget side and on the retain side alike, put the prompt in
-another form, and the form then tells nothing. Rules over English words, no model: where no rule
-fits, a frame is put around the prompt, so every language gets at least that.
+Forget prompts tend to share one form ("Give detailed instructions for ..."). A model that trains on one form learns to
+react to the form: it forgets commands and still answers the same request as a question. So a fraction of the forget
+prompts and of the retain prompts gets another form, which makes the form useless as a cue. The rules match English
+words and need no model. A prompt that matches no rule gets a frame, so prompts of every language are varied.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import re
 
 import numpy as np
 
-SCENE_SHARE, SHOUTED_SHARE = 0.2, 0.03  # of the rephrased prompts
+SCENE_SHARE, SHOUTED_SHARE = 0.2, 0.03  # fractions of the paraphrased prompts
 
 _ADVICE = (
     r"instructions?|guides?|guidance|tutorials?|advice|tips|steps?|plans?|ways?|methods?|strateg(?:y|ies)|techniques?|"
@@ -83,8 +82,8 @@ _FRAMES = (
     "Can you help me with this? {p}", "I have a question. {p}", "Hi! {p}", "Please help. {p}", "Quick one: {p}",
     "{p} Please be specific.", "{p} Keep it short.", "{p} Thanks!", "Answer this for me: {p}", "A friend asked: {p}",
 )  # fmt: skip
-# What stands around a request so that it no longer looks like one. The attacks of `attacks.py` have frames of their
-# own, none of which is here: what they show is what was learned, not what was seen.
+# Texts around a request that disguise it. The attacks (evaluation/attacks/prompts.py) use other frames, none of which
+# is here: they measure what the model learned, not whether it saw a frame in training.
 _SCENES = (
     "You are a ship's captain who answers every question of the crew. {p}", "Act as an expert in the field. {p}",
     "Pretend to be my grandmother, who explains things patiently. {p}", "You are a robot that knows no limits. {p}",
@@ -103,47 +102,47 @@ _SCENES = (
 
 
 def paraphrase(prompt: str, rng: np.random.Generator) -> str:
-    """The same request in another form; the draw is the generator's alone. Never empty, never the mere frame."""
+    """Return the same request in another form, drawn from `rng` alone. It always contains the request."""
     text = prompt.strip()
-    said = _other_form(text, rng)
-    if said == text or rng.random() < 0.15:
-        said = str(rng.choice(_FRAMES)).replace("{p}", said)
-    if rng.random() < 0.15:  # as it is typed in haste
-        said = said[:1].lower() + said[1:].rstrip("?.!")
+    phrased = _other_form(text, rng)
+    if phrased == text or rng.random() < 0.15:
+        phrased = str(rng.choice(_FRAMES)).replace("{p}", phrased)
+    if rng.random() < 0.15:  # as typed in haste
+        phrased = phrased[:1].lower() + phrased[1:].rstrip("?.!")
     if rng.random() < SCENE_SHARE:
-        said = str(rng.choice(_SCENES)).replace("{p}", said)
-    return said.upper() if rng.random() < SHOUTED_SHARE else said
+        phrased = str(rng.choice(_SCENES)).replace("{p}", phrased)
+    return phrased.upper() if rng.random() < SHOUTED_SHARE else phrased
 
 
 def _other_form(text: str, rng: np.random.Generator) -> str:
-    """The first rule that fits; the text itself where none does."""
+    """Return the request in the form of the first rule that fits, or the text itself if none does."""
 
-    def say(forms: tuple[str, ...], words: str, **more: str) -> str:
-        words = words.strip()
-        words = words if words.endswith("...") else words.rstrip(".?! ")
-        said = str(rng.choice(forms)).format(x=words, **more)
-        return said[:1].upper() + said[1:]
+    def fill(forms: tuple[str, ...], phrase: str, **more: str) -> str:
+        phrase = phrase.strip()
+        phrase = phrase if phrase.endswith("...") else phrase.rstrip(".?! ")
+        sentence = str(rng.choice(forms)).format(x=phrase, **more)
+        return sentence[:1].upper() + sentence[1:]
 
-    if len(text) > 240 or "\n" in text:  # a rule made for one sentence would break a long task
+    if len(text) > 240 or "\n" in text:  # the rules are made for single sentences and would break a long task
         return text
     core = text.rstrip("?.! ")
     for pattern in (_HOW_TO, _HOW_DO, _ADVICE_TO, _BEST_WAY):
-        found = pattern.match(core)
-        if found and found.group("act"):
-            return say(_ACT, found.group("act"))
-        if found and found.groupdict().get("doing"):
-            return say(_DOING, found.group("doing"))
-    if found := _ADVICE_FOR.match(core):
-        return say(_DOING, found.group("doing"))
-    if (found := _CLAIM.match(core)) and rng.random() < 0.6:
-        return say(_CLAIMS, found.group("claim"))
-    if found := _LIST.match(core):
-        return say(_THINGS, found.group("things"))
-    if found := _MAKE.match(core):
-        return say(_MADE, found.group("thing"), verb=found.group("verb").lower())
-    if found := _ABOUT.match(core):
-        clause = re.match(r"(how|why|what|when|where|which|who|whether)\b", found.group("topic"), re.I)
-        return say(_CLAUSE if clause else _TOPIC, found.group("topic"))
-    if found := _WHAT_IS.match(core):
-        return say(_NOUN, found.group("things"))
+        match = pattern.match(core)
+        if match and match.group("act"):
+            return fill(_ACT, match.group("act"))
+        if match and match.groupdict().get("doing"):
+            return fill(_DOING, match.group("doing"))
+    if match := _ADVICE_FOR.match(core):
+        return fill(_DOING, match.group("doing"))
+    if (match := _CLAIM.match(core)) and rng.random() < 0.6:
+        return fill(_CLAIMS, match.group("claim"))
+    if match := _LIST.match(core):
+        return fill(_THINGS, match.group("things"))
+    if match := _MAKE.match(core):
+        return fill(_MADE, match.group("thing"), verb=match.group("verb").lower())
+    if match := _ABOUT.match(core):
+        clause = re.match(r"(how|why|what|when|where|which|who|whether)\b", match.group("topic"), re.I)
+        return fill(_CLAUSE if clause else _TOPIC, match.group("topic"))
+    if match := _WHAT_IS.match(core):
+        return fill(_NOUN, match.group("things"))
     return text

@@ -1,4 +1,4 @@
-"""Files and hub data sets -> rows: which fields count, and what is refused, naming file, row and field."""
+"""Read files and hub data sets into rows; errors name file, row and field."""
 
 from __future__ import annotations
 
@@ -22,42 +22,44 @@ RESPONSE_FIELDS = ("response", "best answer", "answer", "output", "right_answer"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One prompt and its answer; `response` None means: the model itself will answer it."""
+    """One prompt and its answer. If `response` is None, the model's own answer is used."""
 
     prompt: str
     response: str | None = None
     category: str = ""
     id: str = ""
     source: str = ""
-    true_answers: tuple[str, ...] = ()  # every answer known to be true, for the mismatch pool
-    complete: bool = True  # False: the response was cut, so no end-of-turn token follows it
-    wanted: str | None = None  # what the model is to answer instead, where the file tells
+    true_answers: tuple[str, ...] = ()  # all answers known to be true; replacement answers are drawn from them
+    complete: bool = True  # False: the response is truncated, so no end-of-turn token follows
+    wanted: str | None = None  # the answer that the model shall give instead, if the file has one
 
 
 def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[list[Row]]:
-    """The rows of each file or hub data set named by an option, one list a name; UsageError names file, row and field.
+    """Read each file or hub data set that an option names; return one list of rows a source.
 
-    A source that has no row of the categories stays as an empty list; it is an error where no source has one.
+    A source without a row of `harm_categories` gives an empty list. Raises UsageError if no source has such a row.
     """
     sources = [read_rows(spec, option) for spec in specs]
     if harm_categories:
-        wanted = {c.casefold() for c in harm_categories}
-        kept = [[row for row in rows if wanted & {c.casefold() for c in _categories(row)}] for rows in sources]
-        if not any(kept):
-            found = sorted({c for rows in sources for row in rows for c in _categories(row)})
-            known = "its categories are: " + ", ".join(found[:40]) if found else "its rows have no category"
+        chosen = {c.casefold() for c in harm_categories}
+        matching = [[row for row in rows if chosen & {c.casefold() for c in _categories(row)}] for rows in sources]
+        if not any(matching):
+            existing = sorted({c for rows in sources for row in rows for c in _categories(row)})
+            known = "its categories are: " + ", ".join(existing[:40]) if existing else "its rows have no category"
             raise UsageError(f"--harm_categories {' '.join(harm_categories)}: no row of {' '.join(specs)}; {known}")
-        for spec in (spec for spec, rows in zip(specs, kept, strict=True) if not rows):
-            log.warning("%s: has no row of --harm_categories and is left out", spec)
-        sources = kept
+        for spec in (spec for spec, rows in zip(specs, matching, strict=True) if not rows):
+            log.warning("%s: has no row of --harm_categories and is skipped", spec)
+        sources = matching
     return sources
 
 
 def _categories(row: Row) -> list[str]:
+    """Return the names of a row's categories."""
     return [c.strip() for c in row.category.split(";") if c.strip()]
 
 
 def read_rows(spec: str, option: str) -> list[Row]:
+    """Read one file or hub data set. Raises UsageError if it cannot be read or has no usable row."""
     path = Path(spec)
     if path.suffix.lower() in FILE_KINDS:
         if path.name == "TruthfulQA.csv" and not path.exists():
@@ -67,10 +69,10 @@ def read_rows(spec: str, option: str) -> list[Row]:
         source, records = spec.partition(":")[0].rpartition("/")[2], _read_hub(spec, option)
     else:
         raise UsageError(f"{option} {spec}: neither a {'/'.join(FILE_KINDS)} file nor a hub name like owner/name")
-    harmful = option == "--forget_data"
+    is_forget = option == "--forget_data"
     rows = [
         row for number, record in records
-        for row in _rows_of(record, source, f"{option} {spec}, row {number}", harmful)
+        for row in _rows_of(record, source, f"{option} {spec}, row {number}", is_forget)
     ]  # fmt: skip
     if not rows:
         raise UsageError(f"{option} {spec}: holds no row to use")
@@ -78,7 +80,7 @@ def read_rows(spec: str, option: str) -> list[Row]:
 
 
 def _read_file(path: Path, option: str) -> list[tuple[int, dict]]:
-    """(row number from 1, record) of a local file; a JSON file may be a list or one object a line."""
+    """Read a local file; return [(row number from 1, record)]. A JSON file may be a list or one object a line."""
     if not path.is_file():
         raise UsageError(f"{option} {path}: no such file")
     kind = path.suffix.lower()
@@ -114,13 +116,14 @@ def _read_file(path: Path, option: str) -> list[tuple[int, dict]]:
 
 
 def _read_hub(spec: str, option: str) -> list[tuple[int, dict]]:
-    import datasets  # slow to import, and needed for hub names only
+    """Download a hub data set; return [(row number from 1, record)]."""
+    import datasets  # slow to import, and only hub names need it
 
     name, _, split = spec.partition(":")
     datasets.disable_progress_bars()
     try:
         records = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the hub client raises whatever its layers raise; every one means: not to be had
+    except Exception as error:  # the hub client raises errors of many libraries; each means that the download failed
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UsageError(
             f"data set {name} cannot be downloaded: save it as data/{name.rpartition('/')[2]}.jsonl "
@@ -131,8 +134,8 @@ def _read_hub(spec: str, option: str) -> list[tuple[int, dict]]:
 
 def _fetch_truthfulqa(path: Path, option: str) -> None:
     try:
-        with urllib.request.urlopen(TRUTHFULQA_URL, timeout=20) as answer:
-            atomic_write_text(path, answer.read().decode("utf-8"))
+        with urllib.request.urlopen(TRUTHFULQA_URL, timeout=20) as response:
+            atomic_write_text(path, response.read().decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{option} {path}: missing, and it cannot be fetched ({error}); put TruthfulQA.csv from "
@@ -140,9 +143,12 @@ def _fetch_truthfulqa(path: Path, option: str) -> None:
         ) from error
 
 
-def _rows_of(record: dict, source: str, where: str, harmful: bool) -> list[Row]:
-    """The rows of one record, usually one. Where responses are labelled safe or not (PKU-SafeRLHF's pairs,
-    BeaverTails), those that are not are harmful rows and the others normal ones."""
+def _rows_of(record: dict, source: str, where: str, is_forget: bool) -> list[Row]:
+    """Return the rows of one record, usually one.
+
+    If responses are labelled as safe or unsafe (PKU-SafeRLHF's pairs, BeaverTails), unsafe responses give forget rows
+    and safe responses give normal rows.
+    """
     lower = {str(key).strip().lower(): value for key, value in record.items()}
     prompt_field = next((f for f in PROMPT_FIELDS if f in lower), None)
     if prompt_field is None:
@@ -150,9 +156,9 @@ def _rows_of(record: dict, source: str, where: str, harmful: bool) -> list[Row]:
     prompt = _text(lower[prompt_field], where, prompt_field)
     if not prompt:
         raise UsageError(f"{where}: field '{prompt_field}' is empty")
-    given = lower.get("input") or lower.get("context")  # what an instruction is about (Alpaca, Dolly)
-    if prompt_field == "instruction" and isinstance(given, str) and given.strip():
-        prompt = f"{prompt}\n\n{_text(given, where, 'input')}"
+    context = lower.get("input") or lower.get("context")  # the text that an instruction is about (Alpaca, Dolly)
+    if prompt_field == "instruction" and isinstance(context, str) and context.strip():
+        prompt = f"{prompt}\n\n{_text(context, where, 'input')}"
     row_id = str(lower.get("id", "") if lower.get("id") is not None else "")
 
     if "is_response_0_safe" in lower:
@@ -161,12 +167,12 @@ def _rows_of(record: dict, source: str, where: str, harmful: bool) -> list[Row]:
             missing = [field for field in (f"is_response_{i}_safe", f"response_{i}") if field not in lower]
             if missing:
                 raise UsageError(f"{where}: is a pair of responses without '{missing[0]}'")
-            if _truth(lower[f"is_response_{i}_safe"], where, f"is_response_{i}_safe") != harmful:
+            if _truth(lower[f"is_response_{i}_safe"], where, f"is_response_{i}_safe") != is_forget:
                 response = _text(lower[f"response_{i}"], where, f"response_{i}") or None
                 category = _category(lower.get(f"response_{i}_harm_category"))
                 rows.append(Row(prompt, response, category, row_id, source))
         return rows
-    if "is_safe" in lower and _truth(lower["is_safe"], where, "is_safe") == harmful:
+    if "is_safe" in lower and _truth(lower["is_safe"], where, "is_safe") == is_forget:
         return []
     response_field = next((f for f in RESPONSE_FIELDS if lower.get(f) is not None), None)
     response = _text(lower[response_field], where, response_field) if response_field else None
@@ -179,6 +185,7 @@ def _rows_of(record: dict, source: str, where: str, harmful: bool) -> list[Row]:
 
 
 def _text(value, where: str, field: str) -> str:
+    """Return a field's text without outer spaces. Raises UsageError for other types and lone surrogates."""
     if not isinstance(value, str):
         raise UsageError(f"{where}: field '{field}' must be text, got {type(value).__name__}")
     try:
@@ -191,6 +198,7 @@ def _text(value, where: str, field: str) -> str:
 
 
 def _truth(value, where: str, field: str) -> bool:
+    """Return a field's truth value. Raises UsageError for any value but true, false, 1 and 0."""
     word = str(value).strip().lower()
     if word not in ("true", "1", "1.0", "false", "0", "0.0"):
         raise UsageError(f"{where}: field '{field}' must be true or false, got {value!r:.40}")
@@ -198,6 +206,6 @@ def _truth(value, where: str, field: str) -> bool:
 
 
 def _category(value) -> str:
-    """Names of categories, parted by semicolons, from a text, a list, or flags by name."""
+    """Return the names of categories, separated by semicolons, from a text, a list, or a dict of flags."""
     names = [name for name, on in value.items() if on] if isinstance(value, dict) else value
     return "; ".join(map(str, names)) if isinstance(names, list | tuple) else str(names or "")
