@@ -1,7 +1,7 @@
 """Draws: each chooses the rows of a step for a term and builds (prompt, continuation, targets) from them.
 
-A new draw is a class like these, in a file of its own, and one line in DRAWS. Its fields with a help text are its
-settings in a recipe's YAML.
+A new draw is a class like these, in a file of its own, with an import and an entry in DRAWS. Its fields with a help text
+are its settings in a recipe's YAML.
 """
 
 from __future__ import annotations
@@ -9,51 +9,13 @@ from __future__ import annotations
 import dataclasses
 
 from data_module import PromptFormatter, Sequence, make_eot_sequence, with_end
+from method.draw import BaseDraw, ForgetDraw
 from method.sampler import Example, Stream, UnlearnBatchSampler
 from options import COUNT, FRACTION, option
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSizes:
-    """The options of a run that draws use: forget rows per step, and maximum tokens of an answer."""
-
-    batch_size: int = 2
-    max_answer_tokens: int = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class _Draw:
-    """The base of all draws: a name, the run's sizes, and an iterator over the rows of a step with their prompts."""
-
-    name: str
-    sizes: RunSizes
-    replacements = 0
-    is_off = False
-
-    @property
-    def answer_tokens(self) -> int:
-        """Maximum tokens of an answer."""
-        return self.sizes.max_answer_tokens
-
-    def visits(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter):
-        """Yield (example, its row, prompt tokens, style of the template) for each example of the step."""
-        for example in self.examples(step, sampler):
-            yield example, sampler.row(example), *sampler.build_prompt(example, step, formatter)
-
-
-@dataclasses.dataclass(frozen=True)
-class _ForgetDraw(_Draw):
-    """The `batch_size` forget rows of a step, the same rows for all forget draws."""
-
-    side = "forget"
-    needs_answer = False
-
-    def examples(self, step: int, sampler: UnlearnBatchSampler) -> list[Example]:
-        return sampler.visit("forget", Stream.FORGET, self.sizes.batch_size, step, needs_answer=self.needs_answer)
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer(_ForgetDraw):
+class Answer(ForgetDraw):
     """Each forget row's own answer after its prompt.
 
     A row with an empty answer gives no sequence, since unlearning it would push the model away from an empty answer.
@@ -71,7 +33,7 @@ class Answer(_ForgetDraw):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mismatch(_ForgetDraw):
+class Mismatch(ForgetDraw):
     """Replacement answers after each forget prompt (Yao et al. 2023, eq. 3).
 
     They are true answers of normal rows, drawn without repetition within a row and step.
@@ -99,7 +61,7 @@ class Mismatch(_ForgetDraw):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stop(_ForgetDraw):
+class Stop(ForgetDraw):
     """End-of-turn after a forget prompt and, with `prefill_tokens`, after every token of a prefilled answer.
 
     The step's own forget rows are prefilled with their whole answers.
@@ -144,7 +106,7 @@ class Stop(_ForgetDraw):
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted(_ForgetDraw):
+class Wanted(ForgetDraw):
     """Each forget row's wanted answer after its prompt, if the row has one."""
 
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
@@ -158,7 +120,7 @@ class Wanted(_ForgetDraw):
 
 
 @dataclasses.dataclass(frozen=True)
-class Retain(_Draw):
+class Retain(BaseDraw):
     """Normal rows with their answers, and further normal rows with only a first answer token or a prefilled answer."""
 
     rows: COUNT = option(0, "normal rows per step, over all processes (0: as many as --batch_size)")

@@ -65,9 +65,7 @@ def gradient_ascent(nll: torch.Tensor, sequence: torch.Tensor, count: int, ceili
     return -total
 
 
-def npo(
-    nll: torch.Tensor, original_nll: torch.Tensor, sequence: torch.Tensor, count: int, beta: float = 0.1
-) -> torch.Tensor:
+def npo(nll: torch.Tensor, original_nll: torch.Tensor, sequence: torch.Tensor, count: int, beta: float) -> torch.Tensor:
     """Return the NPO loss: -2/beta * ln sigmoid(beta * (NLL - NLL of the original)), (M,) -> (S,).
 
     NLLs are *summed* over a sequence's tokens, as in the paper (some published codes average them).
@@ -78,9 +76,7 @@ def npo(
     return -2 / beta * F.logsigmoid(beta * ratio)
 
 
-def simnpo(
-    nll: torch.Tensor, sequence: torch.Tensor, count: int, beta: float = 2.5, gamma: float = 0.0
-) -> torch.Tensor:
+def simnpo(nll: torch.Tensor, sequence: torch.Tensor, count: int, beta: float, gamma: float) -> torch.Tensor:
     """Return the SimNPO loss: -2/beta * ln sigmoid(beta * mean token NLL - gamma), (M,) -> (S,); needs no original.
 
     Falls to 0 as the answer becomes unlikely. Source: Fan et al. 2024 (arXiv 2410.07163), eq. 4.
@@ -88,7 +84,7 @@ def simnpo(
     return -2 / beta * F.logsigmoid(beta * sequence_mean(nll, sequence, count) - gamma)
 
 
-def dpo(preferred: torch.Tensor, rejected: torch.Tensor, beta: float = 0.1) -> torch.Tensor:
+def dpo(preferred: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
     """Return the DPO loss: -1/beta * ln sigmoid(beta * (rejected - preferred)), (S,), (S,) -> (S,).
 
     preferred, rejected: summed NLL minus the original's, of the replacement answer ("I don't know", or another harmless

@@ -1,71 +1,17 @@
 """Objectives: the loss of a term, as settings, a token loss, and values a sequence or token.
 
-A new objective is a class like these, in a file of its own, and one line in OBJECTIVES. Its fields with a help text
-are its settings in a recipe's YAML. The formulas are the pure functions of method/losses.py.
+A new objective is a class like these, in a file of its own, with an import and an entry in OBJECTIVES. Its fields with
+a help text are its settings in a recipe's YAML. The formulas are the pure functions of method/losses.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-import torch
-
-from engine.token_values import KL, NLL, TokenLoss
+from engine.token_values import KL, TokenLoss
 from method import losses
+from method.objective import Objective
 from options import COUNT, WEIGHT, number, option
-
-
-@dataclasses.dataclass(frozen=True)
-class TermTokens:
-    """The tokens of a term in one batch, as its objective gets them: M answer tokens; the batch has S sequences.
-
-    `nll`, `original_nll` (M,): NLL of the targets, in nats, under the model and under the original. `values` (M,): the
-    token loss. `states`, `original_states` (M, D): hidden states at the objective's layer, at the place that predicts
-    each token. `sequence` (M,) in [0, S): each token's sequence. `count`: S. `examples` (S,): example_id of each
-    sequence. `mine` (S,) bool: the term's own sequences. `preferred`: the tokens of the term that `prefers` names.
-    """
-
-    nll: torch.Tensor
-    values: torch.Tensor
-    sequence: torch.Tensor
-    count: int
-    examples: torch.Tensor
-    mine: torch.Tensor
-    original_nll: torch.Tensor | None = None
-    states: torch.Tensor | None = None
-    original_states: torch.Tensor | None = None
-    preferred: TermTokens | None = None
-
-    def first_only(self, is_first: torch.Tensor) -> TermTokens:
-        """Return only the first token of each sequence: is_first (M,) bool."""
-        names = ("values", "nll", "original_nll", "states", "original_states", "sequence")
-        selected = {name: value[is_first] for name in names if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(self, **selected)
-
-
-class Objective:
-    """The base of all objectives. A term sums `values` and divides the sum by its number of sequences or tokens."""
-
-    token_loss: TokenLoss = NLL  # gives TermTokens.values
-    measure = "nll"  # name of the value that the log shows for the term
-    logs_nll = False  # True: the log shows the NLL of the term's tokens, not the minimised value
-    better = "falls"  # direction of the measure in a successful run: "falls" or "rises"
-    length_normalised = False  # a sequence's value is a mean over its tokens, not a sum
-    # The unit of the mean, unless the recipe sets it. Objectives that unlearn answers use "tokens": a sequence then
-    # counts once a token, so that one weight gives each of them the same gradient at the start.
-    over = "sequences"
-    original_nll = original_states = False  # what it needs from the original beside its token loss
-    layer: int | None = None  # the layer whose hidden states it needs
-    prefers: str | None = None  # the draw whose answers it prefers to the term's own
-
-    def values(self, tokens: TermTokens) -> torch.Tensor:
-        """Return the values to minimise, (S,) or (M,)."""
-        raise NotImplementedError
-
-    @property
-    def needs_original(self) -> bool:
-        """Whether the term's tokens need the original's logits."""
-        return self.original_nll or self.token_loss.needs_original
 
 
 # --------------------------------------------------------------------- towards an answer or the original

@@ -18,7 +18,8 @@ from transformers.hf_argparser import string_to_bool
 
 from engine.adapters import LoraSettings
 from engine.optimizer import OptimizerSettings
-from method.draws import DRAWS, RunSizes
+from method.draw import RunSizes
+from method.draws import DRAWS
 from method.objectives import OBJECTIVES
 from method.sampler import Wording
 from method.terms import Term, active_terms

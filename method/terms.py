@@ -15,7 +15,7 @@ from engine.reference import ReferenceCache
 from engine.token_values import NLL, TokenLoss, TokenRequest, token_values
 from engine.tree import Batch
 from method.losses import sequence_sum, token_nll, weighted_sum
-from method.objectives import Objective, TermTokens
+from method.objective import Objective, TermTokens
 from method.sampler import Draw
 
 

@@ -359,7 +359,8 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path, model_f
 
 def test_a_step_that_fills_fewer_parts_says_so(tmp_path, model_folders, data_files):
     run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out",
-                  *data_words(data_files), *SMALL, "--gradient_accumulation=16", "--dry_run", cwd=tmp_path)  # fmt: skip
+                  "--log_file=out.log", *data_words(data_files), *SMALL, "--gradient_accumulation=16",
+                  "--max_unlearn_steps=1", cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "--gradient_accumulation 16: a step's rows fill 2 parts, so it runs in 2" in run.stderr
 
@@ -377,7 +378,8 @@ def test_the_padded_layout_says_that_it_holds_a_second_model(tmp_path, model_fol
 
 def test_hidden_states_are_steered_and_the_others_held(tmp_path, model_folders, data_files):
     """RMU in a whole run: only the chosen matrices move, the forget answers are lost, both terms stand in the log."""
-    words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *SMALL, "--method=rmu", "--lr=1e-2",
+    small = [word for word in SMALL if "mismatch" not in word]
+    words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *small, "--method=rmu", "--lr=1e-2",
              "--max_unlearn_steps=8", "--set", "forget.layer=1", "retain.layer=1", "retain.weight=1",
              r"trainable.parameters=layers\.1\.mlp\.down_proj", "--log_file=out.log",
              "--model_save_dir=out"]  # fmt: skip

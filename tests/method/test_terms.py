@@ -11,7 +11,7 @@ import yaml
 
 from data_module import Sequence
 from engine.tree import padded_batch
-from method.draws import RunSizes
+from method.draw import RunSizes
 from method.losses import rmu_direction
 from method.objectives import OBJECTIVES
 from method.recipe import build_terms

@@ -1,0 +1,47 @@
+"""What a draw is: which rows a step visits for a term, and which sequences it makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from data_module import PromptFormatter
+from method.sampler import Example, Stream, UnlearnBatchSampler
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSizes:
+    """The options of a run that draws use: forget rows per step, and maximum tokens of an answer."""
+
+    batch_size: int = 2
+    max_answer_tokens: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseDraw:
+    """The base of all draws: a name, the run's sizes, and an iterator over the rows of a step with their prompts."""
+
+    name: str
+    sizes: RunSizes
+    replacements = 0
+    is_off = False
+
+    @property
+    def answer_tokens(self) -> int:
+        """Maximum tokens of an answer."""
+        return self.sizes.max_answer_tokens
+
+    def visits(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter):
+        """Yield (example, its row, prompt tokens, style of the template) for each example of the step."""
+        for example in self.examples(step, sampler):
+            yield example, sampler.row(example), *sampler.build_prompt(example, step, formatter)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetDraw(BaseDraw):
+    """The `batch_size` forget rows of a step, the same rows for all forget draws."""
+
+    side = "forget"
+    needs_answer = False
+
+    def examples(self, step: int, sampler: UnlearnBatchSampler) -> list[Example]:
+        return sampler.visit("forget", Stream.FORGET, self.sizes.batch_size, step, needs_answer=self.needs_answer)
