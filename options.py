@@ -30,9 +30,10 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     def read(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            finite = math.isfinite(value)
+        except (ValueError, TypeError, OverflowError):
+            finite = False
+        if not finite or value < low or value > high or (above and value == low):
             raise argparse.ArgumentTypeError(f"must be a {name}, got {text!r}")
         return value
 
@@ -81,6 +82,10 @@ def _as(hint, value, where: str):
         return value
     if type(None) in get_args(hint):
         return None if value is None else _as(get_args(hint)[0], value, where)
+    if hint is str:
+        if not isinstance(value, str):
+            raise UsageError(f"{where}: must be text, got {value!r}")
+        return value
     if hint is bool or isinstance(value, bool):
         if hint is not bool or not isinstance(value, bool):
             raise UsageError(f"{where}: must be {'true or false' if hint is bool else 'a number'}, got {value!r}")

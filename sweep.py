@@ -21,7 +21,7 @@ import yaml
 from engine import checkpoint
 from evaluation import verdict
 from evaluation.report import front_plot, print_table
-from method.recipe import old_names, parse_run
+from method.run_options import old_names, parse_run
 from options import POSITIVE, OneLineParser, UnlearnOptions, option
 from utils import RunError, UsageError, atomic_write_text, run_script, write_json
 
@@ -42,6 +42,8 @@ def main() -> None:
     """Run the sweep and print its table. Raises RunError if a combination failed."""
     options = SweepOptions(**vars(OneLineParser(SweepOptions, allow_abbrev=False).parse_args()))
     folder, runs = Path(options.sweep_dir), combinations(options.grid)
+    for settings in runs:  # a name or a value that no run takes is refused before the first one starts
+        parse_run([f"--config={options.config}", *words_for(settings)])
     records, failed = [], []
     for number, settings in enumerate(runs, 1):
         name = slug(settings)

@@ -22,7 +22,7 @@ from engine.saving import gather_weights, write_model
 from engine.state import BestState, TrainingState
 from evaluation.report import write_model_card
 from method.plan import print_plan
-from method.recipe import parse_run
+from method.run_options import parse_run
 from method.step import StepStats, compute_gradients
 from run.setup import Setup, prepare, resume_or_start, save_checkpoint
 from utils import (
@@ -204,7 +204,9 @@ def finish(setup: Setup, state: TrainingState, reason: str) -> None:
     if accelerator.is_main_process:
         with atomic_dir(setup.save_dir) as beside:
             write_model(beside, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options)
-            write_json(beside / "unlearn_args.json", {"options": dataclasses.asdict(options), "run": summary})
+            terms = [term.describe() for term in setup.recipe.terms]
+            write_json(beside / "unlearn_args.json",
+                       {"options": dataclasses.asdict(options), "run": summary, "terms": terms})  # fmt: skip
             asked = setup.sampler.trained_prompts(saved["step"])
             write_json(beside / TRAINED_ON, {"forget": sorted(map(prompt_hash, asked))})
         # the weights are in place; an error in a descriptive file must not lose them

@@ -30,7 +30,8 @@ from engine.optimizer import MasterWeightAdamW
 from engine.reference import ReferenceCache
 from engine.speedups import speed_up
 from engine.tree import AnswerLogitsModel
-from method.recipe import parse_run, read_recipe
+from method.recipe import read_recipe
+from method.run_options import parse_run
 from method.sampler import UnlearnBatchSampler
 from method.terms import compute_losses, count_draws, sequences_needing_reference
 from options import POSITIVE, OneLineParser, option

@@ -45,7 +45,7 @@ def decoder_layers(model) -> tuple[str, torch.nn.ModuleList]:
         if lists:
             layers = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
             return next(name for name, module in model.named_modules() if module is layers), layers
-    raise UsageError(f"{type(model).__name__}: has no list of {total} layers; leave out --frozen_layers, "
+    raise UsageError(f"{type(model).__name__}: has no list of {total} layers; leave out trainable.frozen_layers, "
                      "--gradient_checkpointing and --shard")  # fmt: skip
 
 
@@ -61,7 +61,8 @@ def freeze(model, count: int) -> str | None:
         return None
     total = model.config.get_text_config().num_hidden_layers
     if count >= total:
-        raise UsageError(f"--frozen_layers {count}: the model has {total} layers, so at most {total - 1} can be frozen")
+        raise UsageError(f"trainable.frozen_layers {count}: the model has {total} layers, so at most {total - 1} can "
+                         "be frozen")  # fmt: skip
     name, layers = decoder_layers(model)
     for part in (*layers[:count], model.get_input_embeddings(), model.get_output_embeddings()):
         if part is not None:
@@ -92,11 +93,19 @@ def restrict_trainable(model, pattern: str | None) -> None:
 
 
 def check_layers(model, layers: tuple[int, ...]) -> None:
-    """Raise UsageError if the model has not all of these layers, counted from 0."""
-    total = len(decoder_layers(model)[1]) if layers else 0
-    if layers and layers[-1] >= total:
-        raise UsageError(f"layer {layers[-1]}: the model has {total} layers, 0 to {total - 1}; name another one, for "
-                         "instance --set forget.layer=1")  # fmt: skip
+    """Raise UsageError if the model has not all of these layers, counted from 0, or if no weight that shapes their
+    output is trained."""
+    if not layers:
+        return
+    name, modules = decoder_layers(model)
+    if layers[-1] >= len(modules):
+        raise UsageError(f"layer {layers[-1]}: the model has {len(modules)} layers, 0 to {len(modules) - 1}; name "
+                         "another one, for instance --set forget.layer=1")  # fmt: skip
+    up_to = tuple(f"{name}.{i}." for i in range(layers[0] + 1))
+    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    if not any(p.requires_grad and (n.startswith(up_to) or id(p) in embeddings) for n, p in model.named_parameters()):
+        raise UsageError(f"layer {layers[0]}: no weight up to it is trained, so its hidden states cannot move; change "
+                         "trainable.frozen_layers, trainable.parameters or the layer")  # fmt: skip
 
 
 class _Reached(Exception):
@@ -190,7 +199,7 @@ def add_lora(model, settings: LoraSettings, frozen: str | None):
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's own call
             wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
-        raise UsageError(f"--lora_targets {' '.join(settings.targets)}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"lora.targets {' '.join(settings.targets)}: {str(error).splitlines()[0]}") from error
     for name, weight in model.named_parameters():  # peft adds adapters to the experts of every layer
         if frozen and re.fullmatch(frozen, name):
             weight.requires_grad_(False)
@@ -202,7 +211,7 @@ def check_save_path(model, adapters, ids: torch.Tensor, targets: tuple[str, ...]
     """Check, before the first step, that the model which a run saves will be the model that it trains.
 
     adapters: what `add_lora` returned, or None for a run on whole weights; ids (R, T): a few token ids;
-    targets: --lora_targets, for the message. Call it while the model is in fp32 and whole on its device.
+    targets: lora.targets, for the message. Call it while the model is in fp32 and whole on its device.
 
     Weights stored as codes (bitsandbytes and the like) are refused: nothing can be merged into them or saved from
     them. Then the adapters get small values, and for each kind of adapted module (a name without its layer number)
@@ -232,7 +241,7 @@ def check_save_path(model, adapters, ids: torch.Tensor, targets: tuple[str, ...]
             for name, module in kinds.values():
                 difference = _merged_logits(model, module, ids) - expected
                 if not difference.square().mean().sqrt() <= SAVE_TOLERANCE * expected.std():
-                    raise UsageError(f"--lora_targets {' '.join(targets) or name}: the adapter of {name} cannot be "
+                    raise UsageError(f"lora.targets {' '.join(targets) or name}: the adapter of {name} cannot be "
                                      f"merged and saved ({_why_not(model, module)}); leave it out")  # fmt: skip
     finally:
         with torch.no_grad():

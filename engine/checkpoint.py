@@ -246,6 +246,9 @@ def check_same_run(path: Path, identity: dict) -> None:
     A path under the working folder may also have moved along with that folder.
     """
     then, now = json.loads((path / STATE).read_text(encoding="utf-8"))["identity"], json.loads(json.dumps(identity))
+    if "options" in then and "folder" not in then:
+        raise UsageError(f"--resume: {path} was made by an earlier version, which kept other things; remove "
+                         f"{path.parent} to start anew")  # fmt: skip
     differ = []
     for part in now.keys() - {"folder"}:
         before = then.get(part, {})

@@ -137,7 +137,8 @@ def _is_file(name: str) -> bool:
 def _hash_rows(rows: list) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.prompt, row.response, row.category, row.true_answers]).encode())
+        wanted = [] if row.wanted is None else [row.wanted]  # rows without one keep the hash that they always had
+        digest.update(json.dumps([row.prompt, row.response, row.category, row.true_answers, *wanted]).encode())
     return digest.hexdigest()
 
 

@@ -20,6 +20,8 @@ def lock_output_dir(save_dir: Path, options, accelerator):
         return contextlib.ExitStack()
     if save_dir.resolve() in (here := Path.cwd(), *here.parents):
         raise UsageError(f"--model_save_dir {save_dir}: is where this runs, or a parent folder; choose another folder")
+    if save_dir.exists() and not save_dir.is_dir():
+        raise UsageError(f"--model_save_dir {save_dir}: is a file; name a folder")
     lock = checkpoint.OutputDirLock(save_dir)
     if save_dir.exists() and any(save_dir.iterdir()) and not options.overwrite:
         lock.close()
@@ -37,13 +39,16 @@ def gather_weights(model, optimizer: MasterWeightAdamW, adapters) -> dict[str, t
 
     Every process must call it.
     """
-    named = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()
-             if adapters is None or tensor.requires_grad}  # fmt: skip
+    tensors = model.state_dict(keep_vars=True)
+    if adapters is not None:  # whole adapters: of one with a part that is not trained, that part is needed as well
+        trained = {name.partition(".lora_")[0] for name, tensor in tensors.items() if tensor.requires_grad}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad
+                   or (".lora_" in name and name.partition(".lora_")[0] in trained)}  # fmt: skip
     saved: dict[int, torch.Tensor | None] = {}  # by id: a tied weight has two names and stays one tensor
-    for tensor in named.values():
+    for tensor in tensors.values():
         if id(tensor) not in saved:
             saved[id(tensor)] = gather_to_main_cpu(optimizer.master(tensor))
-    return {name: saved[id(tensor)] for name, tensor in named.items()}
+    return {name: saved[id(tensor)] for name, tensor in tensors.items()}
 
 
 def write_model(folder: Path, model, weights: dict, adapters, tokenizer, options, *, merged: bool = True) -> None:

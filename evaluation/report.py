@@ -217,6 +217,6 @@ def write_model_card(folder: Path) -> None:
     report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else None
     options = {"recipe": None, **made["options"]}  # a folder made before recipes has none
     card = _pages.get_template("model_card.md").render(
-        options=options, run=made["run"], rows=table_rows(report) if report else []
+        options=options, run=made["run"], terms=made.get("terms", []), rows=table_rows(report) if report else []
     )
     atomic_write_text(folder / "README.md", card)

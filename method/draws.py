@@ -1,7 +1,7 @@
 """Draws: each chooses the rows of a step for a term and builds (prompt, continuation, targets) from them.
 
-A new draw is a class like these, in a file of its own, with an import and an entry in DRAWS. Its fields with a help text
-are its settings in a recipe's YAML.
+A new draw is a class like these, in a file of its own, with an import and an entry in DRAWS. Its fields with a help
+text are its settings in a recipe's YAML.
 """
 
 from __future__ import annotations

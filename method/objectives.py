@@ -19,6 +19,8 @@ from options import COUNT, WEIGHT, number, option
 class Nll(Objective):
     """Mean token NLL of each sequence (Yao et al. 2023, eq. 3). It falls as the continuation is learned."""
 
+    length_normalised = True
+
     def values(self, tokens):
         return losses.random_mismatch(tokens.values, tokens.sequence, tokens.count)
 

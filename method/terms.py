@@ -37,6 +37,7 @@ class Term:
     over: str = "tokens"
     field: str = ""
     watch: bool = False
+    preferred: str | None = None  # the draw whose sequences its objective prefers to its own
 
     @property
     def active(self) -> bool:
@@ -45,9 +46,9 @@ class Term:
 
     def describe(self) -> dict:
         """Return its description for the log, which plots of its curve need."""
-        return {"name": self.name, "field": self.field, "measure": self.objective.measure, "side": self.draw.side,
-                "loss": self.loss, "weight": self.weight, "over": self.over, "tokens": self.tokens,
-                "better": self.objective.better}  # fmt: skip
+        return {"name": self.name, "field": self.field, "measure": self.objective.measure, "draw": self.draw.name,
+                "side": self.draw.side, "loss": self.loss, "weight": self.weight, "over": self.over,
+                "tokens": self.tokens, "better": self.objective.better}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -93,7 +94,7 @@ def sequences_needing_reference(sequences: list[Sequence], terms: list[Term]) ->
     draws = set()
     for term in terms:
         if term.objective.needs_original or term.objective.original_states:
-            draws |= {term.draw.name, term.objective.prefers}
+            draws |= {term.draw.name, term.preferred}
     return [s for s in sequences if s.draw in draws]
 
 
@@ -110,12 +111,12 @@ def _loss_term(term: Term, view: _BatchView, count: DrawCount) -> LossTerm:
     """Compute one term of one batch; `count`: of its draw in the whole step."""
     objective = term.objective
     tokens = view.tokens(term.draw.name, objective, first_only=term.tokens == "first")
-    if objective.prefers:
-        tokens = dataclasses.replace(tokens, preferred=view.tokens(objective.prefers, objective))
+    if term.preferred:
+        tokens = dataclasses.replace(tokens, preferred=view.tokens(term.preferred, objective))
     values = objective.values(tokens)
     if objective.length_normalised and term.over == "tokens":
         values = values * sequence_sum(torch.ones_like(tokens.nll), tokens.sequence, tokens.count)  # (S,)
-    denominator = count.tokens if term.over == "tokens" else count.sequences
+    denominator = count.tokens if term.over == "tokens" and term.tokens == "all" else count.sequences
     if objective.logs_nll:
         mean = weighted_sum(tokens.nll.detach(), 1.0, count.tokens)
     else:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from data_module import PromptFormatter, refuse_overlap, sample, split_sources
+from data_module import PromptFormatter, Sequence, refuse_overlap, sample, split_sources
 from engine import checkpoint
 from engine.adapters import (
     add_lora,
@@ -136,6 +136,17 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     return setup
 
 
+def refuse_nothing_to_train(setup: Setup, sequences: list[Sequence]) -> None:
+    """Say which terms have no sequence among these. Raises UsageError if no term with a weight has one."""
+    drawn = {sequence.draw for sequence in sequences}
+    silent = [term for term in setup.recipe.terms if term.draw.name not in drawn]
+    if not any(term.weight for term in setup.recipe.terms if term not in silent):
+        raise UsageError("no row gives a sequence to train on: the terms are "
+                         f"{', '.join(term.name for term in silent)}; give rows with what they draw")  # fmt: skip
+    for term in silent:
+        log.warning("%s: no row gives it a sequence, so it does nothing in this run", term.name)
+
+
 def log_notes(setup: Setup) -> None:
     """Log what a user may not expect: fewer gradient parts than asked, and defaults that changed (CHANGELOG.md)."""
     recipe, asked = setup.recipe, setup.options.gradient_accumulation
@@ -147,6 +158,14 @@ def log_notes(setup: Setup) -> None:
         if term.loss in ("npo", "simnpo", "dpo", "unlikelihood") and term.over == "tokens":
             log.info("%s: %s is divided by the step's answer tokens (earlier versions: by its rows; --set "
                      "%s.mean_over=sequences)", term.name, term.loss, term.name)  # fmt: skip
+        if term.loss == "unlikelihood":
+            log.info("%s: tokens known by heart have a gradient (earlier versions: none)", term.name)
+    if setup.options.method == "selective":
+        log.info("log: the terms' fields are %s (earlier versions: bad_loss, random_loss, normal_loss, first_token_kl)",
+                 ", ".join(term.field for term in recipe.terms))  # fmt: skip
+    if recipe.trainable.frozen_layers:
+        log.info("frozen_layers: all that feeds the first trained layer is frozen (earlier versions: not position "
+                 "embeddings and input projections)")  # fmt: skip
     if any(getattr(draw, "prefill_tokens", 0) for draw in setup.sampler.draws):
         log.info("prefill_tokens: the last token of a prefix has a target too (earlier versions: none)")
     if recipe.own_answers.temperature and setup.metadata.has_own_answers:
@@ -187,10 +206,10 @@ def load_weights(setup: Setup) -> None:
     answer_model, setup.layout_line = wrap_model(model, formatter, prompts, recipe.layout.pack_tokens)
     if not answer_model.packed:
         setup.layout_line += "; the original stays in memory as a second model"
-    check_layers(model, layers_of(recipe.terms))
     frozen = freeze(model, recipe.trainable.frozen_layers)
     setup.adapters = add_lora(model, recipe.lora, frozen) if options.use_lora else None
     restrict_trainable(model, recipe.trainable.parameters)
+    check_layers(model, layers_of(recipe.terms))
     probe = torch.tensor([formatter.prompt(prompts[0])[-8:]], device=next(model.parameters()).device)  # (1, T)
     check_save_path(model, setup.adapters, probe, recipe.lora.targets)
     if options.gradient_checkpointing:
@@ -236,8 +255,11 @@ def ask_original(setup: Setup) -> None:
         batch_size=recipe.own_answers.batch_size,
     )  # fmt: skip
     if options.dry_run:
+        refuse_nothing_to_train(setup, [s for step in range(min(20, sampler.steps)) for s in
+                                        sampler.sequences(step, setup.formatter)])  # fmt: skip
         return
     scheduled = [s for step in range(options.max_unlearn_steps) for s in sampler.sequences(step, setup.formatter)]
+    refuse_nothing_to_train(setup, scheduled)
     setup.reference = ReferenceCache(
         setup.answer_model, sequences_needing_reference(scheduled, recipe.terms), recipe.layout.pack_tokens,
         setup.formatter.tokenizer.pad_token_id, layers=layers_of(recipe.terms),

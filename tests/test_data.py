@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data_module import PromptFormatter, make_eot_sequence, refuse_overlap, split_of, split_rows, split_sources
 from engine.tree import padded_batch
-from method.recipe import parse_run, read_recipe
+from method.recipe import read_recipe
+from method.run_options import parse_run
 from method.sampler import UnlearnBatchSampler
 from options import UnlearnOptions
 from sources.rows import Row, read_rows, read_sources

@@ -30,7 +30,8 @@ from engine.saving import gather_weights, lock_output_dir, write_model
 from engine.tree import AnswerLogitsModel
 from evaluate_unlearning import load_cached_report, report_folder
 from method.objectives import Npo
-from method.recipe import parse_run, read_recipe
+from method.recipe import read_recipe
+from method.run_options import parse_run
 from options import EvaluateOptions, UnlearnOptions, parse
 from utils import RunError, UsageError, load_model, load_tokenizer
 
@@ -357,6 +358,51 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path, model_f
     assert run.returncode == 0, run.stderr
 
 
+def test_adapters_of_which_a_part_is_trained_are_saved_whole(tmp_path, model_folders, data_files):
+    """The other part is drawn at random: without it, what is loaded is another model than was trained."""
+    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out",
+                  "--log_file=o.log", *data_words(data_files), *SMALL, "--use_lora",
+                  "--set=trainable.parameters=lora_B", cwd=tmp_path)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    adapter = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    parts = {name.rpartition(".lora_")[0]: 0 for name in adapter}
+    for name in adapter:
+        parts[name.rpartition(".lora_")[0]] += 1
+    assert set(parts.values()) == {2}
+
+
+def test_a_run_without_a_sequence_is_refused_and_a_term_without_one_is_said(tmp_path, model_folders, data_files):
+    (tmp_path / "r.yaml").write_text("terms:\n- {name: wish, draw: wanted, loss: nll}\n")
+    words = [f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
+             *data_words(data_files), *(word for word in SMALL if "mismatch" not in word)]  # fmt: skip
+    for more in ([], ["--dry_run"]):
+        run = run_cli("unlearn_harm.py", *words, "--method=r.yaml", *more, cwd=tmp_path, quiet=True)
+        assert "no row gives a sequence to train on: the terms are wish" in one_line_error(run)
+    assert not (tmp_path / "out").exists()
+    with open(tmp_path / "r.yaml", "a") as file:
+        file.write("- {name: retain, draw: retain, loss: kl}\n")
+    run = run_cli("unlearn_harm.py", *words, "--method=r.yaml", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "wish: no row gives it a sequence, so it does nothing in this run" in run.stderr
+
+
+def test_wanted_answers_are_taught(tmp_path, model_folders, data_files):
+    rows = [
+        {"prompt": f"How do I break lock {i}?", "response": f"Pick {i}.", "wanted": "Ask a locksmith."}
+        for i in range(6)
+    ]
+    (tmp_path / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.yaml").write_text("terms:\n- {name: forget, draw: answer, loss: ascent, weight: 0.1}\n"
+                                     "- {name: wish, draw: wanted, loss: nll}\n")  # fmt: skip
+    words = [f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log", "--method=r.yaml",
+             "--forget_data=forget.jsonl", "--normal_data", data_files["facts"],
+             *(word for word in SMALL if "mismatch" not in word), "--max_unlearn_steps=12"]  # fmt: skip
+    run = run_cli("unlearn_harm.py", *words, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    steps = events(tmp_path / "out.jsonl", "step")
+    assert steps[-1]["wish_nll"] < steps[0]["wish_nll"] - 0.5
+
+
 def test_a_step_that_fills_fewer_parts_says_so(tmp_path, model_folders, data_files):
     run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out",
                   "--log_file=out.log", *data_words(data_files), *SMALL, "--gradient_accumulation=16",
@@ -394,6 +440,9 @@ def test_hidden_states_are_steered_and_the_others_held(tmp_path, model_folders, 
     assert {name for name in saved if (saved[name] != start[name]).any()} == {"model.layers.1.mlp.down_proj.weight"}
     run = run_cli("unlearn_harm.py", *words, "--set=forget.layer=7", "--overwrite", cwd=tmp_path, quiet=True)
     assert "layer 7: the model has 2 layers, 0 to 1" in one_line_error(run)
+    run = run_cli("unlearn_harm.py", *words, "--set", "forget.layer=0", "retain.layer=0", "--overwrite", cwd=tmp_path,
+                  quiet=True)  # fmt: skip
+    assert "layer 0: no weight up to it is trained, so its hidden states cannot move" in one_line_error(run)
     run = run_cli("unlearn_harm.py", *words, "--set=trainable.parameters=nothing", "--overwrite", cwd=tmp_path,
                   quiet=True)  # fmt: skip
     assert "trainable.parameters 'nothing': finds none of this model's parameters" in one_line_error(run)

@@ -10,7 +10,8 @@ import yaml
 from conftest import ROOT, one_line_error, run_cli, run_python
 
 import sweep
-from method.recipe import parse_run, read_recipe
+from method.recipe import read_recipe
+from method.run_options import parse_run
 from options import UnlearnOptions
 from utils import RunError, UsageError
 

@@ -150,7 +150,7 @@ def test_check_save_path_tied_target_is_refused(targets):
     with pytest.raises(UsageError) as error:
         check_save_path(model, adapters, IDS, targets)
     line = str(error.value)
-    assert line.startswith(f"--lora_targets q_proj {targets[1]}: the adapter of ")
+    assert line.startswith(f"lora.targets q_proj {targets[1]}: the adapter of ")
     assert "lm_head and model.embed_tokens share one weight" in line
     assert "\n" not in line
 

@@ -80,8 +80,10 @@ def test_a_killed_run_ends_in_the_same_weights(whole, tmp_path):
     assert sorted(f.name for f in (tmp_path / "out-checkpoints").iterdir()) == ["step-000006", "step-000008"]
 
 
-@pytest.mark.parametrize("words", [["--dtype=bf16"], ["--dtype=bf16", "--frozen_layers=1", "--kl_budget=0"],
-                                   ["--dtype=bf16", "--use_lora", "--gradient_checkpointing"]])  # fmt: skip
+@pytest.mark.parametrize("words", [
+    ["--dtype=bf16"], ["--dtype=bf16", "--set=trainable.frozen_layers=1", "--kl_budget=0"],
+    ["--dtype=bf16", "--use_lora", "--gradient_checkpointing"],
+])  # fmt: skip
 def test_resume_in_bf16_with_whole_weights_and_adapters_is_exact(tmp_path, model_folders, data_files, words):
     """A master is a bf16 weight and the residual of its rounding; a checkpoint keeps their sum once."""
     words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *RUN, "--model_save_dir=out", *words]

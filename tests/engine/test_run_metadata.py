@@ -13,7 +13,7 @@ import torch
 import utils
 from engine import checkpoint, run_metadata
 from engine.run_metadata import RunMetadata
-from method.recipe import parse_run
+from method.run_options import parse_run
 from options import UnlearnOptions
 from sources.rows import Row
 from utils import UsageError
@@ -215,3 +215,10 @@ def test_proc_field_that_cannot_be_read_is_nan(tmp_path, content, gib):
         (tmp_path / "status").write_text(content)
     found = utils._proc_gib(str(tmp_path / "status"), "VmRSS")
     assert found == gib or (gib is None and math.isnan(found))
+
+
+def test_resume_other_wanted_answers_are_another_run(files, tmp_path):
+    """What a row is to be answered with is trained on, as its answer is."""
+    made = [RunMetadata(UnlearnOptions(**files), {"forget": [Row("Bad?", "No.", wanted=text)], "normal": []})
+            for text in (None, "Ask a doctor.", "Ask a lawyer.")]  # fmt: skip
+    assert len({metadata.rows_hash["forget"] for metadata in made}) == 3

@@ -124,8 +124,9 @@ MADE = {"model_name": "opt", "forget_data": ["a.csv"], "normal_data": ["b.csv"],
 RUN = {"steps": 5, "stop_reason": "done", "kept_step": 4, "seconds": 3.0}
 
 
-def card_of(folder, options: dict) -> str:
-    (folder / "unlearn_args.json").write_text(json.dumps({"options": options, "run": RUN}))
+def card_of(folder, options: dict, terms: list[dict] | None = None) -> str:
+    made = {"options": options, "run": RUN} | ({"terms": terms} if terms else {})
+    (folder / "unlearn_args.json").write_text(json.dumps(made))
     write_model_card(folder)
     return (folder / "README.md").read_text()
 
@@ -134,19 +135,20 @@ def test_a_card_of_a_folder_without_a_recipe_names_method_and_weights(tmp_path):
     card = card_of(tmp_path, MADE)
     assert "| method | `yao`: gradient ascent + random mismatch + KL to the original" in card
     assert "| weights (bad / random / normal) | 0.5 / 1.0 / 1.0 |" in card
-    assert "| term | draw | loss | weight |" not in card
+    assert "| term |" not in card
 
 
 def test_a_card_of_a_recipe_has_a_row_a_term(tmp_path):
-    terms = [{"name": "forget", "draw": "answer", "loss": "npo", "weight": 0.3, "beta": 0.1},
-             {"name": "retain", "draw": "answer", "loss": "kl", "weight": 28.0}]  # fmt: skip
+    """The terms that the run minimised, with the weights that they had; the paper is named for its own recipe alone."""
+    terms = [{"name": "forget", "draw": "forget", "loss": "npo", "weight": 0.3},
+             {"name": "retain", "draw": "retain", "loss": "kl", "weight": 28.0},
+             {"name": "retain_first", "draw": "retain", "loss": "kl", "weight": 12.04}]  # fmt: skip
     unset = dict.fromkeys(("bad_weight", "random_weight", "normal_weight", "forget_loss"))
-    card = card_of(tmp_path, MADE | unset | {"method": "selective", "recipe": {"terms": terms}})
+    card = card_of(tmp_path, MADE | unset | {"method": "selective", "recipe": {"terms": [{"name": "off"}]}}, terms)
     assert "| recipe | `selective` |" in card
-    assert "| term | draw | loss | weight |\n|---|---|---|---|\n| forget | answer | npo | 0.3 |\n| retain |" in card
-    assert "| retain | answer | kl | 28.0 |\n\n" in card
+    assert "| term | sequences of | loss | weight |\n|---|---|---|---|\n| forget | forget | npo | 0.3 |\n" in card
+    assert "| retain_first | retain | kl | 12.04 |\n\n" in card
     assert "None" not in card
-    options = {name: value for name, value in MADE.items() if name not in (*unset, "method")}
-    card = card_of(tmp_path, options | {"recipe": {"terms": terms}})  # a recipe from a file has no method
-    assert "| recipe |" not in card
-    assert "| forget | answer | npo | 0.3 |" in card
+    assert "off" not in card
+    assert "Yao" not in card
+    assert "Yao" in card_of(tmp_path, MADE | unset | {"method": "yao"}, terms)

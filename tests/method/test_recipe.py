@@ -8,8 +8,9 @@ import yaml
 from conftest import ROOT
 
 from method.draws import DRAWS
-from method.objectives import OBJECTIVES
-from method.recipe import SECTIONS, old_names, parse_run, read_recipe
+from method.objectives import OBJECTIVES, Npo
+from method.recipe import SECTIONS, read_recipe
+from method.run_options import old_names, parse_run
 from options import UnlearnOptions
 from utils import UsageError
 
@@ -76,6 +77,14 @@ def test_an_old_file_and_an_old_manifest_are_read(tmp_path):
     recipe, terms = read_recipe(options), {term.name: term for term in read_recipe(options).terms}
     assert (terms["stop"].weight, terms["stop"].draw.rows, recipe.lora.rank) == (2.5, 4, 8)
     assert options.model_save_dir == UnlearnOptions.model_save_dir
+    # what an earlier run's list of options holds for another loss or another recipe was typed by nobody
+    for loss, method in (("npo", "yao"), ("dpo", "yao"), ("unlikelihood", "selective")):
+        file = tmp_path / f"{loss}.json"
+        file.write_text(json.dumps({"arguments": {**arguments, "method": method, "forget_loss": loss}}))
+        assert terms_of(f"--from_manifest={file}")["forget"].loss == loss
+    assert terms_of(f"--from_manifest={tmp_path / 'm.json'}", "--forget_loss=npo")["forget"].objective == Npo()
+    assert terms_of(f"--from_manifest={tmp_path / 'm.json'}", "--method=rmu")["forget"].loss == "rmu"
+    assert terms_of("--forget_ceiling=0", "--forget_loss=npo")["forget"].objective == Npo()  # 0 meant: no ceiling
 
 
 def test_a_manifest_repeats_the_recipe_and_gives_way_to_what_is_typed(tmp_path):
@@ -88,6 +97,33 @@ def test_a_manifest_repeats_the_recipe_and_gives_way_to_what_is_typed(tmp_path):
     assert (again.lr, again.use_lora, again.method) == (made.lr, True, "selective")
     other = terms_of(*words, "--forget_loss=npo", "--set=stop.weight=9")
     assert (other["forget"].loss, other["stop"].weight, other["retain"].weight) == ("npo", 9, 3)
+
+
+def test_the_recipe_that_is_kept_holds_every_setting(tmp_path):
+    """A default that changes later must not change what a manifest repeats; a default that is typed is the same run."""
+    made, typed = parse_run([]), parse_run(["--set", "optimizer.warmup_steps=0", "forget.weight=5e-1"])
+    assert made.recipe == typed.recipe
+    assert made.recipe["optimizer"] == {
+        "schedule": "linear",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    }
+    assert made.recipe["terms"][1]["answers"] == 5
+    assert parse_run(["--forget_loss=npo"]).recipe["terms"][0]["beta"] == 0.1
+    # a method that a YAML file names is the method
+    (tmp_path / "m.json").write_text(json.dumps({"arguments": dataclasses.asdict(made)}))
+    (tmp_path / "c.yaml").write_text("method: selective\n")
+    assert "stop" in terms_of(f"--from_manifest={tmp_path / 'm.json'}", f"--config={tmp_path / 'c.yaml'}")
+
+
+def test_dpo_prefers_the_term_that_draws_replacement_answers(tmp_path):
+    """By its draw, whatever the term is called."""
+    (tmp_path / "r.yaml").write_text(
+        "terms:\n- {name: forget, draw: answer, loss: dpo}\n- {name: mismatch, draw: wanted, loss: nll}\n"
+        "- {name: idk, draw: mismatch, loss: nll, answers: 1}\n"
+    )
+    assert terms_of(f"--method={tmp_path / 'r.yaml'}")["forget"].preferred == "idk"
 
 
 def test_a_recipe_of_ones_own(tmp_path, monkeypatch):
@@ -116,11 +152,22 @@ def test_a_recipe_of_ones_own(tmp_path, monkeypatch):
     (["--set=optimizer.schedule=steep"], "optimizer.schedule: must be one of linear, constant, got 'steep'"),
     (["--set=optimizer.lr=1"], "optimizer: has no 'lr'; it has max_grad_norm, schedule, warmup_steps, weight_decay"),
     (["--set=stop.after_batch=maybe"], "stop.after_batch: must be true or false, got 'maybe'"),
-    (["--forget_loss=magic"], "forget: loss must be one of nll, kl, ascent"),
-    (["--forget_loss=dpo", "--random_weight=0"], "dpo prefers the answers of a term 'mismatch', and there is none"),
-    (["--method=selective", "--forget_loss=dpo"], "forget: dpo prefers the answers of a term 'mismatch'"),
+    (["--forget_loss=magic"], "--forget_loss magic: must be one of ascent, npo, simnpo, dpo, unlikelihood, rmu"),
+    (["--forget_loss=nll"], "--forget_loss nll: must be one of ascent"),  # it would teach the answers
+    (["--forget_loss=dpo", "--random_weight=0"], "dpo prefers the answers of a draw 'mismatch', and no term"),
+    (["--method=selective", "--forget_loss=dpo"], "forget: dpo prefers the answers of a draw 'mismatch'"),
+    (["--set=forget.log=step"], "forget.log: 'step' is no word, or a field that every step has"),
+    (["--set=forget.log=random_loss"], "mismatch.log: 'random_loss' is the field of the term 'forget' already"),
+    (["--set=forget.log=[a]"], "forget.log: must be text, got ['a']"),
+    (["--set=forget.loss=[npo]"], "forget.loss: must be text"),
+    (["--set=forget.draw=[a]"], "forget.draw: must be text"),
+    (["--set=retain_first.times=[a]"], "retain_first.times: must be text"),
+    (["--set=forget.weight=2020-01-01"], "forget.weight: must be a finite number"),
+    (["--set=forget.watch=maybe"], "forget.watch: must be true or false"),
+    (["--set=mismatch.answers=" + "9" * 400], "mismatch.answers: must be a whole number"),
+    (["--forget_beta=abc", "--forget_loss=npo"], "forget.beta: must be a finite number above 0, got 'abc'"),
     (["--set=forget.beta=1"], "forget: has no setting 'beta'"),  # of npo: it was ignored unsaid
-    (["--set=retain.tokens=last"], "retain.tokens: must be all or first, got 'last'"),
+    (["--set=retain.tokens=last"], "retain.tokens: must be one of all, first, got 'last'"),
     (["--num_random_answers=2", "--method=selective"], "--method selective has no 'mismatch'"),
 ])  # fmt: skip
 def test_what_is_no_recipe_is_one_line(words, message):
@@ -133,6 +180,13 @@ def test_what_is_no_recipe_is_one_line(words, message):
 @pytest.mark.parametrize(("text", "message"), [
     ("- 1\n", "must hold one 'name: value' a line"),
     ("terms: 3\n", "a recipe needs a list of terms"),
+    ("lora: 5\nterms: [{}]\n", "lora must hold one 'name: value' a line"),
+    ("options: [a]\nterms: [{}]\n", "options must hold one 'name: value' a line"),
+    ("options: {method: rmu}\nterms: [{}]\n", "options holds 'method', which is no option that a recipe gives"),
+    ("1: {}\nterms: [{}]\n", "unknown section 1"),
+    ("terms:\n- {name: [a], draw: answer, loss: nll}\n", "term 1: needs a name of its own, a word, got ['a']"),
+    ("terms:\n- {name: a, 1: 2, draw: answer, loss: nll}\n", "a: has no setting '1'"),
+    ("terms:\n- {name: a, draw: answer, loss: nll, weight_option: b}\n", "a.weight_option: must be one of bad_weight"),
     ("termz: []\nterms: []\n", "unknown section 'termz'"),
     ("terms:\n- {draw: answer, loss: nll}\n", "term 1: needs a name of its own"),
     ("terms:\n- {name: a, draw: answers, loss: nll}\n", "a: draw must be one of answer, mismatch"),

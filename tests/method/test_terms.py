@@ -106,6 +106,15 @@ def test_a_weight_gives_every_forget_loss_the_gradient_of_ascent(loss):
     torch.testing.assert_close(forget_slopes(*loss), forget_slopes("ascent"), rtol=1e-3, atol=1e-6)
 
 
+def test_a_mean_over_tokens_or_over_sequences():
+    """Of the replacement answers: sums 1, 9, 2 of 1, 3, 1 tokens, and in another process one more token of 9. Of each
+    sequence's first token there are as many as sequences, whatever the mean is over."""
+    by_tokens, _ = terms("mismatch.mean_over=tokens", "first.mean_over=tokens", "first.weight=1")
+    assert by_tokens[1] == pytest.approx((1 + 9 + 2) / 6)
+    by_sequences, _ = terms("first.weight=1")
+    assert by_tokens[3] == by_sequences[3]
+
+
 def test_hidden_states_by_hand():
     """RMU on two layers: squared distance to the direction, mean over the width, then over the step's tokens."""
     specs = yaml.safe_load("""
