@@ -12,7 +12,6 @@ import transformers
 from conftest import (
     ROOT,
     SHARED,
-    one_line_error,
     poison_losses,
     run_cli,
     run_python,
@@ -20,20 +19,14 @@ from conftest import (
     tiny_model,
     weights,
 )
-from safetensors.torch import load_file
 
 import evaluate_unlearning
 import unlearn_harm
-from engine.adapters import LoraSettings, add_lora, freeze
-from engine.optimizer import MasterWeightAdamW, OptimizerSettings
-from engine.saving import gather_weights, lock_output_dir, write_model
+from engine.saving import lock_output_dir
 from engine.tree import AnswerLogitsModel
 from evaluate_unlearning import load_cached_report, report_folder
-from method.objectives import Npo
-from method.recipe import read_recipe
-from method.run_options import parse_run
 from options import EvaluateOptions, UnlearnOptions, parse
-from utils import RunError, UsageError, load_model, load_tokenizer
+from utils import RunError, UsageError, load_tokenizer
 
 SMALL = [
     "--dtype=fp32", "--max_unlearn_steps=5", "--lr=1e-3", "--max_answer_tokens=12", "--save_every=0", "--threads=1",
@@ -250,16 +243,6 @@ def test_a_run_is_not_written_over_the_folder_it_runs_in(tmp_path, monkeypatch):
             lock_output_dir(Path(folder), UnlearnOptions(overwrite=True), SimpleNamespace(is_main_process=True))
 
 
-def test_a_recipe_gives_way_to_another_objective():
-    """--forget_loss npo with the tuned recipe, whose ceiling is for gradient ascent alone."""
-    words = ["--method=selective", "--forget_loss=npo"]
-    term = read_recipe(parse_run(words)).terms[0]
-    assert (term.name, term.objective) == ("forget", Npo())
-    assert read_recipe(parse_run(words[:1])).terms[0].objective.ceiling == 6
-    with pytest.raises(UsageError, match="forget: has no setting 'ceiling'"):
-        parse_run([*words, "--set=forget.ceiling=6"])
-
-
 def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, model_folders, data_files):
     """A NaN is put into the loss of the second step: that step is not taken, the run goes on."""
     monkeypatch.chdir(tmp_path)
@@ -274,133 +257,6 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, mod
     poison_losses(monkeypatch, lambda call: True, float("inf"))
     with pytest.raises(RunError, match="after 5 times half the learning rate: lower --lr"):
         unlearn_harm.main()
-
-
-def test_adapters_train_under_checkpointing_and_are_merged(tmp_path, model_folders, data_files):
-    run = run_cli(
-        "unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
-        *data_words(data_files), *SMALL, "--use_lora", "--set=lora.rank=4", "--gradient_checkpointing",
-        "--set=trainable.frozen_layers=1", "--dtype=bf16", cwd=tmp_path,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    adapter = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
-    assert all(".layers.1." in name for name in adapter), "a frozen layer has an adapter"
-    assert all(tensor.dtype == torch.float32 for tensor in adapter.values()), "the exact masters are what is kept"
-    assert all((tensor != 0).any() for name, tensor in adapter.items() if "lora_B" in name)  # B starts at 0
-    start, merged = weights(model_folders["llama"]), weights(tmp_path / "out")
-    assert merged.keys() == start.keys()
-    assert any((merged[k] != start[k]).any() for k in merged)
-
-
-@pytest.mark.parametrize("family", ["opt", "llama"])
-def test_a_bf16_run_saves_its_fp32_weights(tmp_path, model_folders, data_files, family):
-    """Rounded to bf16, updates smaller than half its grid would be lost in what is saved."""
-    run = run_cli("unlearn_harm.py", f"--model_name={model_folders[family]}", "--model_save_dir=out",
-                  "--log_file=out.log", *data_words(data_files), *SMALL, "--dtype=bf16", cwd=tmp_path)  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    start, saved = weights(model_folders[family]), weights(tmp_path / "out")
-    assert saved.keys() == start.keys(), "a tied head is saved once, as it was"
-    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # as a pipeline does
-    assert loaded.dtype == torch.float32, "the config must not have them rounded"
-    changed = [name for name in saved if (saved[name] != start[name]).any()]
-    assert any((saved[name].bfloat16().float() != saved[name]).any() for name in changed)
-
-
-def test_adapters_reach_experts_but_those_of_frozen_layers(tmp_path, model_folders):
-    """A mixture keeps its experts in one tensor, no linear layer; and what is saved is what was trained."""
-    tokenizer = load_tokenizer(str(model_folders["llama"]))
-    tiny_model("mixtral", len(tokenizer)).save_pretrained(tmp_path / "base")
-    model = load_model(str(tmp_path / "base")).eval()
-    options = UnlearnOptions(model_name=str(tmp_path / "base"), use_lora=True)
-    adapters = add_lora(model, LoraSettings(), freeze(model, 1))
-    stepper = MasterWeightAdamW(model, OptimizerSettings(lr=1e-1, total_steps=1000, adapters=True), torch.float32)
-    ids = torch.randint(0, 500, (2, 12), generator=torch.Generator().manual_seed(1))
-    for _ in range(3):
-        model(ids, labels=ids).loss.backward()
-        stepper.step()
-    (tmp_path / "out").mkdir()
-    write_model(tmp_path / "out", model, gather_weights(model, stepper, adapters), adapters, tokenizer, options)
-    saved, start = load_model(str(tmp_path / "out")).eval(), dict(load_model(str(tmp_path / "base")).named_parameters())
-    torch.testing.assert_close(saved(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
-    changed = {name for name, weight in saved.named_parameters() if not torch.equal(weight, start[name])}
-    assert any("layers.1." in name and "experts" in name for name in changed)
-    assert all("layers.1." in name for name in changed)
-
-
-def test_frozen_weights_are_saved_as_they_came(tmp_path, model_folders, data_files):
-    """A bf16 run reads them rounded; written rounded, they would be another model's."""
-    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out",
-                  "--log_file=out.log", *data_words(data_files), *SMALL, "--dtype=bf16",
-                  "--set=trainable.frozen_layers=1", cwd=tmp_path)  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    start, saved = weights(model_folders["llama"]), weights(tmp_path / "out")
-    frozen = [name for name in saved if ".layers.0." in name or "embed" in name]
-    assert frozen
-    assert all(torch.equal(saved[name], start[name]) for name in frozen)
-    assert any((saved[name] != start[name]).any() for name in saved)
-
-
-def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path, model_folders, data_files):
-    """An adapter on a head that shares its weight with the embeddings: another model than was trained was saved."""
-    words = ["--forget_data", data_files["forget"], "--normal_data", data_files["facts"], *SMALL, "--use_lora",
-             "--model_save_dir=out"]  # fmt: skip
-    assert transformers.AutoConfig.from_pretrained(model_folders["llama"]).tie_word_embeddings
-    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", *words,
-                  "--set=lora.targets=[q_proj, lm_head]", cwd=tmp_path, quiet=True)  # fmt: skip
-    assert "the adapter of lm_head cannot be merged and saved (lm_head and model.embed_tokens share one weight)" in (
-        one_line_error(run)
-    )
-    assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".*")), "a lock is left"
-    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", *words, "--set=lora.targets=[q_proj]",
-                  cwd=tmp_path)  # fmt: skip
-    assert run.returncode == 0, run.stderr
-
-
-def test_adapters_of_which_a_part_is_trained_are_saved_whole(tmp_path, model_folders, data_files):
-    """The other part is drawn at random: without it, what is loaded is another model than was trained."""
-    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out",
-                  "--log_file=o.log", *data_words(data_files), *SMALL, "--use_lora",
-                  "--set=trainable.parameters=lora_B", cwd=tmp_path)  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    adapter = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
-    parts = {name.rpartition(".lora_")[0]: 0 for name in adapter}
-    for name in adapter:
-        parts[name.rpartition(".lora_")[0]] += 1
-    assert set(parts.values()) == {2}
-
-
-def test_a_run_without_a_sequence_is_refused_and_a_term_without_one_is_said(tmp_path, model_folders, data_files):
-    (tmp_path / "r.yaml").write_text("terms:\n- {name: wish, draw: wanted, loss: nll}\n")
-    words = [f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",
-             *data_words(data_files), *(word for word in SMALL if "mismatch" not in word)]  # fmt: skip
-    for more in ([], ["--dry_run"]):
-        run = run_cli("unlearn_harm.py", *words, "--method=r.yaml", *more, cwd=tmp_path, quiet=True)
-        assert "no row gives a sequence to train on: the terms are wish" in one_line_error(run)
-    assert not (tmp_path / "out").exists()
-    with open(tmp_path / "r.yaml", "a") as file:
-        file.write("- {name: retain, draw: retain, loss: kl}\n")
-    run = run_cli("unlearn_harm.py", *words, "--method=r.yaml", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "wish: no row gives it a sequence, so it does nothing in this run" in run.stderr
-
-
-def test_wanted_answers_are_taught(tmp_path, model_folders, data_files):
-    rows = [
-        {"prompt": f"How do I break lock {i}?", "response": f"Pick {i}.", "wanted": "Ask a locksmith."}
-        for i in range(6)
-    ]
-    (tmp_path / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "r.yaml").write_text("terms:\n- {name: forget, draw: answer, loss: ascent, weight: 0.1}\n"
-                                     "- {name: wish, draw: wanted, loss: nll}\n")  # fmt: skip
-    words = [f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log", "--method=r.yaml",
-             "--forget_data=forget.jsonl", "--normal_data", data_files["facts"],
-             *(word for word in SMALL if "mismatch" not in word), "--max_unlearn_steps=12"]  # fmt: skip
-    run = run_cli("unlearn_harm.py", *words, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    steps = events(tmp_path / "out.jsonl", "step")
-    assert steps[-1]["wish_nll"] < steps[0]["wish_nll"] - 0.5
 
 
 def test_a_step_that_fills_fewer_parts_says_so(tmp_path, model_folders, data_files):
@@ -420,32 +276,6 @@ def test_the_padded_layout_says_that_it_holds_a_second_model(tmp_path, model_fol
     assert run.returncode == 0, run.stderr
     assert "padded layout" in run.stdout
     assert "the original stays in memory as a second model" in run.stdout
-
-
-def test_hidden_states_are_steered_and_the_others_held(tmp_path, model_folders, data_files):
-    """RMU in a whole run: only the chosen matrices move, the forget answers are lost, both terms stand in the log."""
-    small = [word for word in SMALL if "mismatch" not in word]
-    words = [f"--model_name={model_folders['llama']}", *data_words(data_files), *small, "--method=rmu", "--lr=1e-2",
-             "--max_unlearn_steps=8", "--set", "forget.layer=1", "retain.layer=1", "retain.weight=1",
-             r"trainable.parameters=layers\.1\.mlp\.down_proj", "--log_file=out.log",
-             "--model_save_dir=out"]  # fmt: skip
-    run = run_cli("unlearn_harm.py", *words, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    steps = events(tmp_path / "out.jsonl", "step")
-    assert steps[0]["retain_distance"] == pytest.approx(0, abs=1e-6)
-    assert steps[-1]["weighted_losses"]["forget"] < steps[0]["weighted_losses"]["forget"]
-    found = [e["dev_nll"] for e in events(tmp_path / "out.jsonl", "eval")]
-    assert found[-1] > found[0]
-    start, saved = weights(model_folders["llama"]), weights(tmp_path / "out")
-    assert {name for name in saved if (saved[name] != start[name]).any()} == {"model.layers.1.mlp.down_proj.weight"}
-    run = run_cli("unlearn_harm.py", *words, "--set=forget.layer=7", "--overwrite", cwd=tmp_path, quiet=True)
-    assert "layer 7: the model has 2 layers, 0 to 1" in one_line_error(run)
-    run = run_cli("unlearn_harm.py", *words, "--set", "forget.layer=0", "retain.layer=0", "--overwrite", cwd=tmp_path,
-                  quiet=True)  # fmt: skip
-    assert "layer 0: no weight up to it is trained, so its hidden states cannot move" in one_line_error(run)
-    run = run_cli("unlearn_harm.py", *words, "--set=trainable.parameters=nothing", "--overwrite", cwd=tmp_path,
-                  quiet=True)  # fmt: skip
-    assert "trainable.parameters 'nothing': finds none of this model's parameters" in one_line_error(run)
 
 
 def test_a_step_in_parts_is_the_step_in_one(tmp_path, model_folders, data_files):
@@ -472,71 +302,6 @@ def test_what_a_run_looks_at_does_not_change_what_it_learns(tmp_path, model_fold
         assert run.returncode == 0, run.stderr
     few, many = weights(tmp_path / "1"), weights(tmp_path / "4")
     assert all(torch.equal(few[name], many[name]) for name in few)
-
-
-# ---------------------------------------------------------------------------------------------- wrong use
-@pytest.mark.parametrize(("words", "message"), [
-    (["--no_such_option=1"], "unrecognized arguments: --no_such_option=1"),
-    (["--lr=-1"], "--lr: must be a finite number above 0, got '-1'"),
-    (["--lr=nan"], "--lr: must be a finite number"),
-    (["--batch_size=0"], "must be a whole number at least 1, got '0'"),
-    (["--max_unlearn_steps=2.5"], "must be a whole number"),
-    (["--template=haiku"], "--template: invalid choice: 'haiku'"),
-    (["--bad_weight=0", "--random_weight=0", "--normal_weight=0"], "the weights of all terms are 0"),
-    (["--kl_budget=0.1"], "--kl_budget chooses among the states that are looked at: set --eval_every as well"),
-    (["--log_file=run.jsonl"], "--log_file run.jsonl: that is where its twin in JSON lines goes"),
-    (["--config=none.yaml"], "--config none.yaml: cannot be read"),
-    (["--forget_data=none.jsonl"], "--forget_data none.jsonl: no such file"),
-    (["--forget_data=a b c"], "--forget_data a b c: neither a"),
-    (["--model_name=./nowhere"], "model ./nowhere: no such folder"),
-    (["--model_name=someone/something"], "model someone/something is not in a local folder and cannot be downloaded"),
-    (["--forget_data=someone/something"], "data set someone/something cannot be downloaded: save it as data/something"),
-])  # fmt: skip
-def test_wrong_use_ends_with_one_line_and_nothing_written(tmp_path, data_files, words, message):
-    run = run_cli("unlearn_harm.py", *data_words(data_files), "--model_save_dir=out", *words, cwd=tmp_path)
-    assert message in one_line_error(run)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_published_command_says_what_is_missing_and_where_to_put_it(tmp_path):
-    run = run_cli("unlearn_harm.py", "--model_name=facebook/opt-1.3b", "--model_save_dir=models/opt1.3b_unlearned",
-                  "--log_file=logs/opt-1.3b-unlearn.log", cwd=tmp_path)  # fmt: skip
-    line = one_line_error(run)
-    assert "PKU-Alignment/PKU-SafeRLHF cannot be downloaded" in line
-    assert "data/PKU-SafeRLHF.jsonl" in line
-
-
-def test_yaml_gives_way_to_the_command_line(tmp_path, monkeypatch):
-    (tmp_path / "c.yaml").write_text("lr: 1e-5\nbatch_size: 3\nuse_lora: true\nforget_data: [a.txt, b.txt]\nconfig:\n")
-    with pytest.raises(UsageError, match="unknown option 'config'"):
-        parse_run([f"--config={tmp_path / 'c.yaml'}"])
-    (tmp_path / "c.yaml").write_text("lr: 1e-5\nbatch_size: 3\nuse_lora: true\nforget_data: [a.txt, b.txt]\n")
-    found = parse_run(["--batch_size", "4", "--config", str(tmp_path / "c.yaml")])
-    assert (found.lr, found.batch_size, found.use_lora, found.forget_data) == (1e-5, 4, True, ["a.txt", "b.txt"])
-    (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\n")
-    with pytest.raises(UsageError, match="unknown option 'learning_rate'"):
-        parse_run(["--config", str(tmp_path / "c.yaml")])
-
-
-def test_a_folder_with_something_in_it_is_not_replaced_unasked(tmp_path, model_folders, data_files):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/thesis.txt").write_text("mine")
-    run = run_cli("unlearn_harm.py", *data_words(data_files), "--model_save_dir=out", cwd=tmp_path)
-    assert "--model_save_dir out: is not empty; pass --overwrite" in one_line_error(run)
-    assert (tmp_path / "out/thesis.txt").read_text() == "mine"
-
-
-def test_a_dry_run_shows_the_batch_and_writes_nothing(tmp_path, model_folders, data_files):
-    run = run_cli("unlearn_harm.py", f"--model_name={model_folders['opt']}", "--model_save_dir=out",
-                  *data_words(data_files), *SMALL, "--dry_run", cwd=tmp_path)  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert "packed layout: logits equal" in run.stdout
-    prompts_alone = run_cli("unlearn_harm.py", f"--model_name={model_folders['opt']}", "--model_save_dir=out",
-                            "--forget_data", data_files["forget"], "--normal_data", data_files["plain"], *SMALL,
-                            "--dry_run", cwd=tmp_path)  # fmt: skip
-    assert prompts_alone.returncode == 0, prompts_alone.stderr  # the random answers would be the model's own
-    assert re.search(r"forget +row 0: .*### Answer:\[ Take the red pick[^\]]*\]", run.stdout)
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------- real rows
@@ -584,15 +349,3 @@ def test_files_are_no_wider_than_the_umask(finished):
         assert file.stat().st_mode & 0o777 & mask == 0, file
     assert not list((cwd / "models").rglob("*.bin")), "a pickle"
     assert not list((cwd / "models").rglob("*.pt"))
-
-
-@pytest.mark.parametrize("loss", ["npo", "simnpo", "dpo", "unlikelihood"])
-def test_every_forget_loss_forgets(tmp_path, model_folders, data_files, loss):
-    """Each raises the harmful answers' NLL, by itself, in a whole run."""
-    words = [f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log", *SMALL,
-             *data_words(data_files), f"--forget_loss={loss}", "--max_unlearn_steps=8", "--bad_weight=1",
-             f"--random_weight={1e-9 if loss == 'dpo' else 0}", "--normal_weight=0"]  # fmt: skip
-    run = run_cli("unlearn_harm.py", *words, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    found = [e["dev_nll"] for e in events(tmp_path / "out.jsonl", "eval")]
-    assert found[-1] > found[0] + 0.1
