@@ -27,7 +27,7 @@ $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.
 demo: models/demo/unlearn_args.json
 	$(PYTHON) evaluate_unlearning.py --model_name models/demo --train_log logs/demo.jsonl --prompts_per_group 48 --reuse
 
-models/demo/unlearn_args.json: configs/demo.yaml data/harmful.jsonl data/benign.jsonl data/neighbours.jsonl data/questions.jsonl data/twins.jsonl | $(VENV)/.installed
+models/demo/unlearn_args.json: configs/demo.yaml recipes/selective/recipe.yaml data/harmful.jsonl data/benign.jsonl data/neighbours.jsonl data/questions.jsonl data/twins.jsonl | $(VENV)/.installed
 	$(PYTHON) setup_demo.py
 	$(PYTHON) unlearn_harm.py --config configs/demo.yaml --overwrite --resume
 

@@ -257,12 +257,18 @@ def parse(options_class: type, argv: list[str] | None = None):
     The file's options are put before the real arguments, so both pass the same checks. This also reads `1e-5`, which
     is text in YAML, as a number. method/recipe.py adds the recipe of a run.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = underscored(sys.argv[1:] if argv is None else argv)
     parser = OneLineParser(options_class, allow_abbrev=False)
     arguments = config_words(options_class, argv) + argv
     if options_class is EvaluateOptions:
         return _parse_evaluation(parser, arguments)
     return options_class(**vars(parser.parse_args(arguments)))
+
+
+def underscored(argv: list[str]) -> list[str]:
+    """Return the arguments with option names as they are spelled here: --use-lora=no as --use_lora=no."""
+    parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in argv]
+    return [name.replace("-", "_").replace("__", "--", 1) + sign + value for name, sign, value in parts]
 
 
 def config_words(options_class: type, argv: list[str], also: frozenset[str] = frozenset()) -> list[str]:

@@ -18,7 +18,7 @@ from transformers.hf_argparser import string_to_bool
 from method.draws import DRAWS
 from method.objectives import OBJECTIVES
 from method.recipe import FORGET_LOSSES, SECTIONS, WEIGHTS, TermEntry, read_recipe, setting_names, with_defaults
-from options import OneLineParser, UnlearnOptions, config_words, peek, read_yaml, words_of
+from options import OneLineParser, UnlearnOptions, config_words, peek, read_yaml, underscored, words_of
 from utils import UsageError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -47,7 +47,7 @@ def parse_run(argv: list[str] | None = None) -> UnlearnOptions:
 
     Raises UsageError; wrong words of the command line exit with 2 and one line.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = underscored(sys.argv[1:] if argv is None else argv)
     old = old_names()
     typed = config_words(UnlearnOptions, argv, frozenset(old)) + argv
     manifest = peek(typed, "from_manifest")

@@ -32,12 +32,12 @@ def test_the_top_holds_what_a_person_runs_and_imports_one_way():
         assert taken <= allowed, name
 
 
-@pytest.mark.parametrize("room", [".", *sorted(ROOMS)])
+@pytest.mark.parametrize("room", [".", "benchmarks", "tests", *sorted(ROOMS)])
 def test_no_file_and_no_function_is_too_long_to_be_read(room):
     for file in (ROOT / room).glob("*.py" if room == "." else "**/*.py"):
         text = file.read_text()
         assert len(text.splitlines()) <= LONGEST_FILE, file
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(ast.parse(text)) if room != "tests" else ():
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < LONGEST_FUNCTION, (file, node.name)
 

@@ -62,6 +62,15 @@ def test_an_old_option_is_read_and_told_its_new_place(old, capsys):
     assert said.count(f"--{old} is now") == 1
 
 
+def test_names_may_be_spelled_with_hyphens():
+    """As before: also those that became settings, and those that a recipe looks at."""
+    options = parse_run(["--method=selective", "--frozen-layers", "3", "--use-lora", "no", "--lora-rank=4"])
+    assert read_recipe(options).trainable.frozen_layers == 3
+    assert (options.use_lora, options.lr) == (False, 1e-4)
+    assert options.recipe["lora"]["rank"] == 4
+    assert parse_run(["--set=trainable.parameters=a--b", "--log-file=x--y.log"]).log_file == "x--y.log"
+
+
 def test_an_old_file_and_an_old_manifest_are_read(tmp_path):
     """Of a time when recipes were options: each goes to its place; a selective run's K and share of empty answers have
     become the term 'stop'."""
