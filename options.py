@@ -255,7 +255,7 @@ def parse(options_class: type, argv: list[str] | None = None):
     """Read the options from a YAML file (`--config`) and the command line, which overrides the file.
 
     The file's options are put before the real arguments, so both pass the same checks. This also reads `1e-5`, which
-    is text in YAML, as a number. method/recipe.py adds the recipe of a run.
+    is text in YAML, as a number. run/parsing.py adds the recipe of a run.
     """
     argv = underscored(sys.argv[1:] if argv is None else argv)
     parser = OneLineParser(options_class, allow_abbrev=False)
@@ -293,10 +293,10 @@ def _parse_evaluation(parser: OneLineParser, argv: list[str]) -> EvaluateOptions
     return options
 
 
-def peek(argv: list[str], name: str, kind=str):
-    """Return one option's value before the others are parsed; None if it is missing or has no value."""
+def peek(argv: list[str], name: str, kind=str, const=None):
+    """Return one option's value before the others are read: None if it is not given, `const` if it has no value."""
     parser = OneLineParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", nargs="?", type=kind)
+    parser.add_argument(f"--{name}", nargs="?", type=kind, const=const)
     return getattr(parser.parse_known_args(argv)[0], name)
 
 

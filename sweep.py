@@ -21,8 +21,8 @@ import yaml
 from engine import checkpoint
 from evaluation import verdict
 from evaluation.report import front_plot, print_table
-from method.run_options import old_names, parse_run
 from options import POSITIVE, OneLineParser, UnlearnOptions, option
+from run.parsing import old_names, parse_run
 from utils import RunError, UsageError, atomic_write_text, run_script, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -131,7 +131,7 @@ def refuse_other_settings(folder: Path, argv: list[str]) -> None:
     """Raise UsageError if the finished run in a folder has other settings than these arguments ask for."""
     run_options = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["options"]
     finished, asked = (checkpoint.flat(tree) for tree in (run_options, dataclasses.asdict(parse_run(argv))))
-    names = asked.keys() - checkpoint.FREE - {"model_save_dir"}
+    names = asked.keys() - checkpoint.FREE
     if differ := checkpoint.differences(*({name: flat.get(name) for name in names} for flat in (finished, asked))):
         raise UsageError(f"{folder}: made with other settings ({'; '.join(differ)}); remove it or change --sweep_dir")
 

@@ -22,8 +22,8 @@ from engine.saving import gather_weights, write_model
 from engine.state import BestState, TrainingState
 from evaluation.report import write_model_card
 from method.plan import print_plan
-from method.run_options import parse_run
 from method.step import StepStats, compute_gradients
+from run.parsing import parse_run
 from run.setup import Setup, prepare, resume_or_start, save_checkpoint
 from utils import (
     RunError,
@@ -75,7 +75,7 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
                 raise SystemExit(stop.farewell(f"{step} steps are saved; go on with --resume"))
             if step == 0 or (options.eval_every and step % options.eval_every == 0):
                 dev_kl = evaluate(setup, state)
-                if options.kl_budget and dev_kl > COLLAPSE_FACTOR * options.kl_budget:
+                if options.kl_budget and not dev_kl <= COLLAPSE_FACTOR * options.kl_budget:  # NaN is a collapse, too
                     ended = roll_back(setup, state, f"development KL {dev_kl:.3f} is far past --kl_budget")
             if ended:
                 break
@@ -190,9 +190,9 @@ def roll_back(setup: Setup, state: TrainingState, why: str) -> str | None:
 def finish(setup: Setup, state: TrainingState, reason: str) -> None:
     """Restore the best state within the budget, save the model, and describe the run in files and log."""
     options, optimizer, accelerator = setup.options, setup.optimizer, setup.accelerator
-    saved = choose_state(setup, state)
     if not optimizer.num_updates:
         raise RunError(f"{reason} before the first update, so nothing is saved: the model is the original")
+    saved = choose_state(setup, state)
     seconds, cut = time.time() - setup.started, len(setup.formatter.cut)
     summary = {"steps": state.step, "kept_step": saved["step"], "stop_reason": reason, "seconds": round(seconds, 1),
                "cut_prompts": cut, "peak_gib": round(peak_memory_gib(accelerator.device), 2)}  # fmt: skip
@@ -217,7 +217,13 @@ def finish(setup: Setup, state: TrainingState, reason: str) -> None:
     accelerator.wait_for_everyone()
     setup.run_log.event("done", f"{reason}; model saved to {setup.save_dir} after {seconds:.0f} s, "
                         f"peak memory {summary['peak_gib']:.2f} GiB", **summary)  # fmt: skip
-    if accelerator.is_main_process and (line := checkpoint.describe_leftovers(setup.save_dir)):
+    if accelerator.is_main_process:
+        tell("what is left of its checkpoints", lambda: log_leftovers(setup))
+
+
+def log_leftovers(setup: Setup) -> None:
+    """Say which checkpoints of the finished run still lie on the disk."""
+    if line := checkpoint.describe_leftovers(setup.save_dir):
         log.info(line)
 
 

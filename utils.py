@@ -52,7 +52,8 @@ def run_script(main) -> None:
         sys.exit(1)
     except torch.OutOfMemoryError as error:
         print(f"{name}: {' '.join(str(error).split())[:200]} Use --use_lora, --gradient_checkpointing, "
-              "--gradient_accumulation or a smaller --generation_batch; --dry_run estimates what a run takes",
+              "--gradient_accumulation or smaller batches of answers (--set own_answers.batch_size=8; in an evaluation "
+              "--generation_batch); --dry_run estimates what a run takes",
               file=sys.stderr)  # fmt: skip
         sys.exit(1)
     except KeyboardInterrupt:

@@ -31,10 +31,10 @@ from engine.reference import ReferenceCache
 from engine.speedups import speed_up
 from engine.tree import AnswerLogitsModel
 from method.recipe import read_recipe
-from method.run_options import parse_run
 from method.sampler import UnlearnBatchSampler
 from method.terms import compute_losses, count_draws, sequences_needing_reference
 from options import POSITIVE, OneLineParser, option
+from run.parsing import parse_run
 from sources.rows import Row, read_rows
 from utils import load_model, load_tokenizer, peak_memory_gib, run_script, seed_everything, write_json
 

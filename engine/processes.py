@@ -110,14 +110,14 @@ def local_microbatches(step_sequences: list, parts: int, processes) -> list[Micr
     """
     by_example: dict[int, list] = {}
     for sequence in step_sequences:
-        by_example.setdefault(_example_of(sequence), []).append(sequence)
+        by_example.setdefault(sequence.example_id, []).append(sequence)
     count = possible_parts(step_sequences, parts, processes.num_processes)
     mine = [e for e in sorted(by_example) if e % processes.num_processes == processes.process_index]
     if not mine and count:
         smallest = min(by_example.values(), key=lambda sequences: sum(s.length for s in sequences))
         return [Microbatch(smallest, counts=False)] * count
     chosen = [set(mine[part::count]) for part in range(count)]
-    return [Microbatch([s for s in step_sequences if _example_of(s) in examples]) for examples in chosen]
+    return [Microbatch([s for s in step_sequences if s.example_id in examples]) for examples in chosen]
 
 
 def possible_parts(step_sequences: list, parts: int, num_processes: int) -> int:
@@ -125,13 +125,9 @@ def possible_parts(step_sequences: list, parts: int, num_processes: int) -> int:
 
     Processes without any example do not count. The number is the same on all processes, as a split model needs it.
     """
-    examples = {_example_of(sequence) for sequence in step_sequences}
+    examples = {sequence.example_id for sequence in step_sequences}
     shares = [sum(e % num_processes == process for e in examples) for process in range(num_processes)]
     return min(parts, *(share for share in shares if share)) if examples else 0
-
-
-def _example_of(sequence) -> int:
-    return sequence.example_id
 
 
 def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:

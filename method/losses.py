@@ -124,14 +124,6 @@ def rmu_direction(width: int, coefficient: float, seed: int) -> torch.Tensor:
     return coefficient * drawn / drawn.norm()
 
 
-def random_mismatch(nll: torch.Tensor, sequence: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the mean token NLL of each replacement answer after a forget prompt: (M,), (M,) -> (S,).
-
-    Minimising it teaches unrelated answers. Source: Yao et al. 2023, eq. 3; the caller averages over rows and K.
-    """
-    return sequence_mean(nll, sequence, count)
-
-
 def weighted_sum(values: torch.Tensor, weight: float, denominator: float) -> torch.Tensor:
     """Return weight * sum(values) / denominator, a scalar; 0 with a gradient of 0 for a denominator of 0."""
     return values.sum() * (weight / denominator if denominator else 0.0)

@@ -43,10 +43,11 @@ class Objective:
     token_loss: TokenLoss = NLL  # gives TermTokens.values
     measure = "nll"  # name of the value that the log shows for the term
     logs_nll = False  # True: the log shows the NLL of the term's tokens, not the minimised value
+    note = ""  # what earlier versions did otherwise, for the log of a run (CHANGELOG.md)
     better = "falls"  # direction of the measure in a successful run: "falls" or "rises"
     length_normalised = False  # a sequence's value is a mean over its tokens, not a sum
     # The unit of the mean, unless the recipe sets it. Objectives that unlearn answers use "tokens": a sequence then
-    # counts once a token, so that one weight gives each of them the same gradient at the start.
+    # counts once a token, so that one weight has the same scale for each of them.
     over = "sequences"
     original_nll = original_states = False  # what it needs from the original beside its token loss
     layer: int | None = None  # the layer whose hidden states it needs

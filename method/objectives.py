@@ -13,6 +13,8 @@ from method import losses
 from method.objective import Objective
 from options import COUNT, WEIGHT, number, option
 
+BY_TOKENS = "divided by the step's answer tokens (earlier versions: by its rows, as with mean_over=sequences)"
+
 
 # --------------------------------------------------------------------- towards an answer or the original
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Nll(Objective):
     length_normalised = True
 
     def values(self, tokens):
-        return losses.random_mismatch(tokens.values, tokens.sequence, tokens.count)
+        return losses.sequence_mean(tokens.values, tokens.sequence, tokens.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Npo(Objective):
 
     beta: number(float, 0, above=True) = option(0.1, "the larger, the sooner the gradient of a forgotten answer fades")
     over = "tokens"
+    note = BY_TOKENS
     better = "rises"
     logs_nll = True
     original_nll = True
@@ -74,6 +77,7 @@ class SimNpo(Objective):
     gamma: WEIGHT = option(0.0, "margin, in nats")
     over = "tokens"
     length_normalised = True
+    note = BY_TOKENS
     better = "rises"
     logs_nll = True
 
@@ -88,6 +92,7 @@ class Dpo(Objective):
     beta: number(float, 0, above=True) = option(0.1, "the larger, the closer the model stays to the original")
     prefers = "mismatch"
     over = "tokens"
+    note = BY_TOKENS
     better = "rises"
     logs_nll = True
     original_nll = True
@@ -111,6 +116,7 @@ class Unlikelihood(Objective):
     """-ln(1 - p) of each answer token (Welleck et al. 2020)."""
 
     token_loss = _TokenUnlikelihood()
+    note = BY_TOKENS + "; tokens known by heart have a gradient (earlier versions: none)"
     better = "rises"
     over = "tokens"
     logs_nll = True

@@ -54,11 +54,12 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     def largest_part(step: int) -> tuple[list[Sequence], list[Sequence]]:
         sequences = sampler.sequences(step, formatter)
         parts = local_microbatches(sequences, options.gradient_accumulation, PartialState())
-        return max((part.sequences for part in parts), key=_num_tokens), sequences
+        return max((part.sequences for part in parts), key=_num_tokens, default=[]), sequences
 
     sampled = range(0, options.max_unlearn_steps, -(-options.max_unlearn_steps // NUM_SAMPLED_STEPS))
+    sampled = [step for step in sampled if largest_part(step)[0]]  # a recipe may leave a step without a sequence
     by_size = sorted(sampled, key=lambda step: _num_tokens(largest_part(step)[0]))
-    first = answer_model.layout(largest_part(0)[0], pack_tokens, pad_id)
+    first = answer_model.layout(largest_part(sampled[0])[0], pack_tokens, pad_id)
     tried = [largest_part(step) for step in by_size[-NUM_TRIED_STEPS:]]
     scheduled = [s for sequences, _ in tried for s in sequences]
     needed = sequences_needing_reference(scheduled, recipe.terms)
@@ -81,13 +82,13 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     )  # of this process, if the model is sharded
     # the measured peak has weights, activations, logits and gradients; the optimizer and the cache come on top
     cached = sum(len(s.answer_ids) for s in sequences_needing_reference(largest.sequences, recipe.terms))
-    cached *= options.max_unlearn_steps
+    cached *= options.max_unlearn_steps * (1 + len(layers))
     width = answer_model.model.config.get_text_config().hidden_size * weights[0].element_size()
     kept = {"adamw": 8, "adamw8bit": 2}[options.optimizer] + 4 * bool(options.kl_budget)  # moments; best state
     tenfolds = math.log10(options.max_unlearn_steps) if device.type == "cpu" else 0.0
     fragmented = FRAGMENTATION_FRACTION * tenfolds * (peak_memory_gib(device) - before)
     saves = 0 < options.save_every < options.max_unlearn_steps and not options.use_lora
-    copies = 8 * sum(p.numel() for p in weights) if saves and device.type == "cpu" else 0  # masters and model, in fp32
+    copies = 4 * sum(p.numel() for p in weights) if saves and device.type == "cpu" else 0  # the masters, in fp32
     return PlanEstimate(
         first, largest,
         peak_gib=peak_memory_gib(device) + fragmented + (kept * trained + cached * width + copies) / 2**30,

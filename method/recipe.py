@@ -101,7 +101,7 @@ class TermEntry:
         None, "what its mean is over (not given: as the objective says)"
     )
     log: str | None = option(None, "its field in the log (not given: NAME_MEASURE)")
-    watch: bool = option(False, "drawn and logged even at weight 0; --max_bad_loss looks at it")
+    watch: bool = option(False, "drawn and logged even at weight 0; above 0, --max_bad_loss stops on it")
 
 
 # ------------------------------------------------------------------------------------------ recipe -> objects
@@ -185,7 +185,7 @@ def _with_preferred(term: Term, active: list[Term]) -> Term:
 def _build_term(spec: dict, earlier: dict[str, Term], sizes: RunSizes) -> tuple[TermEntry, Term]:
     """Return an entry of a recipe as TermEntry and as Term; `earlier`: the terms before it. Raises UsageError."""
     name = spec.get("name")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or name in earlier:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or name in {*earlier, *SECTIONS}:
         raise UsageError(f"recipe, term {len(earlier) + 1}: needs a name of its own, a word, got {name!r}")
     own = setting_names(TermEntry)
     entry = read_settings(TermEntry, {key: value for key, value in spec.items() if key in own}, name)

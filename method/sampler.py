@@ -148,7 +148,7 @@ class UnlearnBatchSampler:
         `answer(rows, tokens)` returns the rows with the model's own answers, of at most `tokens` tokens, where a
         response is missing.
         """
-        needed = max((draw.replacements for draw in self.draws), default=0)
+        needed = max((draw.replacements for draw in self.draws), default=0)  # by one draw, which draws no answer twice
         for side, sources in self.rows.items():
             pairs, tokens = sorted(self.answered_rows(side)), self.answer_tokens(side)
             if (
@@ -180,9 +180,10 @@ class UnlearnBatchSampler:
             own_answers = {row.response: row.complete for row in rows if row.response and not row.true_answers}
             self.replacement_pool += list(own_answers.items())
         if len(self.replacement_pool) < needed:
+            name = max(self.draws, key=lambda draw: draw.replacements).name
             raise UsageError(
-                f"mismatch.answers {needed}: the normal data holds only {len(self.replacement_pool)} different "
-                "answers; lower it (--set mismatch.answers=1) or add normal rows"
+                f"{name}.answers {needed}: the normal data holds only {len(self.replacement_pool)} different "
+                f"answers; lower it (--set {name}.answers=1) or add normal rows"
             )
 
     # ---- their prompts
@@ -190,7 +191,7 @@ class UnlearnBatchSampler:
         """Return (prompt tokens, style of the template) of an example at a step, worded as `Wording` sets."""
         if self._prompts[0] != step:
             self._prompts = (step, {})
-        key = (example.side, example.example_id)
+        key = (example.side, example.example_id, example.source, example.index)
         if key not in self._prompts[1]:
             self._prompts[1][key] = self._build_prompt(example, step, formatter)
         return self._prompts[1][key]

@@ -36,6 +36,8 @@ def compute_gradients(
     counts, layers = count_draws(step_sequences), layers_of(terms)
     parts = local_microbatches(step_sequences, num_parts, accelerator)
     sums = torch.zeros(3 + 2 * len(terms), device=accelerator.device)
+    if not parts:  # a step without a sequence; whoever was asked to stop says so all the same
+        sums[-2] = float(signalled)
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         batch = layout(part.sequences)

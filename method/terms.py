@@ -24,8 +24,8 @@ class Term:
     """One weighted loss.
 
     `draw`: gives its sequences; terms may share a draw. `tokens`: "all", or "first" of each sequence. `over`: unit of
-    its mean, "tokens" or "sequences". `field`: its name in the log. `watch`: measured, and compared with
-    --max_bad_loss, even at weight 0.
+    its mean, "tokens" or "sequences". `field`: its name in the log. `watch`: drawn and logged even at
+    weight 0; above 0, --max_bad_loss stops on it.
     """
 
     name: str
@@ -118,7 +118,7 @@ def _loss_term(term: Term, view: _BatchView, count: DrawCount) -> LossTerm:
         values = values * sequence_sum(torch.ones_like(tokens.nll), tokens.sequence, tokens.count)  # (S,)
     denominator = count.tokens if term.over == "tokens" and term.tokens == "all" else count.sequences
     if objective.logs_nll:
-        mean = weighted_sum(tokens.nll.detach(), 1.0, count.tokens)
+        mean = weighted_sum(tokens.nll.detach(), 1.0, count.tokens if term.tokens == "all" else count.sequences)
     else:
         mean = weighted_sum(values.detach(), 1.0, denominator)
     return LossTerm(term.name, weighted_sum(values, term.weight, denominator), mean)

@@ -152,20 +152,22 @@ def log_notes(setup: Setup) -> None:
     recipe, asked = setup.recipe, setup.options.gradient_accumulation
     sequences = setup.sampler.sequences(0, setup.formatter)
     parts = possible_parts(sequences, asked, setup.accelerator.num_processes)
-    if parts < asked:
+    if 0 < parts < asked:
         log.info("--gradient_accumulation %d: a step's rows fill %d parts, so it runs in %d", asked, parts, parts)
     for term in recipe.terms:
-        if term.loss in ("npo", "simnpo", "dpo", "unlikelihood") and term.over == "tokens":
-            log.info("%s: %s is divided by the step's answer tokens (earlier versions: by its rows; --set "
-                     "%s.mean_over=sequences)", term.name, term.loss, term.name)  # fmt: skip
-        if term.loss == "unlikelihood":
-            log.info("%s: tokens known by heart have a gradient (earlier versions: none)", term.name)
+        if term.objective.note:
+            log.info("%s: %s is %s", term.name, term.loss, term.objective.note)
     if setup.options.method == "selective":
         log.info("log: the terms' fields are %s (earlier versions: bad_loss, random_loss, normal_loss, first_token_kl)",
                  ", ".join(term.field for term in recipe.terms))  # fmt: skip
+    names = {draw.name: type(draw).__name__ for draw in setup.sampler.draws}
+    if {"Mismatch", "Stop"} <= set(names.values()):
+        log.info("the terms of the draws mismatch and stop have a mean each (earlier versions: one for both)")
     if recipe.trainable.frozen_layers:
-        log.info("frozen_layers: all that feeds the first trained layer is frozen (earlier versions: not position "
-                 "embeddings and input projections)")  # fmt: skip
+        log.info("frozen_layers: all that feeds the first trained layer is frozen, and under --gradient_checkpointing "
+                 "nothing of it runs twice (earlier versions: not so)")  # fmt: skip
+    if setup.formatter.tokenizer.pad_token == setup.formatter.tokenizer.eos_token:
+        log.info("the tokenizer is saved as it was loaded (earlier versions: a missing pad token became another one)")
     if any(getattr(draw, "prefill_tokens", 0) for draw in setup.sampler.draws):
         log.info("prefill_tokens: the last token of a prefix has a target too (earlier versions: none)")
     if recipe.own_answers.temperature and setup.metadata.has_own_answers:

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from data_module import PromptFormatter, make_eot_sequence, split_of, split_rows, split_sources
 from engine.tree import padded_batch
 from method.recipe import read_recipe
-from method.run_options import parse_run
 from method.sampler import UnlearnBatchSampler
 from options import UnlearnOptions
+from run.parsing import parse_run
 from sources.rows import Row
 from utils import UsageError
 
@@ -185,6 +185,17 @@ def test_sources_take_turns_on_both_sides():
         e.tokenizer.decode(s.prompt_ids) for step in range(4) for s in rows.sequences(step, e) if s.draw == "forget"
     ]
     assert sum("rare" in text for text in asked) == sum("seldom" in text for text in asked) == 2
+
+
+def test_two_draws_of_one_side_ask_each_its_own_rows(tmp_path):
+    """Their rows have the same numbers in the step: one's prompt must not stand before the other's answer."""
+    (tmp_path / "r.yaml").write_text(
+        "terms:\n- {name: few, draw: retain, loss: kl, rows: 2}\n- {name: many, draw: retain, loss: nll, rows: 5}\n"
+    )
+    rows, e = filled_sampler(None, f"--method={tmp_path / 'r.yaml'}"), formatter()
+    for s in (s for step in range(6) for s in rows.sequences(step, e)):
+        asked, answered = e.tokenizer.decode(s.prompt_ids), e.tokenizer.decode(s.answer_ids)
+        assert re.search(r"good (\d)", asked)[1] == re.search(r"fine (\d)", answered)[1]
 
 
 def test_random_answers_depend_on_seed_step_and_row_alone():

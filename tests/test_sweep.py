@@ -11,8 +11,8 @@ from conftest import ROOT, one_line_error, run_cli, run_python
 
 import sweep
 from method.recipe import read_recipe
-from method.run_options import parse_run
 from options import UnlearnOptions
+from run.parsing import parse_run
 from utils import RunError, UsageError
 
 

@@ -9,7 +9,7 @@ from conftest import (
 )
 from test_run import SMALL, data_words
 
-from method.run_options import parse_run
+from run.parsing import parse_run
 from utils import UsageError
 
 

@@ -13,8 +13,8 @@ import torch
 import utils
 from engine import checkpoint, run_metadata
 from engine.run_metadata import RunMetadata
-from method.run_options import parse_run
 from options import UnlearnOptions
+from run.parsing import parse_run
 from sources.rows import Row
 from utils import UsageError
 

@@ -11,7 +11,7 @@ from data_module import PromptFormatter, Sequence
 from engine.reference import ReferenceCache
 from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel, check_packing, packed_batch, padded_batch, wrap_model
-from method.losses import gradient_ascent, random_mismatch
+from method.losses import gradient_ascent, sequence_mean
 
 PAD = 1
 
@@ -40,7 +40,7 @@ def step_loss(forward, batch, reference):
     count = len(batch.sequences)
     terms = torch.stack([
         gradient_ascent(nll[forget], batch.sequence_ids[forget], count).sum() / forget.sum(),
-        random_mismatch(nll[rand], batch.sequence_ids[rand], count).mean(),
+        sequence_mean(nll[rand], batch.sequence_ids[rand], count).mean(),
         kl.mean(),
     ])  # fmt: skip
     return terms

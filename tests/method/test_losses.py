@@ -10,7 +10,6 @@ from method.losses import (
     dpo,
     gradient_ascent,
     npo,
-    random_mismatch,
     rmu,
     rmu_direction,
     sequence_mean,
@@ -139,7 +138,7 @@ def test_rmu_by_hand():
 def test_mismatch_is_a_mean_per_answer():
     # answers of 1 and of 3 tokens: means 4 and 2, whose mean is 3; the mean over all tokens would be 2.5
     nll, owner = torch.tensor([4.0, 1.0, 2.0, 3.0]), torch.tensor([0, 1, 1, 1])
-    assert random_mismatch(nll, owner, 2).tolist() == [4.0, 2.0]
+    assert sequence_mean(nll, owner, 2).tolist() == [4.0, 2.0]
     assert sequence_mean(torch.empty(0), torch.empty(0, dtype=torch.long), 2).tolist() == [0.0, 0.0]
 
 

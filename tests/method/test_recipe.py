@@ -8,10 +8,10 @@ import yaml
 from conftest import ROOT
 
 from method.draws import DRAWS
-from method.objectives import OBJECTIVES, Npo
+from method.objectives import OBJECTIVES, Npo, SimNpo
 from method.recipe import SECTIONS, read_recipe
-from method.run_options import old_names, parse_run
 from options import UnlearnOptions
+from run.parsing import old_names, parse_run
 from utils import UsageError
 
 
@@ -60,6 +60,19 @@ def test_an_old_option_is_read_and_told_its_new_place(old, capsys):
     said = capsys.readouterr().err
     assert f"--{old} is now --set {old_names()[old][0]}=" in said
     assert said.count(f"--{old} is now") == 1
+
+
+def test_another_loss_does_not_inherit_the_settings_of_the_first(tmp_path):
+    """Npo's beta is not simnpo's, wherever it was written out; and the loss may be set as any setting is."""
+    made = parse_run(["--forget_loss=npo"])
+    (tmp_path / "m.json").write_text(json.dumps({"arguments": dataclasses.asdict(made)}))
+    words = [f"--from_manifest={tmp_path / 'm.json'}", "--forget_loss=simnpo"]
+    assert terms_of(*words)["forget"].objective == SimNpo()
+    assert terms_of("--method=selective", "--set=forget.loss=npo")["forget"].objective == Npo()
+    # the rate for whole weights is that of a recipe without adapters, whoever says that there are none
+    (tmp_path / "r.yaml").write_text("whole_weights: {lr: 1e-5}\nterms:\n- {name: a, draw: retain, loss: kl}\n")
+    own = f"--method={tmp_path / 'r.yaml'}"
+    assert (parse_run([own]).lr, parse_run([own, "--use_lora"]).lr) == (1e-5, UnlearnOptions.lr)
 
 
 def test_names_may_be_spelled_with_hyphens():
@@ -198,6 +211,7 @@ def test_what_is_no_recipe_is_one_line(words, message):
     ("terms:\n- {name: a, draw: answer, loss: nll, weight_option: b}\n", "a.weight_option: must be one of bad_weight"),
     ("termz: []\nterms: []\n", "unknown section 'termz'"),
     ("terms:\n- {draw: answer, loss: nll}\n", "term 1: needs a name of its own"),
+    ("terms:\n- {name: lora, draw: answer, loss: nll}\n", "term 1: needs a name of its own, a word, got 'lora'"),
     ("terms:\n- {name: a, draw: answers, loss: nll}\n", "a: draw must be one of answer, mismatch"),
     ("terms:\n- {name: a, sequences_of: b, loss: nll}\n", "a: sequences_of must name a term that stands before it"),
     ("terms:\n- {name: a, draw: retain, loss: kl, weight: 0}\n", "the weights of all terms are 0 (a)"),

@@ -12,7 +12,7 @@ from test_run import SMALL, data_words, events
 
 from method.objectives import Npo
 from method.recipe import read_recipe
-from method.run_options import parse_run
+from run.parsing import parse_run
 from utils import UsageError
 
 

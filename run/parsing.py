@@ -31,8 +31,8 @@ Settings = list[tuple[str, object]]  # (TERM.SETTING or SECTION.SETTING, value)
 
 @dataclasses.dataclass
 class EarlierRun:
-    """What a run_manifest.json gives: options as words; the recipe as it was run, or, of a time before recipes were
-    files, None, with the settings, the weights and the forget loss of that run."""
+    """What a run_manifest.json gives: options as words, and the recipe as it was run. Manifests older than recipe files
+    have none; `settings`, `weights` and `forget_loss` are then set."""
 
     words: list[str] = dataclasses.field(default_factory=list)
     method: str | None = None
@@ -56,7 +56,8 @@ def parse_run(argv: list[str] | None = None) -> UnlearnOptions:
     method = peek(earlier.words + typed, "method") or UnlearnOptions.method
     recipe = earlier.recipe if earlier.recipe and method == earlier.method else load_recipe(method)
     recipe_options = dict(recipe.get("options") or {})
-    if peek(earlier.words + typed, "use_lora", string_to_bool) is False:
+    words = words_of(recipe_options) + earlier.words + typed
+    if not peek(words, "use_lora", string_to_bool, const=True):
         recipe_options |= recipe.get("whole_weights") or {}
     parser = OneLineParser(UnlearnOptions, allow_abbrev=False)
     options = UnlearnOptions(**vars(parser.parse_args(words_of(recipe_options) + earlier.words + typed)))
@@ -86,18 +87,25 @@ def load_recipe(method: str) -> dict:
         names = ", ".join(sorted(file.parent.name for file in RECIPES.glob("*/recipe.yaml")))
         raise UsageError(f"--method {method}: no such recipe; there are {names}, or name a recipe.yaml of your own")
     recipe = read_yaml(path, "method")
+    _check_recipe(recipe, f"--method {method}")
+    return recipe
+
+
+def _check_recipe(recipe, where: str) -> None:
+    """Raise UsageError if a recipe is not a mapping of sections, the options that it gives, and a list of terms."""
+    if not isinstance(recipe, dict):
+        raise UsageError(f"{where}: a recipe needs a list of terms")
     known = {field.name for field in dataclasses.fields(UnlearnOptions) if field.init} - NOT_OF_A_RECIPE
     for name, section in recipe.items():
         if name not in (*SECTIONS, "options", "whole_weights", "terms"):
-            raise UsageError(f"--method {method}: unknown section {name!r}; there are {', '.join(SECTIONS)}")
+            raise UsageError(f"{where}: unknown section {name!r}; there are {', '.join(SECTIONS)}")
         if name != "terms" and not isinstance(section, dict | None):
-            raise UsageError(f"--method {method}: {name} must hold one 'name: value' a line")
+            raise UsageError(f"{where}: {name} must hold one 'name: value' a line")
         if name in ("options", "whole_weights") and (wrong := [key for key in section or {} if key not in known]):
-            raise UsageError(f"--method {method}: {name} holds {wrong[0]!r}, which is no option that a recipe gives")
+            raise UsageError(f"{where}: {name} holds {wrong[0]!r}, which is no option that a recipe gives")
     terms = recipe.get("terms")
     if not isinstance(terms, list) or not all(isinstance(term, dict) for term in terms) or not terms:
-        raise UsageError(f"--method {method}: a recipe needs a list of terms")
-    return recipe
+        raise UsageError(f"{where}: a recipe needs a list of terms")
 
 
 def read_earlier_run(path: str, old: dict[str, list[str]]) -> EarlierRun:
@@ -108,12 +116,17 @@ def read_earlier_run(path: str, old: dict[str, list[str]]) -> EarlierRun:
         arguments = json.loads(Path(path).read_text(encoding="utf-8"))["arguments"]
         earlier = EarlierRun(words_of({k: v for k, v in arguments.items() if k in known - dropped}),
                              arguments.get("method", UnlearnOptions.method), arguments.get("recipe"))  # fmt: skip
-        if earlier.recipe:
+        if earlier.recipe is not None:
+            _check_recipe(earlier.recipe, f"--from_manifest {path}")
             return earlier
         earlier.weights = {name: arguments[name] for name in WEIGHTS if arguments.get(name) is not None}
         earlier.forget_loss = arguments.get("forget_loss")
-        earlier.settings = [(place, value) for name, value in arguments.items() if name in old for place in old[name]
+        moved = {name: value for name, value in arguments.items() if name in old}
+        earlier.settings = [(place, value) for name, value in moved.items() for place in old[name]
                             if not (name in ZERO_MEANT_NONE and not value)]  # fmt: skip
+        if moved:
+            print(f"--from_manifest {path}: {len(moved)} of its options are settings of a recipe now "
+                  "(recipes/old_names.yaml)", file=sys.stderr)  # fmt: skip
         return earlier
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--from_manifest {path}: is not the run_manifest.json of a run ({error!r})") from error
@@ -199,7 +212,9 @@ def _with_typed(recipe: dict, settings: Settings, options: UnlearnOptions) -> di
         _replace_loss(terms["forget"], options.forget_loss)
     for place, value in settings:
         name, _, key = place.partition(".")
-        if name in terms and key != "name":
+        if name in terms and key == "loss" and _is_key(value, OBJECTIVES):
+            _replace_loss(terms[name], value)
+        elif name in terms and key != "name":
             terms[name][key] = value
         elif name in SECTIONS:
             recipe[name] = (recipe.get(name) or {}) | {key: value}
@@ -216,9 +231,9 @@ def _by_name(recipe: dict) -> dict[str, dict]:
 def _replace_loss(term: dict, loss: str) -> None:
     """Replace the loss of a term, and drop the settings that only the old loss has."""
     before = term.get("loss")
-    old, new = (set(setting_names(OBJECTIVES[name])) if _is_key(name, OBJECTIVES) else set() for name in (before, loss))
-    for name in old - new:
-        term.pop(name, None)
+    if before != loss and _is_key(before, OBJECTIVES):
+        for name in setting_names(OBJECTIVES[before]):  # a beta of one loss is not that of another
+            term.pop(name, None)
     term["loss"] = loss
 
 
