@@ -42,8 +42,7 @@ def main() -> None:
     """Run the sweep and print its table. Raises RunError if a combination failed."""
     options = SweepOptions(**vars(OneLineParser(SweepOptions, allow_abbrev=False).parse_args()))
     folder, runs = Path(options.sweep_dir), combinations(options.grid)
-    for settings in runs:  # a name or a value that no run takes is refused before the first one starts
-        parse_run([f"--config={options.config}", *words_for(settings)])
+    refuse_unknown_settings(runs, options.config)
     records, failed = [], []
     for number, settings in enumerate(runs, 1):
         name = slug(settings)
@@ -85,6 +84,12 @@ def combinations(path: str) -> list[dict]:
         if not isinstance(values, list) or not values:
             raise UsageError(f"--grid {path}: option {name!r} needs a list of values")
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def refuse_unknown_settings(runs: list[dict], config: str) -> None:
+    """Raise UsageError, or exit with 2, for a name or a value that no run takes, before the first one starts."""
+    for settings in runs:
+        parse_run([f"--config={config}", *words_for(settings)])
 
 
 def slug(settings: dict) -> str:

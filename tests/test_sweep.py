@@ -50,6 +50,7 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
     settings = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y")]
     finish(tmp_path / "sweep" / "a=1,b=x")
     monkeypatch.setattr(sweep, "combinations", lambda path: settings)
+    monkeypatch.setattr(sweep, "refuse_unknown_settings", lambda runs, config: None)  # the settings are made up
     monkeypatch.setattr(sweep, "run", run)
     monkeypatch.setattr(sweep, "refuse_other_settings", lambda folder, words: None)
     monkeypatch.setattr(sweep.verdict, "figures", judged_figures)
@@ -75,6 +76,7 @@ def test_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
         return {k: v for k, v in figures.items() if k != "run"}
 
     monkeypatch.setattr(sweep, "combinations", lambda path: settings)
+    monkeypatch.setattr(sweep, "refuse_unknown_settings", lambda runs, config: None)  # the settings are made up
     monkeypatch.setattr(sweep, "judged", judged)
     monkeypatch.setattr(sys, "argv", ["sweep.py", f"--sweep_dir={tmp_path}"])
     with pytest.raises(RunError, match="1 of 2 combinations failed: a=1"):
@@ -112,6 +114,13 @@ def test_ctrl_c_gives_the_run_the_time_to_save(tmp_path):
                          start_new_session=True)  # fmt: skip
     assert run.returncode == 130, run.stderr
     assert (tmp_path / "saved").exists()
+
+
+def test_a_setting_that_no_run_takes_is_refused_before_the_first_one(tmp_path):
+    (tmp_path / "c.yaml").write_text("method: yao\n")
+    sweep.refuse_unknown_settings([{"stop.weight": 1.0}], str(tmp_path / "c.yaml"))
+    with pytest.raises(UsageError, match="stop: has no setting 'wieght'"):
+        sweep.refuse_unknown_settings([{"stop.weight": 1.0}, {"stop.wieght": 1.0}], str(tmp_path / "c.yaml"))
 
 
 def test_settings_and_lists_reach_the_run_as_they_stand_in_the_grid(tmp_path):
