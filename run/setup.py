@@ -166,8 +166,6 @@ def log_notes(setup: Setup) -> None:
     if recipe.trainable.frozen_layers:
         log.info("frozen_layers: all that feeds the first trained layer is frozen, and under --gradient_checkpointing "
                  "nothing of it runs twice (earlier versions: not so)")  # fmt: skip
-    if setup.formatter.tokenizer.pad_token == setup.formatter.tokenizer.eos_token:
-        log.info("the tokenizer is saved as it was loaded (earlier versions: a missing pad token became another one)")
     if any(getattr(draw, "prefill_tokens", 0) for draw in setup.sampler.draws):
         log.info("prefill_tokens: the last token of a prefix has a target too (earlier versions: none)")
     if recipe.own_answers.temperature and setup.metadata.has_own_answers:
