@@ -32,7 +32,7 @@ from engine.speedups import speed_up
 from engine.tree import AnswerLogitsModel
 from method.recipe import read_recipe
 from method.sampler import UnlearnBatchSampler
-from method.terms import compute_losses, count_draws, sequences_needing_reference
+from method.terms import compute_losses, count_draws, draws_of, sequences_needing_reference
 from options import POSITIVE, OneLineParser, option
 from run.parsing import parse_run
 from sources.rows import Row, read_rows
@@ -78,7 +78,7 @@ def make_rows(options: BenchOptions, extra_answers: int = 0):
         f"--max_unlearn_steps={options.steps + 1}", f"--set=mismatch.answers={answers}",
     ])  # fmt: skip
     recipe = read_recipe(run)
-    draws = list({term.draw.name: term.draw for term in recipe.terms}.values())
+    draws = draws_of(recipe.terms)
     sampler = UnlearnBatchSampler(
         [forget_rows], [normal_rows, facts], draws, seed=run.seed, steps=run.max_unlearn_steps
     )

@@ -46,8 +46,8 @@ class Objective:
     note = ""  # what earlier versions did otherwise, for the log of a run (CHANGELOG.md)
     better = "falls"  # direction of the measure in a successful run: "falls" or "rises"
     length_normalised = False  # a sequence's value is a mean over its tokens, not a sum
-    # The unit of the mean, unless the recipe sets it. Objectives that unlearn answers use "tokens": a sequence then
-    # counts once a token, so that one weight has the same scale for each of them.
+    # The unit of the mean, unless the recipe sets it. A ForgetObjective uses "tokens": a sequence then counts once a
+    # token, so that one weight has the same scale for each of them.
     over = "sequences"
     original_nll = original_states = False  # what it needs from the original beside its token loss
     layer: int | None = None  # the layer whose hidden states it needs
@@ -61,3 +61,11 @@ class Objective:
     def needs_original(self) -> bool:
         """Whether the term's tokens need the original's logits."""
         return self.original_nll or self.token_loss.needs_original
+
+
+class ForgetObjective(Objective):
+    """The base of objectives that unlearn answers: --forget_loss takes them, and the log shows the answers' NLL."""
+
+    over = "tokens"
+    better = "rises"
+    logs_nll = True

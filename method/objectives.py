@@ -10,7 +10,7 @@ import dataclasses
 
 from engine.token_values import KL, TokenLoss
 from method import losses
-from method.objective import Objective
+from method.objective import ForgetObjective, Objective
 from options import COUNT, WEIGHT, number, option
 
 BY_TOKENS = "divided by the step's answer tokens (earlier versions: by its rows, as with mean_over=sequences)"
@@ -41,27 +41,21 @@ class Kl(Objective):
 
 # --------------------------------------------------------------------------------------------- away from an answer
 @dataclasses.dataclass(frozen=True)
-class Ascent(Objective):
+class Ascent(ForgetObjective):
     """Gradient ascent on the answer (Yao et al. 2023, eq. 2)."""
 
     ceiling: WEIGHT = option(0.0, "nats; an answer whose mean NLL is above it gives no gradient (0: no ceiling)")
-    better = "rises"
-    logs_nll = True
-    over = "tokens"
 
     def values(self, tokens):
         return losses.gradient_ascent(tokens.nll, tokens.sequence, tokens.count, self.ceiling)
 
 
 @dataclasses.dataclass(frozen=True)
-class Npo(Objective):
+class Npo(ForgetObjective):
     """Negative preference optimisation (Zhang et al. 2024)."""
 
     beta: number(float, 0, above=True) = option(0.1, "the larger, the sooner the gradient of a forgotten answer fades")
-    over = "tokens"
     note = BY_TOKENS
-    better = "rises"
-    logs_nll = True
     original_nll = True
 
     def values(self, tokens):
@@ -70,31 +64,25 @@ class Npo(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
-class SimNpo(Objective):
+class SimNpo(ForgetObjective):
     """SimNPO (Fan et al. 2024); it needs no original."""
 
     beta: number(float, 0, above=True) = option(2.5, "the larger, the sooner the gradient of a forgotten answer fades")
     gamma: WEIGHT = option(0.0, "margin, in nats")
-    over = "tokens"
     length_normalised = True
     note = BY_TOKENS
-    better = "rises"
-    logs_nll = True
 
     def values(self, tokens):
         return losses.simnpo(tokens.nll, tokens.sequence, tokens.count, self.beta, self.gamma) * tokens.mine
 
 
 @dataclasses.dataclass(frozen=True)
-class Dpo(Objective):
+class Dpo(ForgetObjective):
     """Direct preference optimisation (Rafailov et al. 2023): prefers a row's replacement answers to its own."""
 
     beta: number(float, 0, above=True) = option(0.1, "the larger, the closer the model stays to the original")
     prefers = "mismatch"
-    over = "tokens"
     note = BY_TOKENS
-    better = "rises"
-    logs_nll = True
     original_nll = True
 
     def values(self, tokens):
@@ -112,14 +100,11 @@ class _TokenUnlikelihood(TokenLoss):
 
 
 @dataclasses.dataclass(frozen=True)
-class Unlikelihood(Objective):
+class Unlikelihood(ForgetObjective):
     """-ln(1 - p) of each answer token (Welleck et al. 2020)."""
 
     token_loss = _TokenUnlikelihood()
     note = BY_TOKENS + "; tokens known by heart have a gradient (earlier versions: none)"
-    better = "rises"
-    over = "tokens"
-    logs_nll = True
 
     def values(self, tokens):
         return tokens.values
@@ -127,15 +112,12 @@ class Unlikelihood(Objective):
 
 # ------------------------------------------------------------------------------------------------ on hidden states
 @dataclasses.dataclass(frozen=True)
-class Rmu(Objective):
+class Rmu(ForgetObjective):
     """RMU: steers the hidden states of forget answers to a fixed random direction (Li et al. 2024)."""
 
     layer: COUNT = option(7, "layer whose output is steered, counted from 0")
     coefficient: number(float, 0, above=True) = option(6.5, "length of the vector that the states are steered to")
     direction_seed: COUNT = option(0, "seed of the random direction")
-    over = "tokens"
-    better = "rises"
-    logs_nll = True
 
     def values(self, tokens):
         target = losses.rmu_direction(tokens.states.shape[-1], self.coefficient, self.direction_seed)

@@ -13,6 +13,7 @@ from engine.adapters import LoraSettings
 from engine.optimizer import OptimizerSettings
 from method.draw import RunSizes
 from method.draws import DRAWS
+from method.objective import ForgetObjective
 from method.objectives import OBJECTIVES
 from method.sampler import Wording
 from method.terms import Term, active_terms
@@ -20,7 +21,7 @@ from options import COUNT, POSITIVE, WEIGHT, UnlearnOptions, option, read_settin
 from utils import UsageError
 
 WEIGHTS = ("bad_weight", "random_weight", "normal_weight")
-FORGET_LOSSES = tuple(name for name, objective in OBJECTIVES.items() if objective.better == "rises")
+FORGET_LOSSES = tuple(name for name, objective in OBJECTIVES.items() if issubclass(objective, ForgetObjective))
 LOG_FIELDS = {"step", "event", "grad_norm", "lr", "seconds", "tokens_per_second", "seconds_left", "weighted_losses"}
 
 

@@ -84,6 +84,11 @@ def count_draws(sequences: list[Sequence]) -> dict[str, DrawCount]:
     )
 
 
+def draws_of(terms: list[Term]) -> list[Draw]:
+    """Return the draws of the terms, each once: terms may share one."""
+    return list({term.draw.name: term.draw for term in terms}.values())
+
+
 def layers_of(terms: list[Term]) -> tuple[int, ...]:
     """Return the layers whose hidden states the terms need."""
     return tuple(sorted({term.objective.layer for term in terms if term.objective.layer is not None}))
@@ -116,9 +121,10 @@ def _loss_term(term: Term, view: _BatchView, count: DrawCount) -> LossTerm:
     values = objective.values(tokens)
     if objective.length_normalised and term.over == "tokens":
         values = values * sequence_sum(torch.ones_like(tokens.nll), tokens.sequence, tokens.count)  # (S,)
-    denominator = count.tokens if term.over == "tokens" and term.tokens == "all" else count.sequences
+    num_tokens = count.tokens if term.tokens == "all" else count.sequences  # one first token a sequence
+    denominator = num_tokens if term.over == "tokens" else count.sequences
     if objective.logs_nll:
-        mean = weighted_sum(tokens.nll.detach(), 1.0, count.tokens if term.tokens == "all" else count.sequences)
+        mean = weighted_sum(tokens.nll.detach(), 1.0, num_tokens)
     else:
         mean = weighted_sum(values.detach(), 1.0, denominator)
     return LossTerm(term.name, weighted_sum(values, term.weight, denominator), mean)

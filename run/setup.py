@@ -37,9 +37,10 @@ from engine.saving import gather_weights, lock_output_dir, write_model
 from engine.state import TrainingState
 from engine.tree import AnswerLogitsModel, wrap_model
 from evaluation.dev_evaluator import DevEvaluator
+from method.draws import Mismatch, Stop
 from method.recipe import Recipe, read_recipe
 from method.sampler import UnlearnBatchSampler
-from method.terms import layers_of, sequences_needing_reference
+from method.terms import draws_of, layers_of, sequences_needing_reference
 from options import UnlearnOptions
 from sources.rows import Row, read_sources
 from utils import (
@@ -118,7 +119,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     splits = {side: split_sources(of_side, options) for side, of_side in sources.items()}
     sampler = UnlearnBatchSampler(
         *([parts["train"] for parts in of_side] for of_side in splits.values()),
-        list({term.draw.name: term.draw for term in recipe.terms}.values()),
+        draws_of(recipe.terms),
         seed=options.seed, steps=options.max_unlearn_steps, wording=recipe.wording,
     )  # fmt: skip
     counts = {side: [{name: len(rows) for name, rows in parts.items()} for parts in of_side]
@@ -160,8 +161,7 @@ def log_notes(setup: Setup) -> None:
     if setup.options.method == "selective":
         log.info("log: the terms' fields are %s (earlier versions: bad_loss, random_loss, normal_loss, first_token_kl)",
                  ", ".join(term.field for term in recipe.terms))  # fmt: skip
-    names = {draw.name: type(draw).__name__ for draw in setup.sampler.draws}
-    if {"Mismatch", "Stop"} <= set(names.values()):
+    if {Mismatch, Stop} <= {type(draw) for draw in setup.sampler.draws}:
         log.info("the terms of the draws mismatch and stop have a mean each (earlier versions: one for both)")
     if recipe.trainable.frozen_layers:
         log.info("frozen_layers: all that feeds the first trained layer is frozen, and under --gradient_checkpointing "

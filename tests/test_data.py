@@ -12,6 +12,7 @@ from data_module import PromptFormatter, make_eot_sequence, split_of, split_rows
 from engine.tree import padded_batch
 from method.recipe import read_recipe
 from method.sampler import UnlearnBatchSampler
+from method.terms import draws_of
 from options import UnlearnOptions
 from run.parsing import parse_run
 from sources.rows import Row
@@ -26,7 +27,7 @@ def make_sampler(forget, normal, *words):
     """A sampler of these sources with the draws of a run that was started with these words."""
     options = parse_run(list(words))
     recipe = read_recipe(options)
-    draws = list({term.draw.name: term.draw for term in recipe.terms}.values())
+    draws = draws_of(recipe.terms)
     sampler = UnlearnBatchSampler(
         forget, normal, draws, seed=options.seed, steps=options.max_unlearn_steps, wording=recipe.wording
     )
