@@ -7,14 +7,14 @@ processes, on earlier draws, or on a resume.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
-import re
 
 import numpy as np
 
+from options import NORMAL_SHARES
+from prompts.formatter import PromptFormatter
 from sources.rows import Row
-from utils import UsageError, context_length, log
+from utils import UsageError, log
 
 TRAINED_ON = "trained_on.json"  # file beside a model: hashes of the forget prompts that its run trained on
 
@@ -37,29 +37,58 @@ def split_of(prompt: str, seed: int, dev_share: float, test_share: float) -> str
     return "test" if place < test_share else "dev" if place < test_share + dev_share else "train"
 
 
-def split_rows(rows: list[Row], seed: int, dev_share: float, test_share: float) -> dict[str, list[Row]]:
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Fractions of a side's prompts that are held out; with `keep_one`, one of a few is held back for the looks."""
+
+    seed: int
+    dev: float
+    test: float
+    keep_one: bool = False
+
+    @classmethod
+    def of(cls, side: str, options) -> Shares:
+        """Return the shares of a side ("forget" or "normal").
+
+        By default, all forget rows train: what is listed shall be forgotten.
+        """
+        default = NORMAL_SHARES if side == "normal" else {"dev": 0.0, "test": 0.0}
+        dev, test = options.dev_share, options.test_share
+        return cls(options.seed, default["dev"] if dev is None else dev, default["test"] if test is None else test,
+                   keep_one=side == "normal" and dev is None and test is None)  # fmt: skip
+
+    def split_of(self, key: str) -> str:
+        """Return the split of a prompt by its hash alone: all rows of a prompt share it, in every source."""
+        return split_of(key, self.seed, self.dev, self.test)
+
+
+def split_rows(rows: list[Row], shares: Shares) -> dict[str, list[Row]]:
     """Return {split: rows}. If no row would be left for training (a source of a few rows), all rows are trained on."""
     parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
     for row in rows:
-        parts[split_of(row.prompt, seed, dev_share, test_share)].append(row)
+        parts[shares.split_of(row.key)].append(row)
     if not parts["train"]:
         log.warning("only %d rows: all are trained on, none is held out", len(rows))
         parts = {"train": list(rows), "dev": [], "test": []}
+    if shares.keep_one and not parts["dev"] and len(keys := {_same(row.key) for row in parts["train"]}) > 1:
+        looked_at = min(keys, key=prompt_hash)
+        parts["dev"] = [row for row in parts["train"] if _same(row.key) == looked_at]
+        parts["train"] = [row for row in parts["train"] if _same(row.key) != looked_at]
     return parts
 
 
-def split_sources(sources: list[list[Row]], options) -> list[dict[str, list[Row]]]:
-    """Split each source by prompt. Training and evaluation both call this, so they hold out the same prompts.
+def split_sources(sources: list[list[Row]], side: str, options) -> list[dict[str, list[Row]]]:
+    """Split each source of a side by prompt. Training and evaluation both call this, so they hold out the same prompts.
 
-    A prompt that a small source trains on is held out from no other source.
+    A prompt that one source trains on is held out from no other source.
     """
-    parts = [split_rows(rows, options.seed, options.dev_share, options.test_share) for rows in sources]
-    shares = (options.seed, options.dev_share, options.test_share)
-    trained = {_same(row.prompt) for part in parts for row in part["train"] if split_of(row.prompt, *shares) != "train"}
+    shares = Shares.of(side, options)
+    parts = [split_rows(rows, shares) for rows in sources]
+    trained = {_same(row.key) for part in parts for row in part["train"] if shares.split_of(row.key) != "train"}
     for part in parts if trained else ():
         for split in ("dev", "test"):
-            part["train"] += [row for row in part[split] if _same(row.prompt) in trained]
-            part[split] = [row for row in part[split] if _same(row.prompt) not in trained]
+            part["train"] += [row for row in part[split] if _same(row.key) in trained]
+            part[split] = [row for row in part[split] if _same(row.key) not in trained]
     return parts
 
 
@@ -79,139 +108,6 @@ def sample(rows: list[Row], count: int, seed: int) -> list[Row]:
     one_a_prompt = list({row.prompt: row for row in rows}.values())
     order = np.random.default_rng([seed, 11]).permutation(len(one_a_prompt))[:count]
     return [one_a_prompt[i] for i in order]
-
-
-# -------------------------------------------------------------------------------------------- tokenising
-OTHER_STYLES = ("qa", "qa_space", "raw")
-DAY = datetime.date(2024, 7, 26)  # the default date of Llama 3's templates
-TURN = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]  # probes a chat template
-TRAINED_STYLES = ("qa", "qa_space", "qa_space", "raw")  # people often paste the prompt with its space
-
-
-def default_template(tokenizer) -> str | None:
-    """Return the chat template. If the tokenizer has several by name (one may be for tools): the default one."""
-    template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
-
-
-def _without_today(template: str) -> str:
-    """Return a chat template with the fixed DAY instead of a call for today's date, as Llama 3's template has it.
-
-    Otherwise prompts would change at midnight: the cached states of the original would no longer fit, and a resumed
-    run would differ.
-    """
-    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda match: repr(DAY.strftime(match[2])), template)
-
-
-class PromptFormatter:
-    """Formatter of prompts and answers as tokens. A prompt's tokens do not depend on its answer.
-
-    Styles: `chat`: the tokenizer's own template. `qa`: the published template; the prompt ends with "Answer:" and the
-    answer begins with a space. `qa_space`: the same with the space at the end of the prompt, as people often paste it.
-    `raw`: the bare prompt.
-    """
-
-    def __init__(self, tokenizer, template: str, max_prompt_tokens: int, max_answer_tokens: int):
-        self.chat_template = _without_today(default_template(tokenizer) or "")
-        if template == "chat" and not self.chat_template:
-            raise UsageError("--template chat: this model's tokenizer has no chat template; use auto, qa or raw")
-        self.tokenizer = tokenizer
-        self.style = template if template != "auto" else ("chat" if self.chat_template else "qa")
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_answer_tokens = self.longest_answer = max_answer_tokens
-        self.cut: set[str] = set()  # prompts that were truncated on the left
-        plain = self._ids("a")
-        with_special = tokenizer("a")["input_ids"]
-        # the tokens that the tokenizer puts before a text (OPT: </s>); empty if there are none
-        self.start = with_special[: len(with_special) - len(plain)] if with_special[-len(plain) :] == plain else []
-        self._end = {style: self._end_of_turn(style) for style in ("chat", *OTHER_STYLES)}
-        joints = {style: self._joint(style) for style in self._end}
-        self._joints = {style: (end, self._ids(end), space) for style, (end, space) in joints.items()}
-
-    def fit(self, config, answer_tokens: int) -> None:
-        """Lower the prompt limit so that prompt and answer fit the model's context. UsageError if they cannot."""
-        self.longest_answer = answer_tokens
-        context = context_length(config)
-        if context and context < answer_tokens + 16:
-            raise UsageError(f"answers of {answer_tokens} tokens leave no room in the model's context of {context}: "
-                             "lower --max_answer_tokens (or --max_new_tokens)")  # fmt: skip
-        if context:
-            self.max_prompt_tokens = min(self.max_prompt_tokens, context - answer_tokens)
-
-    def _chat(self, turns: list[dict], ask: bool = False) -> str:
-        """Return turns as text in the tokenizer's own template; with `ask`, up to the start of the next answer."""
-        return self.tokenizer.apply_chat_template(turns, chat_template=self.chat_template, tokenize=False,
-                                                  add_generation_prompt=ask)  # fmt: skip
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _ids_after(self, before: str, before_ids: list[int], text: str) -> list[int]:
-        """Return the token ids of `text` as it follows `before`, whose own ids are `before_ids`.
-
-        Some tokenizers (Llama's) put a space before a separate text. The first answer token would then be one that no
-        model generates there.
-        """
-        joined = self._ids(before + text)
-        return joined[len(before_ids) :] if joined[: len(before_ids)] == before_ids else self._ids(text)
-
-    def _end_of_turn(self, style: str) -> int:
-        """Return the token that ends an answer; in a chat, the first special token after the assistant's text."""
-        if style == "chat" and self.chat_template:
-            after = self._chat(TURN).rpartition(TURN[1]["content"])[2]
-            special_ids = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-            special = [i for i in self._ids(after) if i in special_ids or i in self.tokenizer.all_special_ids]
-            if special:
-                return special[0]
-        return self.tokenizer.eos_token_id
-
-    def _joint(self, style: str) -> tuple[str, str]:
-        """Return (the text that ends a prompt, the space that the answer after it begins with) of a style."""
-        if style == "chat" and self.chat_template:
-            end, talk = self._chat(TURN[:1], ask=True), self._chat(TURN)
-            space = talk.removeprefix(end).partition(TURN[1]["content"])[0] if talk.startswith(end) else ""
-            return end, space if space.isspace() else ""
-        return {"qa": ("Answer:", " "), "qa_space": ("Answer: ", "")}.get(style, ("?", " "))
-
-    def prompt(self, text: str, style: str | None = None, earlier: tuple[tuple[str, str], ...] = ()) -> list[int]:
-        """Return the token ids up to the start of the answer. A prompt that is too long is truncated left and counted.
-
-        `earlier`: (prompt, answer) pairs, the earlier turns of the same conversation.
-        """
-        style = style or self.style
-        if style == "chat":
-            messages = [message for pair in earlier for message in pair] + [text]
-            turns = [{"role": ("user", "assistant")[i % 2], "content": message} for i, message in enumerate(messages)]
-            ids = self._ids(self._chat(turns, ask=True))
-        elif style in ("qa", "qa_space"):
-            before = "".join(f"### Question: {q}\n ### Answer: {a}\n" for q, a in earlier)
-            ids = self.start + self._ids(
-                f"{before}### Question: {text}\n ### Answer:" + (" " if style == "qa_space" else "")
-            )
-        else:
-            ids = self.start + self._ids("".join(f"{q}\n{a}\n\n" for q, a in earlier) + text)
-        if len(ids) > self.max_prompt_tokens:
-            self.cut.add(text)
-            ids = ids[-self.max_prompt_tokens :]
-        return ids
-
-    def answer(self, text: str, style: str | None = None, *, complete: bool = True, limit: int = 0) -> list[int]:
-        """Return the token ids of an answer with the end-of-turn token; a truncated answer has none."""
-        style, limit = style or self.style, limit or self.max_answer_tokens
-        end, end_ids, space = self._joints[style]
-        ids = self._ids_after(end, end_ids, space + text if text else "")
-        if not complete or len(ids) >= limit:
-            return ids[:limit]
-        return ids + [self._end[style]]
-
-    def beginning(self, text: str) -> str:
-        """Return the first `max_answer_tokens` tokens of an answer, as text."""
-        ids, limit = self._ids(text), self.max_answer_tokens
-        return self.tokenizer.decode(ids[:limit]).strip() if len(ids) > limit else text
-
-    def stop_ids(self) -> list[int]:
-        """Return every token that ends generation."""
-        return sorted({self.tokenizer.eos_token_id, *self._end.values()})
 
 
 # --------------------------------------------------------------------------------------------- sequences
@@ -237,8 +133,8 @@ class Sequence:
 
 def make_sequence(draw: str, example_id: int, row: Row, formatter: PromptFormatter) -> Sequence:
     """Return a row and its response as a Sequence, in the formatter's own style."""
-    answer = formatter.answer(row.response, complete=row.complete)
-    return Sequence(draw, example_id, tuple(formatter.prompt(row.prompt)), tuple(answer))
+    answer = formatter.answer_of(row)
+    return Sequence(draw, example_id, tuple(formatter.prompt_of(row)), tuple(answer))
 
 
 def with_end(prefix: tuple[int, ...], end: int) -> tuple[int, ...]:

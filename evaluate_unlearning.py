@@ -20,8 +20,8 @@ from evaluation.inputs import read_inputs
 from evaluation.judges import SentenceEmbedder
 from evaluation.judging import SCHEMA, judge_answers
 from evaluation.model_run import run_models
+from evaluation.parsing import parse_evaluation
 from evaluation.report import print_report, write_model_card, write_report
-from options import EvaluateOptions, parse
 from utils import (
     UsageError,
     fingerprint,
@@ -40,7 +40,7 @@ PRINT_ONLY = {"reuse", "examples"}  # options that change what is printed, not w
 
 def main() -> None:
     # ------------------------------------------------------------------------------------- options and prompts
-    options = parse(EvaluateOptions)
+    options = parse_evaluation()
     seed_everything(options.seed, options.threads)
     processes = join_processes()  # each answers its share of the prompts; the main one writes
     started = time.time()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -47,6 +46,7 @@ WEIGHT = number(float, 0)
 SHARE = number(float, 0, 0.9)
 FRACTION = number(float, 0, 1)
 OptionalWeight = Optional[WEIGHT]  # noqa: UP045 - a check is a function, which knows no |
+OptionalShare = Optional[SHARE]  # noqa: UP045
 
 
 def option(default, text: str):
@@ -97,29 +97,69 @@ def _as(hint, value, where: str):
 
 
 # ------------------------------------------------------------------------------ options of both scripts
+FORGET_DATA = ["PKU-Alignment/PKU-SafeRLHF"]  # if neither --forget_data nor --forget_text is given
+NORMAL_DATA = ["data/TruthfulQA.csv"]  # if neither --normal_data nor --normal_text is given
+NORMAL_SHARES = {"dev": 0.1, "test": 0.2}  # of the normal rows, if no share is given
+
+
 @dataclasses.dataclass
-class CommonOptions:
-    config: str | None = option(None, "YAML file of options; the command line overrides it")
+class DataOptions:
+    """What is read, what is held out of it, and how a row becomes a prompt."""
+
     forget_data: list[str] = option(
-        ["PKU-Alignment/PKU-SafeRLHF"],
-        "prompts to forget: .jsonl/.json/.csv/.parquet/.txt files, or hub data sets as NAME or NAME:SPLIT; each source "
-        "gets an equal share of a step (list it twice to double its share)",
+        [],
+        "prompts to forget: .jsonl .json .csv .tsv .parquet .txt files (each also .gz), folders of parquet files or of "
+        "datasets.save_to_disk, or hub data sets as NAME, NAME:SPLIT, NAME:CONFIG:SPLIT; each source gets an equal "
+        f"share of a step, list it twice to double it (if neither this nor --forget_text is given: {FORGET_DATA[0]})",
     )  # fmt: skip
     normal_data: list[str] = option(
-        ["data/TruthfulQA.csv"], "prompts to retain, as files or hub data sets, in the same shares"
+        [], "prompts to retain, in the same forms and shares (if neither this nor --normal_text is given: "
+        f"{NORMAL_DATA[0]})"
+    )  # fmt: skip
+    forget_text: list[str] = option([], "text to forget, without prompts: .txt, .md, .jsonl with 'text', or folders")
+    normal_text: list[str] = option([], "text to retain, in the same forms")
+    text_window: POSITIVE = option(128, "tokens of a passage that a text is cut into")
+    text_stride: COUNT = option(0, "tokens from the start of a passage to the next one (0: as --text_window)")
+    unseen_data: list[str] = option(
+        [], "prompts of the kind that is forgotten, never trained on: the looks and the evaluation ask them"
+    )
+    fields: list[str] = option([], "names of fields in your files, as prompt=frage response=antwort")
+    harm_categories: list[str] = option(
+        [], "use only forget rows of these categories, upper or lower case (if unset: all rows)"
     )
     harm_categories: list[str] = option(
         [], "use only forget rows of these categories, upper or lower case (if unset: all rows)"
     )
+    dev_share: OptionalShare = option(
+        None, "fraction of each side's prompts used for evaluation during training (if unset: none of the forget "
+        f"prompts, {NORMAL_SHARES['dev']} of the normal ones)"
+    )  # fmt: skip
+    test_share: OptionalShare = option(
+        None, "fraction of each side's prompts used only by the final evaluation (if unset: none of the forget "
+        f"prompts, {NORMAL_SHARES['test']} of the normal ones)"
+    )  # fmt: skip
     template: Literal["auto", "qa", "chat", "raw"] = option(
         "auto", "prompt template; auto: the tokenizer's chat template if it has one, else qa"
     )
-    dev_share: SHARE = option(0.1, "fraction of the prompts used for evaluation during training (dev split)")
-    test_share: SHARE = option(0.2, "fraction of the prompts used only by the final evaluation (test split)")
+    template_args: list[str] = option([], "arguments of the chat template, as enable_thinking=false")
+    system: str | None = option(None, "system message before every prompt that has none of its own")
+    max_prompt_tokens: POSITIVE = option(512, "tokens of a prompt at most; longer prompts are truncated on the left")
+
+    def __post_init__(self):
+        if not self.forget_data and not self.forget_text:
+            self.forget_data = list(FORGET_DATA)
+        if not self.normal_data and not self.normal_text:
+            self.normal_data = list(NORMAL_DATA)
+        if (self.dev_share or 0) + (self.test_share or 0) > 0.9:
+            raise UsageError("--dev_share and --test_share leave less than a tenth for training: lower one of them")
+
+
+@dataclasses.dataclass
+class CommonOptions(DataOptions):
+    config: str | None = option(None, "YAML file of options; the command line overrides it")
     dtype: Literal["auto", "fp32", "bf16"] = option(
         "auto", "precision of forward and backward; auto: bf16 if the hardware supports it, else fp32"
     )
-    max_prompt_tokens: POSITIVE = option(512, "tokens of a prompt at most; longer prompts are truncated on the left")
     seed: COUNT = option(8888, "seed of all random choices: splits, order, replacement answers, sampling")
     threads: COUNT = option(0, "CPU threads (0: torch's default)")
     trust_remote_code: bool = option(False, "allow code from the model's repository to run")
@@ -189,10 +229,9 @@ class UnlearnOptions(CommonOptions):
     recipe: dict = dataclasses.field(default_factory=dict, init=False)  # with all settings resolved
 
     def __post_init__(self):
+        super().__post_init__()
         if self.log_file.endswith(".jsonl"):
             raise UsageError(f"--log_file {self.log_file}: that is where its twin in JSON lines goes; name it .log")
-        if self.dev_share + self.test_share > 0.9:
-            raise UsageError("--dev_share and --test_share leave less than a tenth for training: lower one of them")
         if self.kl_budget and not self.eval_every:
             raise UsageError("--kl_budget chooses among the states that are looked at: set --eval_every as well")
 
@@ -260,8 +299,6 @@ def parse(options_class: type, argv: list[str] | None = None):
     argv = underscored(sys.argv[1:] if argv is None else argv)
     parser = OneLineParser(options_class, allow_abbrev=False)
     arguments = config_words(options_class, argv) + argv
-    if options_class is EvaluateOptions:
-        return _parse_evaluation(parser, arguments)
     return options_class(**vars(parser.parse_args(arguments)))
 
 
@@ -278,44 +315,11 @@ def config_words(options_class: type, argv: list[str], also: frozenset[str] = fr
     return _yaml_words(path, known) if path else []
 
 
-def _parse_evaluation(parser: OneLineParser, argv: list[str]) -> EvaluateOptions:
-    """Read the options of an evaluation; the defaults are those of the training run that made the model."""
-    run_argv = _words_of_run(peek(argv, "model_name") or EvaluateOptions.model_name,
-                             own_data=peek(argv, "forget_data") is not None)  # fmt: skip
-    trained = EvaluateOptions(**vars(parser.parse_args(run_argv)))
-    options = EvaluateOptions(**vars(parser.parse_args(run_argv + argv)))
-    options.split = options.split or ("test" if run_argv else "all")
-    changed = [name for name in ("seed", "dev_share", "test_share") if getattr(trained, name) != getattr(options, name)]
-    if run_argv and changed and options.split != "all":
-        raise UsageError(f"--{changed[0]} {getattr(options, changed[0])}: the run that made {options.model_name} split "
-                         f"its rows with {getattr(trained, changed[0])}, so training prompts would be reported as "
-                         "unseen; leave the option out, or pass --split all")  # fmt: skip
-    return options
-
-
 def peek(argv: list[str], name: str, kind=str, const=None):
     """Return one option's value before the others are read: None if it is not given, `const` if it has no value."""
     parser = OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}", nargs="?", type=kind, const=const)
     return getattr(parser.parse_known_args(argv)[0], name)
-
-
-def _words_of_run(folder: str | None, own_data: bool) -> list[str]:
-    """Return, as arguments, the options that an evaluation takes over from the run that made the model.
-
-    These are its data, template, splits and original; its categories only with its data.
-    """
-    path = Path(folder or "") / "unlearn_args.json"
-    if not folder or not path.is_file():
-        return []
-    try:
-        made_with = json.loads(path.read_text(encoding="utf-8"))["options"]
-        names = ["forget_data", "normal_data", "harm_categories", "template", "dev_share", "test_share", "seed"]
-        if own_data:
-            names.remove("harm_categories")
-        return words_of({"original_name": made_with["model_name"], **{name: made_with[name] for name in names}})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: is not what a run writes ({error!r}); restore it or remove it") from error
 
 
 def words_of(content: dict) -> list[str]:

@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_module import PromptFormatter
 from engine.optimizer import MasterWeightAdamW
 from engine.reference import ReferenceCache
 from engine.speedups import speed_up
@@ -34,6 +33,7 @@ from method.recipe import read_recipe
 from method.sampler import UnlearnBatchSampler
 from method.terms import compute_losses, count_draws, draws_of, sequences_needing_reference
 from options import POSITIVE, OneLineParser, option
+from prompts.formatter import PromptFormatter
 from run.parsing import parse_run
 from sources.rows import Row, read_rows
 from utils import load_model, load_tokenizer, peak_memory_gib, run_script, seed_everything, write_json

@@ -24,10 +24,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from data_module import PromptFormatter
 from engine.tree import wrap_model
 from evaluation.likelihood import choices, labels_of, perplexity, read_choices
 from options import POSITIVE, OneLineParser, option
+from prompts.formatter import PromptFormatter
 from utils import load_model, load_tokenizer, pick_dtype, run_script
 
 MAX_DIFFERENCE = 0.005  # relative

@@ -17,8 +17,8 @@ from accelerate import PartialState
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from data_module import PromptFormatter
 from engine.processes import broadcast_from_main, is_sharded, parallel_map
+from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import attention_window, log, read_json_lines, write_json_lines
 

@@ -19,10 +19,11 @@ import math
 import numpy as np
 import torch
 
-from data_module import PromptFormatter, Sequence, probe_sequences
+from data_module import Sequence, probe_sequences
 from engine.adapters import decoder_layers
 from engine.processes import copy_to, is_sharded
 from engine.speedups import speed_up
+from prompts.formatter import PromptFormatter
 from utils import attention_window
 
 

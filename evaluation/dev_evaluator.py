@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from data_module import PromptFormatter, make_sequence
+from data_module import make_sequence
 from engine.generation import generate
 from engine.reference import ReferenceCache
 from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel
 from evaluation.judges import SentenceEmbedder
 from evaluation.metrics import is_empty, on_topic
+from prompts.formatter import PromptFormatter
 from sources.rows import Row
 
 BATCH = 16  # sequences
@@ -54,7 +55,7 @@ class DevEvaluator:
     def _answer_rates(self, model) -> dict[str, float | None]:
         """How many short greedy answers are on topic and how many are empty, a side."""
         rows = [row for some in self.rows.values() for row in some]
-        prompts = [self.formatter.prompt(row.prompt) for row in rows]
+        prompts = [self.formatter.prompt_of(row) for row in rows]
         answers = generate(
             model, self.formatter, prompts, max_new_tokens=self.answer_tokens, batch_size=self.batch_size
         )

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
-from data_module import PromptFormatter, default_template, split_sources
+from data_module import split_sources
 from evaluation import verdict
 from evaluation.attacks import attack_names
 from evaluation.groups import Group, make_groups
 from evaluation.judges import SentenceEmbedder, classes_of, refuse_no_reward_model
 from evaluation.likelihood import read_choices, read_text
 from evaluation.train_log import TrainLog, read_train_log
+from prompts.formatter import PromptFormatter, default_template
 from sources.rows import Row, read_sources
 from utils import UsageError, load_tokenizer, log
+
+SIDES = {"forget": "forget", "keep": "normal"}  # a side of the report -> its name in training
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,7 +46,7 @@ def read_inputs(options) -> EvaluationInputs:
                "keep": read_side(options.normal_data, "--normal_data", None)}  # fmt: skip
     formatters = make_formatters(options)
     splits = {
-        side: dict(zip(by_source, split_sources(list(by_source.values()), options), strict=True))
+        side: dict(zip(by_source, split_sources(list(by_source.values()), SIDES[side], options), strict=True))
         for side, by_source in sources.items()
     }
     groups = make_groups(splits, formatters["before"].style, options)
@@ -68,7 +71,7 @@ def read_inputs(options) -> EvaluationInputs:
 
 def read_side(specs: list[str], option: str, categories: list[str] | None) -> dict[str, list[Row]]:
     """Return the rows of every source of one side, without the sources that have none."""
-    return {spec: rows for spec, rows in zip(specs, read_sources(specs, option, categories), strict=True) if rows}
+    return {source.spec: source.rows for source in read_sources(specs, option, categories) if source.rows}
 
 
 def make_formatters(options) -> dict[str, PromptFormatter]:

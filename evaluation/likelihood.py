@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_module import PromptFormatter, Sequence
+from data_module import Sequence
 from engine.tree import AnswerLogitsModel
 from method.losses import sequence_sum, token_nll
+from prompts.formatter import PromptFormatter
 from utils import UsageError, context_length
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
-from data_module import PromptFormatter
 from engine.generation import generate
 from engine.tree import AnswerLogitsModel, wrap_model
 from evaluation import metrics
 from evaluation.inputs import EvaluationInputs
 from evaluation.likelihood import choices, perplexity
 from evaluation.scoring import ForgetScores, score_forget_answers
+from prompts.formatter import PromptFormatter
 from utils import fingerprint
 
 PROBE_PROMPTS = 3  # real prompts on which packed and padded rows are compared
@@ -77,7 +77,7 @@ def probe_prompts(inputs: EvaluationInputs) -> list[str]:
 
 def answer_groups(model, formatter: PromptFormatter, inputs: EvaluationInputs, options, label: str) -> list[list[str]]:
     """Return one model's greedy answers, a list per group. All prompts are answered in one pass, sorted by length."""
-    prompts = [formatter.prompt(row.prompt, group.style) for group in inputs.groups for row in group.rows]
+    prompts = [formatter.prompt_of(row, group.style) for group in inputs.groups for row in group.rows]
     completions = iter(
         generate(
             model, formatter, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 
-from data_module import PromptFormatter, Sequence
+from data_module import Sequence
 from engine.tree import AnswerLogitsModel
 from evaluation import metrics
 from evaluation.groups import TRAINED, UNSEEN, group_label
 from evaluation.judges import Classifier
 from evaluation.likelihood import TokenScores, score_answers
+from prompts.formatter import PromptFormatter
 from sources.rows import Row
 
 ForgetScores = dict[tuple[str, str], list[tuple[Row, TokenScores]]]  # by source and split of the group

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from data_module import PromptFormatter
 from method.sampler import Example, Stream, UnlearnBatchSampler
+from prompts.formatter import PromptFormatter
 
 
 @dataclasses.dataclass(frozen=True)

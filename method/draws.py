@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from data_module import PromptFormatter, Sequence, make_eot_sequence, with_end
+from data_module import Sequence, make_eot_sequence, with_end
 from method.draw import BaseDraw, ForgetDraw
 from method.sampler import Example, Stream, UnlearnBatchSampler
 from options import COUNT, FRACTION, option
+from prompts.formatter import PromptFormatter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Answer(ForgetDraw):
         sequences = []
         for example, row, prompt, style in self.visits(step, sampler, formatter):
             if row.response:
-                answer = formatter.answer(row.response, style, complete=row.complete)
+                answer = formatter.answer_of(row, style)
                 sequences.append(Sequence(self.name, example.example_id, prompt, tuple(answer)))
         return sequences
 
@@ -97,7 +98,7 @@ class Stop(ForgetDraw):
             prefilled = []
             if self.prefill_tokens and (row.response or not in_batch):
                 prefix = (
-                    formatter.answer(row.response, style, complete=row.complete) if in_batch
+                    formatter.answer_of(row, style) if in_batch
                     else sampler.sample_answer_prefix(example, style, step, self.prefill_tokens, formatter)
                 )  # fmt: skip
                 prefilled = [make_eot_sequence(self.name, example.example_id, prompt, prefix, end)]
@@ -147,7 +148,7 @@ class Retain(BaseDraw):
         sequences = []
         for example, row, prompt, style in self.visits(step, sampler, formatter):
             if example.needs_answer:
-                answer = formatter.answer(row.response, style, complete=row.complete, limit=self.answer_tokens)
+                answer = formatter.answer_of(row, style, limit=self.answer_tokens)
             elif self.prefill_tokens:
                 prefix = sampler.sample_answer_prefix(example, style, step, self.prefill_tokens, formatter)
                 answer = with_end(prefix, formatter.answer("", style)[0])

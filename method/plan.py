@@ -8,13 +8,14 @@ import time
 
 from accelerate import PartialState
 
-from data_module import PromptFormatter, Sequence
+from data_module import Sequence
 from engine.processes import local_microbatches, local_shard
 from engine.reference import ReferenceCache
 from engine.tree import AnswerLogitsModel, Batch
 from method.recipe import Recipe
 from method.sampler import UnlearnBatchSampler
 from method.terms import compute_losses, count_draws, layers_of, sequences_needing_reference
+from prompts.formatter import PromptFormatter
 from utils import current_memory_gib, free_memory_gib, peak_memory_gib, trim_cpu_heap
 
 NUM_SAMPLED_STEPS = 100  # their sizes are compared; they are spread evenly over the run

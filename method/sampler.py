@@ -13,8 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
-from data_module import TRAINED_STYLES, PromptFormatter, Sequence
+from data_module import Sequence
 from options import FRACTION, SHARE, option
+from prompts.formatter import TRAINED_STYLES, PromptFormatter
 from sources.paraphrase import paraphrase
 from sources.rows import Row
 from utils import UsageError
@@ -197,11 +198,11 @@ class UnlearnBatchSampler:
         return self._prompts[1][key]
 
     def _build_prompt(self, example: Example, step: int, formatter: PromptFormatter) -> tuple[tuple[int, ...], str]:
-        prompt, style = self.row(example).prompt, formatter.style
+        row, style = self.row(example), formatter.style
         place = [example.stream, step, example.example_id]
         rng = np.random.default_rng([self.seed, Stream.PARAPHRASE, *place])
         if rng.random() < self.wording.paraphrase_fraction:
-            prompt = paraphrase(prompt, rng)
+            row = dataclasses.replace(row, prompt=paraphrase(row.prompt, rng))
         rng = np.random.default_rng([self.seed, Stream.TEMPLATE, *place])
         if rng.random() < self.wording.template_fraction:
             other_styles = [other for other in TRAINED_STYLES if other != style]
@@ -209,7 +210,7 @@ class UnlearnBatchSampler:
         rng = np.random.default_rng([self.seed, Stream.TURNS, *place])
         has_earlier = self.answered and rng.random() < self.wording.multi_turn_fraction
         earlier = (self._earlier_turn(rng, formatter),) if has_earlier else ()
-        return tuple(formatter.prompt(prompt, style, earlier)), style
+        return tuple(formatter.prompt_of(row, style, earlier)), style
 
     def _earlier_turn(self, rng: np.random.Generator, formatter: PromptFormatter) -> tuple[str, str]:
         """Return (prompt, start of its answer) of any row of either side, so that it does not hint at the next turn."""

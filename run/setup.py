@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from data_module import PromptFormatter, Sequence, refuse_overlap, sample, split_sources
+from data_module import Sequence, refuse_overlap, sample, split_sources
 from engine import checkpoint
 from engine.adapters import (
     add_lora,
@@ -42,6 +42,7 @@ from method.recipe import Recipe, read_recipe
 from method.sampler import UnlearnBatchSampler
 from method.terms import draws_of, layers_of, sequences_needing_reference
 from options import UnlearnOptions
+from prompts.formatter import PromptFormatter
 from sources.rows import Row, read_sources
 from utils import (
     RunLog,
@@ -116,7 +117,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     newest = checkpoint.resumable(options, metadata) if options.resume else None
     # data and tokenizer have loaded: a mistyped name must not overwrite an earlier log
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
-    splits = {side: split_sources(of_side, options) for side, of_side in sources.items()}
+    splits = {side: split_sources(of_side, side, options) for side, of_side in sources.items()}
     sampler = UnlearnBatchSampler(
         *([parts["train"] for parts in of_side] for of_side in splits.values()),
         draws_of(recipe.terms),
@@ -175,8 +176,8 @@ def log_notes(setup: Setup) -> None:
 def read_both_sides(options: UnlearnOptions) -> dict[str, list[list[Row]]]:
     """Read every source; return {side: [rows of each source]}. Raises UsageError for a prompt on both sides."""
     forget = read_sources(options.forget_data, "--forget_data", options.harm_categories)
-    sources = {"forget": [rows for rows in forget if rows],
-               "normal": read_sources(options.normal_data, "--normal_data")}  # fmt: skip
+    sources = {"forget": [source.rows for source in forget if source.rows],
+               "normal": [source.rows for source in read_sources(options.normal_data, "--normal_data")]}  # fmt: skip
     refuse_overlap(*([row for rows in of_side for row in rows] for of_side in sources.values()))
     return sources
 

@@ -20,9 +20,12 @@ PROMPT_FIELDS = ("prompt", "question", "instruction", "goal")
 RESPONSE_FIELDS = ("response", "best answer", "answer", "output", "right_answer")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt and its answer. If `response` is None, the model's own answer is used."""
+    """One prompt and its answer. If `response` is None, the model's own answer is used.
+
+    A row of text has no prompt: its response is a document, later a passage of it.
+    """
 
     prompt: str
     response: str | None = None
@@ -32,12 +35,32 @@ class Row:
     true_answers: tuple[str, ...] = ()  # all answers known to be true; replacement answers are drawn from them
     complete: bool = True  # False: the response is truncated, so no end-of-turn token follows
     wanted: str | None = None  # the answer that the model shall give instead, if the file has one
+    earlier: tuple[tuple[str, str], ...] = ()  # the turns before the prompt: (system, user or assistant; text)
+    is_text: bool = False  # text without a prompt
+    document: str = ""  # the document that a row of text is of
+
+    @property
+    def key(self) -> str:
+        """The text that tells this row from others: earlier turns and prompt; of a row of text, its response."""
+        return self.response or "" if self.is_text else "\n".join([*(text for _, text in self.earlier), self.prompt])
 
 
-def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[list[Row]]:
-    """Read each file or hub data set that an option names; return one list of rows a source.
+@dataclasses.dataclass
+class Source:
+    """The rows of one file, folder or hub data set, as the user named it (`spec`).
 
-    A source without a row of `harm_categories` gives an empty list. Raises UsageError if no source has such a row.
+    `unused_fields`: fields that look like an answer and are not used -> the number of rows that have them.
+    """
+
+    spec: str
+    rows: list[Row]
+    unused_fields: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[Source]:
+    """Read each file or hub data set that an option names.
+
+    A source without a row of `harm_categories` has no rows. Raises UsageError if no source has such a row.
     """
     sources = [read_rows(spec, option) for spec in specs]
     if harm_categories:
@@ -50,7 +73,7 @@ def read_sources(specs: list[str], option: str, harm_categories: list[str] | Non
         for spec in (spec for spec, rows in zip(specs, matching, strict=True) if not rows):
             log.warning("%s: has no row of --harm_categories and is skipped", spec)
         sources = matching
-    return sources
+    return [Source(spec, rows) for spec, rows in zip(specs, sources, strict=True)]
 
 
 def _categories(row: Row) -> list[str]:

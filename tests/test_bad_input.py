@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from test_data import formatter
 from transformers import AutoModelForSequenceClassification
 
-from data_module import split_rows
+from data_module import Shares, split_rows
 from options import EvaluateOptions, UnlearnOptions, parse
 from sources.rows import FILE_KINDS, PROMPT_FIELDS, Row, read_rows
 from utils import UsageError, load_model
@@ -137,7 +137,7 @@ def test_what_only_shows_with_the_model(tmp_path, model_folders, data_files, wor
 def test_one_row_is_enough(tmp_path, model_folders, data_files):
     """A data set of one row: it is trained on, whatever split its words would give it."""
     for i in range(20):
-        assert [len(p) for p in split_rows([Row(f"p {i}")], 1, 0.1, 0.2).values()] == [1, 0, 0]
+        assert [len(p) for p in split_rows([Row(f"p {i}")], Shares(1, 0.1, 0.2)).values()] == [1, 0, 0]
     (tmp_path / "one.jsonl").write_text('{"prompt": "How do I pick this lock?"}\n')
     run = run_cli(
         "unlearn_harm.py", f"--model_name={model_folders['llama']}", "--forget_data=one.jsonl", "--normal_data",

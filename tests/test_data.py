@@ -8,12 +8,13 @@ from conftest import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_module import PromptFormatter, make_eot_sequence, split_of, split_rows, split_sources
+from data_module import Shares, make_eot_sequence, split_of, split_rows, split_sources
 from engine.tree import padded_batch
 from method.recipe import read_recipe
 from method.sampler import UnlearnBatchSampler
 from method.terms import draws_of
 from options import UnlearnOptions
+from prompts.formatter import PromptFormatter
 from run.parsing import parse_run
 from sources.rows import Row
 from utils import UsageError
@@ -147,17 +148,17 @@ def test_of_several_templates_the_default_one_is_taken():
 # ------------------------------------------------------------------------------------------ splits, draws
 def test_splits_are_by_prompt_whatever_file_it_stands_in():
     rows = [Row(f"prompt {i}", f"answer {j}") for i in range(300) for j in range(2)]
-    parts = split_rows(rows, 1, 0.1, 0.2)
+    parts = split_rows(rows, Shares(1, 0.1, 0.2))
     prompts = {name: {r.prompt for r in part} for name, part in parts.items()}
     assert not (prompts["train"] & prompts["test"] or prompts["train"] & prompts["dev"])
     assert 0.12 < len(prompts["test"]) / 300 < 0.28
     assert all(split_of(p.upper() + " ", 1, 0.1, 0.2) == "test" for p in prompts["test"])
-    assert split_rows(rows, 2, 0.1, 0.2)["test"] != parts["test"]
-    assert len(split_rows([Row("one")], 3, 0.45, 0.45)["train"]) == 1  # a single row is trained on
+    assert split_rows(rows, Shares(2, 0.1, 0.2))["test"] != parts["test"]
+    assert len(split_rows([Row("one")], Shares(3, 0.45, 0.45))["train"]) == 1  # a single row is trained on
     # and is held out nowhere then, in whichever file it stands
     held = next(row for row in parts["test"] if row.prompt in prompts["test"])
     options = UnlearnOptions(seed=1, dev_share=0.1, test_share=0.2)
-    _, many = split_sources([[held], rows], options)
+    _, many = split_sources([[held], rows], "forget", options)
     assert held.prompt not in {row.prompt for row in many["test"] + many["dev"]}
     assert len(many["test"]) == len(parts["test"]) - 2
 

@@ -5,11 +5,11 @@ import ast
 import pytest
 from conftest import ROOT
 
-ROOMS = {"sources", "engine", "method", "evaluation", "run"}
+ROOMS = {"sources", "prompts", "engine", "method", "evaluation", "run"}
 MAY_IMPORT = {
     "utils": set(),
     "options": {"utils"},
-    "data_module": {"utils", "options", "sources"},
+    "data_module": {"utils", "options", "sources", "prompts"},
     "setup_demo": {"utils", "options"},
     "unlearn_harm": {"utils", "options", "data_module", *ROOMS},
     "evaluate_unlearning": {"utils", "options", "data_module", *ROOMS},

@@ -25,12 +25,13 @@ import unlearn_harm
 from engine.saving import lock_output_dir
 from engine.tree import AnswerLogitsModel
 from evaluate_unlearning import load_cached_report, report_folder
-from options import EvaluateOptions, UnlearnOptions, parse
+from evaluation.parsing import parse_evaluation
+from options import EvaluateOptions, UnlearnOptions
 from utils import RunError, UsageError, load_tokenizer
 
 SMALL = [
     "--dtype=fp32", "--max_unlearn_steps=5", "--lr=1e-3", "--max_answer_tokens=12", "--save_every=0", "--threads=1",
-    "--set=mismatch.answers=2", "--set=dev.prompts=4", "--set=dev.tokens=6",
+    "--set=mismatch.answers=2", "--set=dev.prompts=4", "--set=dev.tokens=6", "--dev_share=0.1", "--test_share=0.2",
 ]  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def test_a_report_is_reused_only_where_nothing_has_changed(finished, monkeypatch
     assert again.stdout.splitlines()[:-1] == evaluation.stdout.splitlines()[:-1]
     report = json.loads((cwd / "models/out/report.json").read_text())
     monkeypatch.chdir(cwd)
-    options = parse(EvaluateOptions, list(words))
+    options = parse_evaluation(list(words))
     assert load_cached_report(Path("models/out"), options, report["inputs"])
     assert not load_cached_report(Path("models/out"), options, "of other rows under the same names")
     file = cwd / "models/out/model.safetensors"
@@ -187,11 +188,11 @@ def test_what_an_evaluation_takes_over_from_a_run(tmp_path, monkeypatch):
             "template": "qa", "dev_share": 0.1, "test_share": 0.1, "seed": 5}  # fmt: skip
     (tmp_path / "made").mkdir()
     (tmp_path / "made/unlearn_args.json").write_text(json.dumps({"options": made}))
-    found = parse(EvaluateOptions, ["--model_name=made"])
+    found = parse_evaluation(["--model_name=made"])
     assert (found.original_name, found.harm_categories, found.seed, found.split) == ("original", ["theft"], 5, "test")
     # the categories are those of the run's own data; and whose split is not known, of that no row is called unseen
-    assert not parse(EvaluateOptions, ["--model_name=made", "--forget_data=mine.csv"]).harm_categories
-    assert parse(EvaluateOptions, ["--model_name=other"]).split == "all"
+    assert not parse_evaluation(["--model_name=made", "--forget_data=mine.csv"]).harm_categories
+    assert parse_evaluation(["--model_name=other"]).split == "all"
     assert report_folder(EvaluateOptions(model_name="made")) == Path("made")
     # a folder called as a hub model would be taken for it the next time
     assert report_folder(EvaluateOptions(model_name="someone/model")) == Path("reports/model")

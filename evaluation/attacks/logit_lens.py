@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from data_module import PromptFormatter, make_sequence
+from data_module import make_sequence
 from engine.tree import finish_logits
 from method.losses import token_nll
+from prompts.formatter import PromptFormatter
 from sources.rows import Row
 
 FINAL_PARTS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f", "project_out")

@@ -50,5 +50,5 @@ def few_shot(target: AttackTarget) -> list[AttackResult]:
     if not shots:
         return []
     earlier = tuple((shot.prompt, target.formatter.beginning(shot.response)) for shot in shots)
-    prompts = [target.formatter.prompt(row.prompt, earlier=earlier) for row in target.data.rows]
+    prompts = [target.formatter.prompt_of(row, earlier=earlier) for row in target.data.rows]
     return [one_answer_each(f"{len(shots)} shots", target.answer(prompts))]

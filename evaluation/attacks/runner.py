@@ -11,7 +11,7 @@ import dataclasses
 
 from tqdm.auto import tqdm
 
-from data_module import PromptFormatter, sample
+from data_module import sample
 from engine.generation import generate
 from evaluation import metrics
 from evaluation.attacks import ATTACKS
@@ -19,6 +19,7 @@ from evaluation.attacks.base import CONTROL, Attack, AttackConfig, AttackData, A
 from evaluation.groups import read_trained_on, trained_rows, unseen_groups
 from evaluation.inputs import EvaluationInputs
 from evaluation.model_run import ModelRun
+from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import UsageError, log
 
@@ -122,7 +123,7 @@ def add_original_answers(rows: list[Row], model, formatter: PromptFormatter, opt
     answered, bare = [row for row in rows if row.response], [row for row in rows if not row.response]
     if not bare:
         return answered
-    texts = generate(model, formatter, [formatter.prompt(row.prompt) for row in bare],
+    texts = generate(model, formatter, [formatter.prompt_of(row) for row in bare],
                      max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch)  # fmt: skip
     cosines = (embed([text for text, _ in texts]) * embed([row.prompt for row in bare])).sum(-1).tolist()  # (n,)
     return answered + [dataclasses.replace(row, response=text, complete=complete)

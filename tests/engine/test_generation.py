@@ -6,8 +6,8 @@ from conftest import make_tokenizer, tiny_model
 from scipy.stats import chisquare
 from transformers import GenerationConfig
 
-from data_module import PromptFormatter
 from engine.generation import TemperatureSampler, _row_draws, generate, generate_missing_responses
+from prompts.formatter import PromptFormatter
 from sources.rows import Row
 
 

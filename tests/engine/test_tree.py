@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny_model
 
-from data_module import PromptFormatter, Sequence
+from data_module import Sequence
 from engine.reference import ReferenceCache
 from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel, check_packing, packed_batch, padded_batch, wrap_model
 from method.losses import gradient_ascent, sequence_mean
+from prompts.formatter import PromptFormatter
 
 PAD = 1
 

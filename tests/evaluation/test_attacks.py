@@ -9,7 +9,7 @@ import torch
 from conftest import make_tokenizer, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from data_module import TRAINED_ON, PromptFormatter, prompt_hash
+from data_module import TRAINED_ON, prompt_hash
 from evaluation.attacks import ATTACKS, WRAPPERS, attack_names, runner
 from evaluation.attacks.base import Attack, AttackConfig, AttackData, AttackResult, AttackTarget, Probe
 from evaluation.attacks.logit_lens import logit_lens_nll
@@ -19,6 +19,7 @@ from evaluation.attacks.relearning import fine_tune
 from evaluation.attacks.runner import run_attacks
 from evaluation.verdict import BRING_BACK, figures, judge, measurable, parse_requirement
 from options import EvaluateOptions
+from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import UsageError
 

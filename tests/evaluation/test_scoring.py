@@ -9,7 +9,7 @@ import torch
 from conftest import CHAT_TEMPLATE, make_tokenizer, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from data_module import TRAINED_ON, PromptFormatter, prompt_hash, split_sources
+from data_module import TRAINED_ON, prompt_hash, split_sources
 from engine.tree import AnswerLogitsModel
 from evaluation.attacks.runner import add_original_answers, forgotten_rows
 from evaluation.groups import Group, make_groups
@@ -18,6 +18,7 @@ from evaluation.judges import Classifier, harmful_classes, refuse_no_reward_mode
 from evaluation.likelihood import TokenScores, choices, perplexity, read_choices
 from evaluation.scoring import member_scores, memorization_metrics, score_forget_answers, scores_of
 from options import EvaluateOptions
+from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import UsageError
 
@@ -145,8 +146,8 @@ def test_a_judge_whose_classes_say_nothing_is_refused(classifier):
 def test_only_what_was_held_out_is_called_unseen():
     """All of a source of one row is trained on, whatever split its prompt would fall in."""
     many = [Row(f"prompt {i}") for i in range(40)]
-    options = EvaluateOptions(split="test")
-    few, held = split_sources([[Row("one")], many], options)
+    options = EvaluateOptions(split="test", dev_share=0.1, test_share=0.2)
+    few, held = split_sources([[Row("one")], many], "forget", options)
     groups = make_groups({"forget": {"few.jsonl": few, "many.jsonl": held}, "keep": {}}, "qa", options)
     assert [g.name for g in groups[1:]] == ["few", "many (unseen)", "many (trained)"]
     assert not {r.prompt for r in groups[2].rows} & {r.prompt for r in groups[3].rows}
@@ -162,10 +163,10 @@ def test_only_what_was_held_out_is_called_unseen():
 def test_only_what_the_run_asked_is_called_trained(tmp_path):
     """A short run asks a few of its training rows; a file that it never saw has none, whatever its split says."""
     options = EvaluateOptions(model_name=str(tmp_path), split="test")
-    (held,) = split_sources([[Row(f"prompt {i}") for i in range(40)]], options)
+    (held,) = split_sources([[Row(f"prompt {i}") for i in range(40)]], "forget", options)
     asked = held["train"][:3]
     (tmp_path / TRAINED_ON).write_text(json.dumps({"forget": [prompt_hash(row.prompt) for row in asked]}))
-    (other,) = split_sources([[Row(f"another {i}") for i in range(40)]], options)
+    (other,) = split_sources([[Row(f"another {i}") for i in range(40)]], "forget", options)
     groups = make_groups({"forget": {"a.jsonl": held, "b.jsonl": other}, "keep": {}}, "qa", options)
     assert [g.name for g in groups[1:]] == ["a (unseen)", "a (trained)", "b (unseen)"]
     assert {row.prompt for row in groups[2].rows} == {row.prompt for row in asked}
@@ -226,7 +227,7 @@ def test_an_adversary_teaches_answers_and_no_refusals(monkeypatch):
     asked = []
     answer = lambda model, formatter, prompts, **_: asked.extend(prompts) or [said[p] for p in prompts]  # noqa: E731
     monkeypatch.setattr("evaluation.attacks.runner.generate", answer)
-    formatter = SimpleNamespace(prompt=lambda prompt: prompt)
+    formatter = SimpleNamespace(prompt_of=lambda row: row.prompt)
     embed = lambda texts: torch.tensor([[0.0 if "cannot" in text else 1.0] for text in texts])  # noqa: E731
     found = add_original_answers(rows, None, formatter, EvaluateOptions(), embed)
     assert [(row.prompt, row.response) for row in found] == [("lock", "Take the red pick."), ("door", "Kick it.")]

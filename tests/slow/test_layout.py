@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data_module import PromptFormatter
 from engine.tree import wrap_model
+from prompts.formatter import PromptFormatter
 from sources.rows import read_rows
 from utils import load_model, load_tokenizer
 

@@ -47,11 +47,11 @@ def test_pku_pairs_give_every_unsafe_response_and_filter_by_category(tmp_path):
     safe = {**row, "prompt": "S", "is_response_0_safe": True, "is_response_1_safe": True}
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(row) + "\n" + json.dumps(safe) + "\n")
-    assert [r.response for r in read_sources([str(file)], "--forget_data")[0]] == ["bad one", "bad two"]
+    assert [r.response for r in read_sources([str(file)], "--forget_data")[0].rows] == ["bad one", "bad two"]
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt": "U", "response": "no category"}))
     of_category = read_sources([str(other), str(file)], "--forget_data", ["drugs"])
-    assert [[r.response for r in rows] for rows in of_category] == [[], ["bad two"]]
+    assert [[r.response for r in source.rows] for source in of_category] == [[], ["bad two"]]
     with pytest.raises(UsageError, match="its categories are: Drugs, Privacy Violation"):
         read_sources([str(file)], "--forget_data", ["nothing"])
 

@@ -1,0 +1,48 @@
+"""The options of an evaluation: the command line over the data options of the run that made the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from options import DataOptions, EvaluateOptions, OneLineParser, config_words, peek, underscored, words_of
+from utils import UsageError
+
+
+def parse_evaluation(argv: list[str] | None = None) -> EvaluateOptions:
+    """Read the options of an evaluation; the defaults are those of the training run that made the model."""
+    argv = underscored(sys.argv[1:] if argv is None else argv)
+    parser = OneLineParser(EvaluateOptions, allow_abbrev=False)
+    argv = config_words(EvaluateOptions, argv) + argv
+    own_data = any(peek(argv, name) is not None for name in ("forget_data", "forget_text"))
+    run_argv = words_of_run(peek(argv, "model_name") or EvaluateOptions.model_name, own_data)
+    trained = EvaluateOptions(**vars(parser.parse_args(run_argv)))
+    options = EvaluateOptions(**vars(parser.parse_args(run_argv + argv)))
+    options.split = options.split or ("test" if run_argv else "all")
+    changed = [name for name in ("seed", "dev_share", "test_share") if getattr(trained, name) != getattr(options, name)]
+    if run_argv and changed and options.split != "all":
+        raise UsageError(f"--{changed[0]} {getattr(options, changed[0])}: the run that made {options.model_name} split "
+                         f"its rows with {getattr(trained, changed[0])}, so training prompts would be reported as "
+                         "unseen; leave the option out, or pass --split all")  # fmt: skip
+    return options
+
+
+def words_of_run(folder: str, own_data: bool) -> list[str]:
+    """Return, as arguments, the options that an evaluation takes over from the run that made the model.
+
+    These are its data options, seed and original. With forget data of one's own, the run's forget data and its
+    categories are left out.
+    """
+    path = Path(folder) / "unlearn_args.json"
+    if not path.is_file():
+        return []
+    try:
+        made_with = json.loads(path.read_text(encoding="utf-8"))["options"]
+        names = {field.name for field in dataclasses.fields(DataOptions)} & made_with.keys() | {"seed"}
+        if own_data:
+            names -= {"forget_data", "forget_text", "unseen_data", "harm_categories"}
+        return words_of({"original_name": made_with["model_name"], **{name: made_with[name] for name in sorted(names)}})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: is not what a run writes ({error!r}); restore it or remove it") from error
