@@ -38,6 +38,7 @@ class Row:
     earlier: tuple[tuple[str, str], ...] = ()  # the turns before the prompt: (system, user or assistant; text)
     is_text: bool = False  # text without a prompt
     document: str = ""  # the document that a row of text is of
+    labelled: bool = False  # a label of safety sent the row to its side
 
     @property
     def key(self) -> str:
@@ -55,6 +56,7 @@ class Source:
     spec: str
     rows: list[Row]
     unused_fields: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[Source]:
