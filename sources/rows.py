@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import re
 import urllib.request
@@ -12,49 +11,14 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet as pq
 
+from sources.texts import read_texts as read_texts
+from sources.types import Row, Source
 from utils import UsageError, atomic_write_text, log
 
 TRUTHFULQA_URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 PROMPT_FIELDS = ("prompt", "question", "instruction", "goal")
 RESPONSE_FIELDS = ("response", "best answer", "answer", "output", "right_answer")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """One prompt and its answer. If `response` is None, the model's own answer is used.
-
-    A row of text has no prompt: its response is a document, later a passage of it.
-    """
-
-    prompt: str
-    response: str | None = None
-    category: str = ""
-    id: str = ""
-    source: str = ""
-    true_answers: tuple[str, ...] = ()  # all answers known to be true; replacement answers are drawn from them
-    complete: bool = True  # False: the response is truncated, so no end-of-turn token follows
-    wanted: str | None = None  # the answer that the model shall give instead, if the file has one
-    earlier: tuple[tuple[str, str], ...] = ()  # the turns before the prompt: (system, user or assistant; text)
-    is_text: bool = False  # text without a prompt
-    document: str = ""  # the document that a row of text is of
-
-    @property
-    def key(self) -> str:
-        """The text that tells this row from others: earlier turns and prompt; of a row of text, its response."""
-        return self.response or "" if self.is_text else "\n".join([*(text for _, text in self.earlier), self.prompt])
-
-
-@dataclasses.dataclass
-class Source:
-    """The rows of one file, folder or hub data set, as the user named it (`spec`).
-
-    `unused_fields`: fields that look like an answer and are not used -> the number of rows that have them.
-    """
-
-    spec: str
-    rows: list[Row]
-    unused_fields: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[Source]:
