@@ -76,12 +76,12 @@ def read_records(path: Path, option: str) -> Iterator[Record]:
         raise _unreadable(path, place, error) from error
 
 
-def read_lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, text without outer spaces) of every line of a text file that is not empty."""
+def read_lines(path: Path, option: str) -> Iterator[str]:
+    """Yield every line of a text file that is not empty, without outer spaces."""
     try:
-        for number, line in enumerate(open_text(path), 1):
+        for line in open_text(path):
             if line := line.strip():
-                yield number, line
+                yield line
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, f"{option} {path}", error) from error
 
