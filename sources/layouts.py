@@ -199,7 +199,9 @@ class RowMaker:
         """Return the system message and the earlier turns that stand in fields of their own."""
         system = next((name for name in plan.systems if holds_text(record.fields[name])), None)
         turns = [] if system is None else [("system", text_of(record.fields[system], record, system))]
-        history = record.fields.get(plan.history)
+        history = listed(record.fields.get(plan.history))
+        if isinstance(history, str) and holds_text(history):
+            self._unused_context[plan.history] += 1
         for pair in history if isinstance(history, list) else ():
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise UsageError(f"{record}: field '{plan.history}' must be a list of [question, answer]")
@@ -220,7 +222,7 @@ class RowMaker:
                 self.unused[name] += 1
         if not has_answer:
             for name in plan.others:
-                if isinstance(record.fields[name], str) and holds_text(record.fields[name]):
+                if isinstance(record.fields[name], str | list) and holds_text(record.fields[name]):
                     self.unused[name] += 1
 
     def _row(self, record: Record, plan: Plan, talk: Talk, category=None, wanted=None, **more) -> Row:

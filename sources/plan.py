@@ -100,7 +100,10 @@ def make_plan(record: Record, own: dict[str, list[str]], text_option: str) -> Pl
 
     `own`: the names of --fields. `text_option`: the option that takes text without a prompt.
     """
-    names, given = {normal_name(name): name for name in record.fields}, {}
+    names, given = {}, {}
+    for name in record.fields:  # two names that differ in case alone are two fields
+        key = normal_name(name)
+        names[f"other_{name}" if key in names else key] = name
     for key, wished in own.items():
         name = next((name for w in wished for name in record.fields if w in (name, normal_name(name))), None)
         if name is not None:

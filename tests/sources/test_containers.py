@@ -82,8 +82,16 @@ def test_a_cell_of_any_length_is_read_whole(tmp_path):
 
 def test_an_unquoted_comma_of_a_cell_is_named_and_not_lost(tmp_path):
     (tmp_path / "a.csv").write_text("prompt\nName a tree.\nIf so, why?\n")
+    (tmp_path / "b.csv").write_text("prompt,response\nName a tree.,Oak\n,\n ,x\n")  # a line of empty cells is no row
+    with pytest.raises(UsageError, match=r"b\.csv, row 3: field 'prompt' is empty"):
+        read(tmp_path / "b.csv")
     with pytest.raises(UsageError, match="line 3: has 2 cells and the header 1; put cells that hold ',' in quotes"):
         read(tmp_path / "a.csv")
+
+
+def test_a_table_without_quotes_keeps_those_of_its_cells(tmp_path):
+    (tmp_path / "a.tsv").write_text('prompt\tresponse\n"Stop" means what?\tTo "halt"\nWhy?\t"So\n')
+    assert read(tmp_path / "a.tsv") == [('"Stop" means what?', 'To "halt"'), ("Why?", '"So')]
 
 
 def test_the_shards_of_a_folder_are_read_in_order(tmp_path):
@@ -137,7 +145,7 @@ def test_a_hub_name_says_configuration_and_split(monkeypatch, spec, asked):
     (row,) = read_rows(spec, "--normal_data")
     assert (row.prompt, row.response, row.source) == ("Q", "A", asked[0].rpartition("/")[2])
     monkeypatch.setattr(datasets, "load_dataset", SimpleNamespace())  # whatever it raises is one line
-    with pytest.raises(UsageError, match="cannot be downloaded: name its parts as"):
+    with pytest.raises(UsageError, match="cannot be downloaded: save it as data/"):
         read_rows(spec, "--normal_data")
 
 
