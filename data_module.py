@@ -121,9 +121,9 @@ def read_sides(options) -> Sides:
 
     Raises UsageError for a prompt that would be forgotten and retained at once.
     """
-    forget = read_sources(options.forget_data, "--forget_data", options.harm_categories)
-    normal = read_sources(options.normal_data, "--normal_data")
-    unseen = read_sources(options.unseen_data, "--unseen_data")
+    forget = read_sources(options.forget_data, "--forget_data", options.harm_categories, options.fields)
+    normal = read_sources(options.normal_data, "--normal_data", fields=options.fields)
+    unseen = read_sources(options.unseen_data, "--unseen_data", fields=options.fields)
     sides = Sides([source for source in forget if source.rows], normal, unseen)
     give_wanted_answers(sides)
     refuse_overlap(sides.rows("forget"), sides.rows("normal"))

@@ -235,7 +235,8 @@ def test_an_adversary_teaches_answers_and_no_refusals(monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "message"), [
-    ({"question": "q"}, "must be a list of objects"), ([1], "must be a list of objects"),
+    ({"question": "q"}, "row 1: 'mc1_targets' must hold answers"), ([1], "row 1: must be an object"),
+    ([{"question": "q", "choices": ["a", "b"], "answer": 2}], "row 1: field 'answer' is 2, .* none of its 2 choices"),
     ([{"question": "q", "mc1_targets": {}, "mc2_targets": {"a": 1}}], "row 1: 'mc1_targets' must hold answers"),
     ([{"question": "q", "mc1_targets": {"a": 1}, "mc2_targets": {"choices": ["a", "b"], "labels": [1]}}],
      "row 1: 'mc2_targets' must hold answers"),
