@@ -16,8 +16,6 @@ from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import UsageError, log
 
-TRAINED_ON = "trained_on.json"  # file beside a model: hashes of the forget prompts that its run trained on
-
 
 # ------------------------------------------------------------------------------------------------ splits
 def _same(prompt: str) -> str:
@@ -25,9 +23,9 @@ def _same(prompt: str) -> str:
     return " ".join(prompt.casefold().split())
 
 
-def prompt_hash(prompt: str) -> str:
+def prompt_hash(prompt: str, salt: str = "") -> str:
     """Return a hash that names a prompt, so that the model's folder does not contain the forget prompts."""
-    return hashlib.sha256(_same(prompt).encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{salt}{_same(prompt)}".encode()).hexdigest()[:16]
 
 
 def split_of(prompt: str, seed: int, dev_share: float, test_share: float) -> str:
