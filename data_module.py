@@ -17,7 +17,6 @@ from sources.rows import Row, Source, read_sources
 from utils import UsageError, log
 
 UNSEEN_SHARES = {"dev": 1 / 3, "test": 2 / 3}  # of --unseen_data: for the looks, for the evaluation
-TRAINED_ON = "trained_on.json"  # file beside a model: hashes of the forget prompts that its run trained on
 
 
 # ------------------------------------------------------------------------------------------------ splits
@@ -26,9 +25,9 @@ def _same(prompt: str) -> str:
     return " ".join(prompt.casefold().split())
 
 
-def prompt_hash(prompt: str) -> str:
+def prompt_hash(prompt: str, salt: str = "") -> str:
     """Return a hash that names a prompt, so that the model's folder does not contain the forget prompts."""
-    return hashlib.sha256(_same(prompt).encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{salt}{_same(prompt)}".encode()).hexdigest()[:16]
 
 
 def split_of(prompt: str, seed: int, dev_share: float, test_share: float) -> str:
