@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 
 import numpy as np
 
 from options import NORMAL_SHARES
 from prompts.formatter import PromptFormatter
+from prompts.windows import TextCutter
 from sources.rows import Row
 from utils import UsageError, log
 
@@ -77,14 +79,45 @@ def split_rows(rows: list[Row], shares: Shares) -> dict[str, list[Row]]:
     return parts
 
 
-def split_sources(sources: list[list[Row]], side: str, options) -> list[dict[str, list[Row]]]:
+def split_text(documents: list[Row], shares: Shares, cutter: TextCutter) -> dict[str, list[Row]]:
+    """Return {split: passages} of a source of text.
+
+    Documents are split whole. A document that is alone is split by blocks that do not overlap; its passages lie within
+    consecutive blocks of one split, so that none shares a token with another split. Raises UsageError if no document
+    has enough tokens for a passage.
+    """
+    passages = {document.key: cutter.cut(document) for document in documents}
+    long_enough = [document for document in documents if passages[document.key]]
+    if not long_enough:
+        raise UsageError(f"{documents[0].document or documents[0].source}: holds too few tokens to train on")
+    if short := len(documents) - len(long_enough):
+        log.warning("%d texts have too few tokens to train on and are left out", short)
+    if len({_same(key) for key in passages}) > 1:
+        parts = split_rows(long_enough, shares)
+        return {split: [passage for row in rows for passage in passages[row.key]] for split, rows in parts.items()}
+    blocks = cutter.blocks(long_enough[0])
+    parts = split_rows(blocks, shares)
+    split_at = {block.start: split for split, rows in parts.items() for block in rows}
+    cut: dict[str, list[Row]] = {split: [] for split in parts}
+    for split, run in itertools.groupby(blocks, key=lambda block: split_at[block.start]):
+        run_blocks = list(run)
+        cut[split] += cutter.cut(long_enough[0], run_blocks[0].start, run_blocks[-1].end) * len(long_enough)
+    return cut
+
+
+def split_sources(
+    sources: list[list[Row]], side: str, options, cutter: TextCutter | None = None
+) -> list[dict[str, list[Row]]]:
     """Split each source of a side by prompt. Training and evaluation both call this, so they hold out the same prompts.
 
-    A prompt that one source trains on is held out from no other source.
+    `cutter`: cuts the sources of text into passages. A prompt or passage that one source trains on is held out from no
+    other source.
     """
     shares = Shares.of(side, options)
-    parts = [split_rows(rows, shares) for rows in sources]
-    trained = {_same(row.key) for part in parts for row in part["train"] if shares.split_of(row.key) != "train"}
+    parts = [split_text(rows, shares, cutter) if rows and rows[0].is_text else split_rows(rows, shares)
+             for rows in sources]  # fmt: skip
+    trained = {_same(row.key) for part in parts for row in part["train"]
+               if row.is_text or shares.split_of(row.key) != "train"}  # fmt: skip
     for part in parts if trained else ():
         for split in ("dev", "test"):
             part["train"] += [row for row in part[split] if _same(row.key) in trained]
@@ -94,8 +127,8 @@ def split_sources(sources: list[list[Row]], side: str, options) -> list[dict[str
 
 def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
     """Raise UsageError, with the prompts, if a prompt is on both sides: it would be forgotten and retained at once."""
-    normal_prompts = {_same(row.prompt) for row in normal}
-    both = sorted({row.prompt for row in forget if _same(row.prompt) in normal_prompts})
+    normal_prompts = {_same(row.key) for row in normal}
+    both = sorted({row.key for row in forget if _same(row.key) in normal_prompts})
     if both:
         shown = "; ".join(repr(prompt[:60]) for prompt in both[:5]) + (" ..." if len(both) > 5 else "")
         raise UsageError(
@@ -105,7 +138,7 @@ def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
 
 def sample(rows: list[Row], count: int, seed: int) -> list[Row]:
     """Return at most `count` rows, one a prompt, in an order drawn from the seed."""
-    one_a_prompt = list({row.prompt: row for row in rows}.values())
+    one_a_prompt = list({row.key: row for row in rows}.values())
     order = np.random.default_rng([seed, 11]).permutation(len(one_a_prompt))[:count]
     return [one_a_prompt[i] for i in order]
 

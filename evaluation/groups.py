@@ -30,6 +30,11 @@ class Group:
     counts: bool = True
 
     @property
+    def is_text(self) -> bool:
+        """Whether the rows are passages: their first half is the prompt, and the text as it goes on the reference."""
+        return any(row.is_text for row in self.rows)
+
+    @property
     def name(self) -> str:
         """The group's label in report.json and answers.jsonl, such as 'harmful (unseen)'."""
         return group_label(self.source, self.split)
@@ -52,7 +57,7 @@ def make_groups(splits: dict, style: str, options) -> list[Group]:
         for spec, parts in by_source.items():
             source = free_name(spec, names_taken)
             if trained_on and side == "forget":  # a row that was trained on in another file is not unseen
-                parts = parts | {"test": [row for row in parts["test"] if prompt_hash(row.prompt) not in trained_on]}
+                parts = parts | {"test": [row for row in parts["test"] if prompt_hash(row.key) not in trained_on]}
             chosen = parts.get(options.split)
             if not chosen and options.split == "dev" and parts["test"]:
                 log.warning("%s: no development rows, and the others are not to be looked at: it has no group", spec)
@@ -94,7 +99,7 @@ def free_name(spec: str, taken: set[str]) -> str:
 
 def trained_rows(rows: list[Row], trained_on: set[str] | None) -> list[Row]:
     """Return the rows that a training step used; all rows if the model does not tell (`read_trained_on`)."""
-    return [row for row in rows if trained_on is None or prompt_hash(row.prompt) in trained_on]
+    return [row for row in rows if trained_on is None or prompt_hash(row.key) in trained_on]
 
 
 def read_trained_on(model_name: str) -> set[str] | None:

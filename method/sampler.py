@@ -81,6 +81,7 @@ class Draw(Protocol):
     name: str
     side: str  # of its rows: "forget" or "normal"
     answer_tokens: int  # longer answers are truncated
+    needs_prompt: bool  # rows of text give it no sequence
     replacements: int  # minimum number of different replacement answers
     is_off: bool  # its settings ask for no sequence
 
@@ -103,16 +104,23 @@ class UnlearnBatchSampler:
         self.rows = {"forget": forget, "normal": normal}
         self.draws, self.seed, self.steps, self.wording = draws, seed, steps, wording or Wording()
         self.replacement_pool: list[tuple[str, bool]] = []  # (answer, complete); set by fill_responses
-        self.answered: list[list[Row]] = []  # forget and normal rows with an answer; set by fill_responses
+        self.answered: list[list[Row]] = []  # forget and normal prompts with an answer; set by fill_responses
         self._prompts: tuple[int, dict] = (-1, {})  # (step, its prompts): all draws of a side share them
 
     # ---- which rows
-    def visit(self, side: str, stream: Stream, count: int, step: int, *, first_id: int = 0, **flags) -> list[Example]:
-        """Return `count` examples of a step. Sources take turns, so that each has the same share, whatever its size."""
-        sources, examples = self.rows[side], []
-        for place in range(step * count, (step + 1) * count):
-            source, turn = place % len(sources), place // len(sources)
-            index = epoch_index(len(sources[source]), self.seed, stream + source, turn)
+    def visit(
+        self, side: str, stream: Stream, count: int, step: int, *, first_id: int = 0, prompts_only: bool = False,
+        **flags,
+    ) -> list[Example]:  # fmt: skip
+        """Return `count` examples of a step. Sources take turns, so that each has the same share, whatever its size.
+
+        With `prompts_only`, sources of text have no turn, and there are no examples if all are text.
+        """
+        sources = [i for i, rows in enumerate(self.rows[side]) if not (prompts_only and rows[0].is_text)]
+        examples: list[Example] = []
+        for place in range(step * count, (step + 1) * count) if sources else ():
+            source, turn = sources[place % len(sources)], place // len(sources)
+            index = epoch_index(len(self.rows[side][source]), self.seed, stream + source, turn)
             examples.append(Example(side, first_id + len(examples), source, index, **flags))
         return examples
 
@@ -135,8 +143,8 @@ class UnlearnBatchSampler:
         return {side: len({e.example_id for e in self.examples(side, 1)}) for side in self.rows}
 
     def trained_prompts(self, steps: int) -> set[str]:
-        """Return the forget prompts of the first `steps` steps."""
-        return {self.row(example).prompt for example in self.examples("forget", steps)}
+        """Return the keys of the forget rows of the first `steps` steps: a row's prompt, or a passage's text."""
+        return {self.row(example).key for example in self.examples("forget", steps)}
 
     def answer_tokens(self, side: str) -> int:
         """Return the maximum tokens of a side's answers; 0 if no draw uses the side."""
@@ -155,13 +163,17 @@ class UnlearnBatchSampler:
             if (
                 side == "normal" and not pairs and len(self._given_answers()) < needed
             ):  # else too few replacement answers
-                pairs = [(s, i) for s, source in enumerate(sources) for i in range(min(len(source), POOL_ROWS))]
+                pairs = [(s, i) for s, source in enumerate(sources) for i in range(min(len(source), POOL_ROWS))
+                         if not source[i].is_text]  # fmt: skip
                 tokens = self.answer_tokens("forget")
             for (s, i), row in zip(pairs, answer([sources[s][i] for s, i in pairs], tokens), strict=True):
                 sources[s][i] = row
         sides = ([row for source in sources for row in source] for sources in self.rows.values())
         self.answered = [
-            sorted({row.prompt: row for row in side if row.response}.values(), key=lambda row: row.prompt)
+            sorted(
+                {row.prompt: row for row in side if row.response and not row.is_text}.values(),
+                key=lambda row: row.prompt,
+            )
             for side in sides
         ]
         self.answered = [side for side in self.answered if side]
@@ -177,7 +189,7 @@ class UnlearnBatchSampler:
         """Fill the pool with true answers from the normal data; if there are too few, add the model's own answers."""
         self.replacement_pool = [(answer, True) for answer in self._given_answers()]
         if len(self.replacement_pool) < needed:
-            rows = [row for source in self.rows["normal"] for row in source]
+            rows = [row for source in self.rows["normal"] for row in source if not row.is_text]
             own_answers = {row.response: row.complete for row in rows if row.response and not row.true_answers}
             self.replacement_pool += list(own_answers.items())
         if len(self.replacement_pool) < needed:
@@ -199,6 +211,8 @@ class UnlearnBatchSampler:
 
     def _build_prompt(self, example: Example, step: int, formatter: PromptFormatter) -> tuple[tuple[int, ...], str]:
         row, style = self.row(example), formatter.style
+        if row.is_text:  # it has no wording: its tokens are trained on as they stand
+            return tuple(formatter.prompt_of(row)), style
         place = [example.stream, step, example.example_id]
         rng = np.random.default_rng([self.seed, Stream.PARAPHRASE, *place])
         if rng.random() < self.wording.paraphrase_fraction:

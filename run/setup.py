@@ -43,7 +43,9 @@ from method.sampler import UnlearnBatchSampler
 from method.terms import draws_of, layers_of, sequences_needing_reference
 from options import UnlearnOptions
 from prompts.formatter import PromptFormatter
-from sources.rows import Row, read_sources
+from prompts.windows import TextCutter, fit_windows
+from run.texts import has_text, refuse_terms_without_prompts
+from sources.rows import Row, read_sources, read_texts
 from utils import (
     RunLog,
     UsageError,
@@ -54,6 +56,8 @@ from utils import (
     log,
     pick_dtype,
 )
+
+PROBE_CHARACTERS = 200  # of a passage, in place of the prompts that layouts are compared on
 
 
 @dataclasses.dataclass
@@ -117,19 +121,21 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     newest = checkpoint.resumable(options, metadata) if options.resume else None
     # data and tokenizer have loaded: a mistyped name must not overwrite an earlier log
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
-    splits = {side: split_sources(of_side, side, options) for side, of_side in sources.items()}
+    formatter = PromptFormatter(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
+    cutter = TextCutter.of(formatter, options) if has_text(sources) else None
+    splits = {side: split_sources(of_side, side, options, cutter) for side, of_side in sources.items()}
     sampler = UnlearnBatchSampler(
         *([parts["train"] for parts in of_side] for of_side in splits.values()),
         draws_of(recipe.terms),
         seed=options.seed, steps=options.max_unlearn_steps, wording=recipe.wording,
     )  # fmt: skip
+    refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
     counts = {side: [{name: len(rows) for name, rows in parts.items()} for parts in of_side]
               for side, of_side in splits.items()}  # fmt: skip
     run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
     setup = Setup(
         options, recipe, accelerator, metadata, run_log, newest, started,
-        PromptFormatter(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens),
-        sampler, development_rows(splits, options, recipe.dev.prompts), counts,
+        formatter, sampler, development_rows(splits, options, recipe.dev.prompts), counts,
     )  # fmt: skip
     refuse_idle_processes(accelerator, sampler.examples_per_step())
     load_weights(setup)
@@ -176,8 +182,10 @@ def log_notes(setup: Setup) -> None:
 def read_both_sides(options: UnlearnOptions) -> dict[str, list[list[Row]]]:
     """Read every source; return {side: [rows of each source]}. Raises UsageError for a prompt on both sides."""
     forget = read_sources(options.forget_data, "--forget_data", options.harm_categories)
+    normal = read_sources(options.normal_data, "--normal_data") + read_texts(options.normal_text, "--normal_text")
+    forget += read_texts(options.forget_text, "--forget_text")
     sources = {"forget": [source.rows for source in forget if source.rows],
-               "normal": [source.rows for source in read_sources(options.normal_data, "--normal_data")]}  # fmt: skip
+               "normal": [source.rows for source in normal]}  # fmt: skip
     refuse_overlap(*([row for rows in of_side for row in rows] for of_side in sources.values()))
     return sources
 
@@ -185,7 +193,8 @@ def read_both_sides(options: UnlearnOptions) -> dict[str, list[list[Row]]]:
 def development_rows(splits: dict, options: UnlearnOptions, count: int) -> dict[str, list[Row]]:
     """Return {side: dev rows} for the evaluations during the run; it never trains on them."""
     forget = sample([row for parts in splits["forget"] for row in parts["dev"]], count, options.seed)
-    by_spec = {spec: parts["dev"] for spec, parts in zip(options.normal_data, splits["normal"], strict=True)}
+    specs = options.normal_data + options.normal_text
+    by_spec = {spec: parts["dev"] for spec, parts in zip(specs, splits["normal"], strict=True)}
     share = -(-count // len(by_spec))  # of each source, even if it is listed twice
     normal = [row for rows in by_spec.values() for row in sample(rows, share, options.seed)]
     if options.kl_budget and not normal:
@@ -203,7 +212,10 @@ def load_weights(setup: Setup) -> None:
     setup.metadata.set_base_model(fingerprint(model), dtype)
     answer_tokens = max(options.max_answer_tokens, setup.sampler.answer_tokens("normal"), recipe.dev.tokens)
     formatter.fit(model.config, answer_tokens)
-    prompts = [source[0].prompt for sources in setup.sampler.rows.values() for source in sources]
+    if has_text(setup.sampler.rows):
+        fit_windows(formatter, model.config, options.text_window)
+    first_rows = [source[0] for sources in setup.sampler.rows.values() for source in sources]
+    prompts = [row.prompt or row.key[:PROBE_CHARACTERS] for row in first_rows]
     answer_model, setup.layout_line = wrap_model(model, formatter, prompts, recipe.layout.pack_tokens)
     if not answer_model.packed:
         setup.layout_line += "; the original stays in memory as a second model"
