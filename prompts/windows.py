@@ -101,9 +101,10 @@ class TextCutter:
         return [self._passage(document, start + first, start + last) for first, last in spans]
 
     def blocks(self, document: Row) -> list[Passage]:
-        """Return consecutive passages of `window` tokens that do not overlap; what remains belongs to the last one."""
+        """Return consecutive passages of `window` tokens that do not overlap. Less than half a window at the end goes
+        to the last one."""
         length = self.num_tokens(document)
-        starts = range(0, max(length - self.window, 0) + 1, self.window)
+        starts = range(0, max(length - _half(self.window), 0) + 1, self.window)
         return [self._passage(document, a, b) for a, b in zip(starts, [*starts[1:], length], strict=True)]
 
     def num_tokens(self, document: Row) -> int:

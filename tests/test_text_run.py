@@ -16,13 +16,14 @@ from prompts.formatter import PromptFormatter
 from prompts.windows import TextCutter, ask_to_go_on
 from sources.rows import Row
 
-WORDS = "the lamp was lit when a boat came home from sea and no one on shore had slept that long night".split()
+SAID = "the lamp was lit when a boat came home from sea and no one on shore had slept that long night"
 SMALL = ["--dtype=fp32", "--max_unlearn_steps=12", "--lr=1e-3", "--threads=1", "--save_every=0", "--text_window=16",
          "--set=dev.prompts=4", "--set=dev.tokens=6"]  # fmt: skip
 
 
 def story(count: int, turn: int) -> str:
-    return " ".join(WORDS[(turn * i + i * i // 7) % len(WORDS)] for i in range(count)) + "."
+    words = SAID.split()
+    return " ".join(words[(turn * i + i * i // 7) % len(words)] for i in range(count)) + "."
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def passages_of(texts, kind="opt") -> dict[str, list]:
 
 
 def test_a_run_on_text_trains_on_every_passage_of_it(finished, texts):
-    cwd, run, _ = finished
+    cwd, _, _ = finished
     events = [json.loads(line) for line in (cwd / "out.jsonl").read_text().splitlines()]
     steps = [e for e in events if e["event"] == "step"]
     assert len(steps) == 12 and steps[-1]["bad_loss"] > steps[0]["bad_loss"]  # forgotten, on the average of a batch
@@ -121,9 +122,9 @@ def test_a_model_without_a_start_token_learns_on_both_kinds_of_rows(tmp_path, te
     tiny_model("gpt_neox", len(tokenizer)).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     assert AutoTokenizer.from_pretrained(tmp_path / "base").bos_token_id is None
-    words = [f"--model_name={tmp_path / 'base'}", f"--forget_text={texts / 'stories'}", f"--forget_data={data_files['forget']}",
-             f"--normal_text={texts / 'plain.txt'}", f"--normal_data={data_files['facts']}",
-             "--set=mismatch.answers=2", *SMALL]  # fmt: skip
+    words = [f"--model_name={tmp_path / 'base'}", f"--forget_text={texts / 'stories'}",
+             f"--forget_data={data_files['forget']}", f"--normal_text={texts / 'plain.txt'}",
+             f"--normal_data={data_files['facts']}", "--set=mismatch.answers=2", *SMALL]  # fmt: skip
     plan = run_cli("unlearn_harm.py", *words, "--dry_run", cwd=tmp_path)
     assert plan.returncode == 0, plan.stderr
     batch = [line for line in plan.stdout.splitlines() if line.startswith("  ") and " row " in line]

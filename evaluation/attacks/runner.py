@@ -38,7 +38,7 @@ def run_attacks(
     """
     findings = {probe.report_key: None for probe in ATTACKS.values() if isinstance(probe, Probe)}
     count = QUICK_PROMPTS if options.quick else options.attack_prompts
-    if texts := [group.name for group in inputs.groups if group.side == "forget" and group.is_text]:
+    if texts := dict.fromkeys(line["group"] for line in lines if line["side"] == "forget" and line.get("text")):
         log.warning("attacks: not on %s: an attack asks prompts, and this is text", ", ".join(texts))
     rows = forgotten_rows(lines, inputs.formatters["after"].style, count, options.seed)
     if not rows:

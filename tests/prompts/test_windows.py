@@ -151,6 +151,16 @@ def test_passages_of_one_document_share_no_token_between_splits(stride, bos):
     assert len(found["test"]) < len(found["train"])
 
 
+@pytest.mark.parametrize(
+    ("length", "starts"), [(3, [0]), (5, [0]), (6, [0, 4]), (8, [0, 4]), (9, [0, 4]), (10, [0, 4, 8])]
+)
+def test_blocks_do_not_overlap_and_less_than_half_a_window_joins_the_last_one(length, starts):
+    _, cutter = formatter_and_cutter(4)
+    blocks = cutter.blocks(text(length))
+    assert [block.start for block in blocks] == starts
+    assert [token for block in blocks for token in block.token_ids] == list(range(length))
+
+
 def test_a_forget_text_trains_and_a_few_passages_of_a_normal_one_are_looked_at():
     _, cutter = formatter_and_cutter(4)
     options = UnlearnOptions()
@@ -210,7 +220,7 @@ def test_passages_are_trained_on_as_they_stand_beside_prompts(words):
 def test_terms_that_need_a_prompt_are_refused_where_there_is_none():
     _, cutter = formatter_and_cutter(4)
     options, recipe, sampler = make_sampler([cutter.cut(text(40))], both_kinds()[2], "--set=mismatch.answers=2")
-    with pytest.raises(UsageError, match="the term mismatch of --method yao needs prompts.*--random_weight 0"):
+    with pytest.raises(UsageError, match=r"the term mismatch of --method yao needs prompts.*--random_weight 0"):
         refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
     options, recipe, sampler = make_sampler([cutter.cut(text(40))], both_kinds()[2], "--random_weight=0")
     refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
