@@ -194,6 +194,9 @@ class UnlearnBatchSampler:
             self.replacement_pool += list(own_answers.items())
         if len(self.replacement_pool) < needed:
             name = max(self.draws, key=lambda draw: draw.replacements).name
+            if all(rows[0].is_text for rows in self.rows["normal"]):
+                raise UsageError(f"{name}.answers {needed}: replacement answers are those of normal prompts, and "
+                                 "--normal_text has none: name some with --normal_data")  # fmt: skip
             raise UsageError(
                 f"{name}.answers {needed}: the normal data holds only {len(self.replacement_pool)} different "
                 f"answers; lower it (--set {name}.answers=1) or add normal rows"

@@ -227,3 +227,10 @@ def test_terms_that_need_a_prompt_are_refused_where_there_is_none():
     keys = {p.key for p in sampler.rows["forget"][0]}
     assert sampler.trained_prompts(20) == keys and len(keys) == 10
     assert dataclasses.replace(sampler.rows["forget"][0][0], shown=2).key in keys
+
+
+def test_passages_are_no_replacement_answers():
+    with pytest.raises(
+        UsageError, match=r"mismatch.answers 5: .* --normal_text has none: name some with --normal_data"
+    ):
+        make_sampler(both_kinds()[1], both_kinds()[2][1:])
