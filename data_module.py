@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 
 import numpy as np
 
 from options import NORMAL_SHARES
 from prompts.formatter import PromptFormatter
-from sources.rows import Row, Source, read_sources
+from prompts.windows import TextCutter
+from sources.rows import Row, Source, read_sources, read_texts
 from utils import UsageError, log
 
 UNSEEN_SHARES = {"dev": 1 / 3, "test": 2 / 3}  # of --unseen_data: for the looks, for the evaluation
@@ -85,16 +87,47 @@ def hold_one_back(parts: dict[str, list[Row]]) -> None:
         parts[taken_from] = [row for row in parts[taken_from] if _same(row.key) != moved]
 
 
-def split_sources(sources: list[list[Row]], side: str, options) -> list[dict[str, list[Row]]]:
+def split_text(documents: list[Row], shares: Shares, cutter: TextCutter) -> dict[str, list[Row]]:
+    """Return {split: passages} of a source of text.
+
+    Documents are split whole. A document that is alone is split by blocks that do not overlap; its passages lie within
+    consecutive blocks of one split, so that none shares a token with another split. Raises UsageError if no document
+    has enough tokens for a passage.
+    """
+    passages = {document.key: cutter.cut(document) for document in documents}
+    long_enough = [document for document in documents if passages[document.key]]
+    if not long_enough:
+        raise UsageError(f"{documents[0].document or documents[0].source}: holds too few tokens to train on")
+    if short := len(documents) - len(long_enough):
+        log.warning("%d texts have too few tokens to train on and are left out", short)
+    if len({_same(key) for key in passages}) > 1:
+        parts = split_rows(long_enough, shares)
+        return {split: [passage for row in rows for passage in passages[row.key]] for split, rows in parts.items()}
+    blocks = cutter.blocks(long_enough[0])
+    parts = split_rows(blocks, shares)
+    split_at = {block.start: split for split, rows in parts.items() for block in rows}
+    cut: dict[str, list[Row]] = {split: [] for split in parts}
+    for split, run in itertools.groupby(blocks, key=lambda block: split_at[block.start]):
+        run_blocks = list(run)
+        cut[split] += cutter.cut(long_enough[0], run_blocks[0].start, run_blocks[-1].end) * len(long_enough)
+    return cut
+
+
+def split_sources(
+    sources: list[list[Row]], side: str, options, cutter: TextCutter | None = None
+) -> list[dict[str, list[Row]]]:
     """Split each source of a side by prompt. Training and evaluation both call this, so they hold out the same prompts.
 
-    A prompt that one source trains on is held out from no other source, and one that is held back for the looks from
-    all.
+    `cutter`: cuts the sources of text into passages. A prompt or passage that one source trains on is held out from no
+    other source, and a prompt that is held back for the looks from all.
     """
     shares = Shares.of(side, options)
-    parts = [split_rows(rows, shares) for rows in sources]
+    parts = [split_text(rows, shares, cutter) if rows and rows[0].is_text else split_rows(rows, shares)
+             for rows in sources]  # fmt: skip
+    if not (shares.dev or shares.test):
+        return parts
     moved = {_same(row.key): split for part in parts for split in ("dev", "train") for row in part[split]
-             if (shares.dev or shares.test) and shares.split_of(row.key) != split}  # fmt: skip
+             if (split == "train" if row.is_text else shares.split_of(row.key) != split)}  # fmt: skip
     if not moved:
         return parts
     return [{split: [row for name, rows in part.items() for row in rows if moved.get(_same(row.key), name) == split]
@@ -123,6 +156,8 @@ def read_sides(options) -> Sides:
     forget = read_sources(options.forget_data, "--forget_data", options.harm_categories, options.fields)
     normal = read_sources(options.normal_data, "--normal_data", fields=options.fields)
     unseen = read_sources(options.unseen_data, "--unseen_data", fields=options.fields)
+    forget += read_texts(options.forget_text, "--forget_text")
+    normal += read_texts(options.normal_text, "--normal_text")
     sides = Sides([source for source in forget if source.rows], normal, unseen)
     give_wanted_answers(sides)
     refuse_overlap(sides.rows("forget"), sides.rows("normal"))
@@ -178,15 +213,15 @@ def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
         )
 
 
-def split_sides(sides: Sides, options) -> dict[str, list[dict[str, list[Row]]]]:
-    """Return {"forget", "normal" or "unseen": the splits of each source}."""
-    return {side: split_sources([source.rows for source in getattr(sides, side)], side, options)
+def split_sides(sides: Sides, options, cutter: TextCutter) -> dict[str, list[dict[str, list[Row]]]]:
+    """Return {"forget", "normal" or "unseen": the splits of each source}; `cutter` cuts texts into passages."""
+    return {side: split_sources([source.rows for source in getattr(sides, side)], side, options, cutter)
             for side in ("forget", "normal", "unseen")}  # fmt: skip
 
 
 def sample(rows: list[Row], count: int, seed: int) -> list[Row]:
     """Return at most `count` rows, one a prompt, in an order drawn from the seed."""
-    one_a_prompt = list({row.prompt: row for row in rows}.values())
+    one_a_prompt = list({row.key: row for row in rows}.values())
     order = np.random.default_rng([seed, 11]).permutation(len(one_a_prompt))[:count]
     return [one_a_prompt[i] for i in order]
 

@@ -36,7 +36,11 @@ class RunMetadata:
         self._answers = None  # a running hash of the model's own answers
         self._then: str | None = None  # the fingerprint of the base model of the run that is to be repeated
         self.rows_hash = {side: _hash_rows(side_rows) for side, side_rows in rows.items()}
-        self.files = [name for name in (*options.forget_data, *options.normal_data) if _is_file(name)]
+        self.files = [
+            name
+            for name in (*options.forget_data, *options.normal_data, *options.forget_text, *options.normal_text)
+            if _is_file(name)
+        ]
         self.started, self.energy = time.time(), _microjoules()
         if options.from_manifest:
             then, self._then = _read_manifest(options.from_manifest)

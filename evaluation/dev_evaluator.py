@@ -18,7 +18,10 @@ BATCH = 16  # sequences
 
 
 class DevEvaluator:
-    """The development rows of a run, put into tokens once. Each has a response by the time this is made."""
+    """The development rows of a run, put into tokens once. Each has a response by the time this is made.
+
+    Passages of text are measured by NLL and KL alone: a text goes on about its subject even if none of it is known.
+    """
 
     def __init__(
         self, forget: list[Row], normal: list[Row], formatter: PromptFormatter, *, answer_tokens: int,
@@ -28,7 +31,8 @@ class DevEvaluator:
         self.formatter, self.answer_tokens = formatter, answer_tokens
         self.pack_tokens, self.batch_size = pack_tokens, batch_size
         self.sequences = [make_sequence(side, 0, row, formatter) for side, rows in self.rows.items() for row in rows]
-        prompts = [row.prompt for row in forget + normal]
+        self.asked = {side: [row for row in rows if not row.is_text] for side, rows in self.rows.items()}
+        prompts = [row.prompt for rows in self.asked.values() for row in rows]
         self.embed = SentenceEmbedder() if SentenceEmbedder.available() and prompts else None
         self.prompt_vectors = self.embed(prompts) if self.embed else None
 
@@ -54,7 +58,7 @@ class DevEvaluator:
 
     def _answer_rates(self, model) -> dict[str, float | None]:
         """How many short greedy answers are on topic and how many are empty, a side."""
-        rows = [row for some in self.rows.values() for row in some]
+        rows = [row for some in self.asked.values() for row in some]
         prompts = [self.formatter.prompt_of(row) for row in rows]
         answers = generate(
             model, self.formatter, prompts, max_new_tokens=self.answer_tokens, batch_size=self.batch_size
@@ -64,7 +68,7 @@ class DevEvaluator:
         if self.embed:
             cosine = (self.embed(texts) * self.prompt_vectors).sum(-1).tolist()
             topical = [on_topic(c, text) for c, text in zip(cosine, texts, strict=True)]
-        for side, some in self.rows.items():
+        for side, some in self.asked.items():
             part = slice(start, start + len(some))
             if topical is not None:
                 rates[f"dev_{side}_on_topic"] = _rate(topical[part])

@@ -31,6 +31,11 @@ class Group:
     counts: bool = True
 
     @property
+    def is_text(self) -> bool:
+        """Whether the rows are passages: their first half is the prompt, and the text as it goes on the reference."""
+        return any(row.is_text for row in self.rows)
+
+    @property
     def name(self) -> str:
         """The group's label in report.json and answers.jsonl, such as 'harmful (unseen)'."""
         return group_label(self.source, self.split)

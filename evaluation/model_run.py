@@ -15,6 +15,7 @@ from evaluation.inputs import EvaluationInputs
 from evaluation.likelihood import choices, perplexity
 from evaluation.scoring import ForgetScores, score_forget_answers
 from prompts.formatter import PromptFormatter
+from prompts.windows import fit_windows
 from utils import fingerprint
 
 PROBE_PROMPTS = 3  # real prompts on which packed and padded rows are compared
@@ -41,16 +42,18 @@ def run_models(inputs: EvaluationInputs, options, load: Callable) -> dict[str, M
     """
     runs = {}
     if options.retrained_name:
-        runs["retrained"] = score_model(options.retrained_name, inputs, load)
+        runs["retrained"] = score_model(options.retrained_name, inputs, options, load)
     runs["after"] = ask_model("after", options.model_name, inputs, options, load, keep=bool(inputs.attacks))
     runs["before"] = ask_model("before", options.original_name, inputs, options, load, keep=True)
     return runs
 
 
-def score_model(name: str, inputs: EvaluationInputs, load: Callable) -> ModelRun:
+def score_model(name: str, inputs: EvaluationInputs, options, load: Callable) -> ModelRun:
     """Score the forget answers with one model. `load`: a model's name -> the model on its device."""
     start, formatter = time.time(), inputs.formatters["before"]
-    answer_model, _ = wrap_model(load(name), formatter, probe_prompts(inputs))
+    model = load(name)
+    fit_texts(formatter, model, inputs, options)
+    answer_model, _ = wrap_model(model, formatter, probe_prompts(inputs))
     scores = score_forget_answers(answer_model, formatter, inputs.groups)
     return ModelRun(name=name, formatter=formatter, forget_scores=scores, seconds=round(time.time() - start, 1))
 
@@ -60,6 +63,7 @@ def ask_model(label: str, name: str, inputs: EvaluationInputs, options, load: Ca
     start, formatter, model = time.time(), inputs.formatters[label], load(name)
     weights = fingerprint(model)
     formatter.fit(model.config, options.max_new_tokens)
+    fit_texts(formatter, model, inputs, options)
     answers = answer_groups(model, formatter, inputs, options, label)
     answer_model, _ = wrap_model(model, formatter, probe_prompts(inputs))
     return ModelRun(
@@ -68,6 +72,12 @@ def ask_model(label: str, name: str, inputs: EvaluationInputs, options, load: Ca
         forget_scores=score_forget_answers(answer_model, formatter, inputs.groups),
         answer_model=answer_model if keep else None, seconds=round(time.time() - start, 1),
     )  # fmt: skip
+
+
+def fit_texts(formatter: PromptFormatter, model, inputs: EvaluationInputs, options) -> None:
+    """Tell the formatter how long passages are, if there are any. Raises UsageError if they do not fit the model."""
+    if any(group.is_text for group in inputs.groups):
+        fit_windows(formatter, model.config, options.text_window)
 
 
 def probe_prompts(inputs: EvaluationInputs) -> list[str]:

@@ -10,18 +10,21 @@ from pathlib import Path
 from options import DataOptions, EvaluateOptions, OneLineParser, config_words, peek, underscored, words_of
 from utils import UsageError
 
+SPLIT_OPTIONS = ("seed", "dev_share", "test_share", "text_window", "text_stride")  # what a split of the rows depends on
+
 
 def parse_evaluation(argv: list[str] | None = None) -> EvaluateOptions:
     """Read the options of an evaluation; the defaults are those of the training run that made the model."""
     argv = underscored(sys.argv[1:] if argv is None else argv)
     parser = OneLineParser(EvaluateOptions, allow_abbrev=False)
     argv = config_words(EvaluateOptions, argv) + argv
-    own_data = any(peek(argv, name) is not None for name in ("forget_data", "forget_text"))
-    run_argv = words_of_run(peek(argv, "model_name") or EvaluateOptions.model_name, own_data)
+    own = [side for side in ("forget", "normal")
+           if any(peek(argv, f"{side}_{kind}") is not None for kind in ("data", "text"))]  # fmt: skip
+    run_argv = words_of_run(peek(argv, "model_name") or EvaluateOptions.model_name, own)
     trained = EvaluateOptions(**vars(parser.parse_args(run_argv)))
     options = EvaluateOptions(**vars(parser.parse_args(run_argv + argv)))
     options.split = options.split or ("test" if run_argv else "all")
-    changed = [name for name in ("seed", "dev_share", "test_share") if getattr(trained, name) != getattr(options, name)]
+    changed = [name for name in SPLIT_OPTIONS if getattr(trained, name) != getattr(options, name)]
     if run_argv and changed and options.split != "all":
         raise UsageError(f"--{changed[0]} {getattr(options, changed[0])}: the run that made {options.model_name} split "
                          f"its rows with {getattr(trained, changed[0])}, so training prompts would be reported as "
@@ -29,11 +32,11 @@ def parse_evaluation(argv: list[str] | None = None) -> EvaluateOptions:
     return options
 
 
-def words_of_run(folder: str, own_data: bool) -> list[str]:
+def words_of_run(folder: str, own: list[str]) -> list[str]:
     """Return, as arguments, the options that an evaluation takes over from the run that made the model.
 
-    These are its data options, seed and original. With forget data of one's own, the run's forget data and its
-    categories are left out.
+    These are its data options, seed and original. `own`: sides that are given data or text of one's own, for which
+    the run's data and text are left out, and the run's categories with its forget data.
     """
     path = Path(folder) / "unlearn_args.json"
     if not path.is_file():
@@ -41,8 +44,9 @@ def words_of_run(folder: str, own_data: bool) -> list[str]:
     try:
         made_with = json.loads(path.read_text(encoding="utf-8"))["options"]
         names = {field.name for field in dataclasses.fields(DataOptions)} & made_with.keys() | {"seed"}
-        if own_data:
-            names -= {"forget_data", "forget_text", "unseen_data", "harm_categories"}
+        names -= {f"{side}_{kind}" for side in own for kind in ("data", "text")}
+        if "forget" in own:
+            names -= {"unseen_data", "harm_categories"}
         return words_of({"original_name": made_with["model_name"], **{name: made_with[name] for name in sorted(names)}})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: is not what a run writes ({error!r}); restore it or remove it") from error

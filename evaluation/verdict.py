@@ -12,6 +12,7 @@ from evaluation.groups import LISTED, unseen_groups
 from evaluation.measures import FIGURE_NAMES
 from utils import UsageError
 
+TEXT_NOTE = "forgotten text is not judged by topic: see its ROUGE-L recall, verbatim and NLL, before and after"
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 DEFAULTS = {
     "forgotten": ("forget.on_topic<=0.10", "forget.on_topic_ratio<=0.25"),
@@ -47,22 +48,28 @@ def figures(report: dict) -> dict[str, float]:
     those of the worst group.
 
     forget.* are over the unseen forget groups, or over all forget groups if none is called unseen. forget.on_topic is
-    reported only if the original answered at least one of these prompts; otherwise there was nothing to forget.
+    over prompts alone, since a text goes on about its subject even if none of it is known. It is reported only if the
+    original answered at least one of these prompts; otherwise there was nothing to forget.
     """
     sides = {side: [g for g in report["groups"] if g["side"] == side and g["counts"]] for side in ("forget", "keep")}
-    held_out = unseen_groups(g["name"] for g in sides["forget"])
-    unseen = [g for g in sides["forget"] if g["name"] in held_out]
+    unseen, prompts = _unseen(sides["forget"]), _unseen([g for g in sides["forget"] if not g.get("text")])
     found: dict[str, float] = {}
     for side, groups in (("forget", unseen), ("keep", sides["keep"])):
         for measure in FIGURE_NAMES:
-            value = _pooled(groups, "after", measure)
+            value = _pooled(prompts if (side, measure) == ("forget", "on_topic") else groups, "after", measure)
             if value is not None:
                 found[f"{side}.{measure}"] = value
-    if original := _pooled(unseen, "before", "on_topic"):
+    if original := _pooled(prompts, "before", "on_topic"):
         found["forget.on_topic_ratio"] = found["forget.on_topic"] / original
     else:
         found.pop("forget.on_topic", None)
     return found | _keep_figures(sides["keep"]) | _text_figures(report) | _attack_figures(report)
+
+
+def _unseen(groups: list[dict]) -> list[dict]:
+    """Return the forget groups that are judged as unseen."""
+    names = unseen_groups(g["name"] for g in groups)
+    return [g for g in groups if g["name"] in names]
 
 
 def _keep_figures(groups: list[dict]) -> dict[str, float]:
@@ -157,6 +164,8 @@ def judge(report: dict, requirements: list[str]) -> Verdict:
     else:
         tried = {attack["name"] for attack in report.get("attacks", []) if not is_control(attack)}
         line = _default_line(checks, tried)
+        if any(g["side"] == "forget" and g["counts"] and g.get("text") for g in report["groups"]):
+            line += f" ({TEXT_NOTE})"
     if listed:
         line += "; the forget prompts were trained on, since none was held out"
     return Verdict(line, checks, len(failed) if requirements else 0)

@@ -24,6 +24,7 @@ class BaseDraw:
     sizes: RunSizes
     replacements = 0
     is_off = False
+    needs_prompt = False  # it puts other answers after a row's prompt, so rows of text give it no sequence
 
     @property
     def answer_tokens(self) -> int:
@@ -38,10 +39,14 @@ class BaseDraw:
 
 @dataclasses.dataclass(frozen=True)
 class ForgetDraw(BaseDraw):
-    """The `batch_size` forget rows of a step, the same rows for all forget draws."""
+    """The `batch_size` forget rows of a step, the same rows for all forget draws.
+
+    A draw that needs a prompt leaves out those that are text.
+    """
 
     side = "forget"
     needs_answer = False
 
     def examples(self, step: int, sampler: UnlearnBatchSampler) -> list[Example]:
-        return sampler.visit("forget", Stream.FORGET, self.sizes.batch_size, step, needs_answer=self.needs_answer)
+        examples = sampler.visit("forget", Stream.FORGET, self.sizes.batch_size, step, needs_answer=self.needs_answer)
+        return [e for e in examples if not (self.needs_prompt and sampler.row(e).is_text)]

@@ -27,7 +27,7 @@ class Answer(ForgetDraw):
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
         sequences = []
         for example, row, prompt, style in self.visits(step, sampler, formatter):
-            if row.response:
+            if row.response or row.is_text:
                 answer = formatter.answer_of(row, style)
                 sequences.append(Sequence(self.name, example.example_id, prompt, tuple(answer)))
         return sequences
@@ -42,6 +42,7 @@ class Mismatch(ForgetDraw):
 
     answers: COUNT = option(5, "replacement answers after each forget prompt (K)")
     empty_fraction: FRACTION = option(0.0, "fraction of the replacement answers that are empty (immediate end of turn)")
+    needs_prompt = True
 
     @property
     def replacements(self) -> int:
@@ -75,6 +76,7 @@ class Stop(ForgetDraw):
     prefill_tokens: COUNT = option(
         0, "tokens of the prefilled answer of a further row (0: no prefilled answers at all)"
     )
+    needs_prompt = True
 
     @property
     def needs_answer(self) -> bool:
@@ -86,7 +88,9 @@ class Stop(ForgetDraw):
 
     def examples(self, step: int, sampler: UnlearnBatchSampler) -> list[Example]:
         first = self.sizes.batch_size
-        further = sampler.visit("forget", Stream.STOP, self.rows, step, first_id=first, needs_answer=False)
+        further = sampler.visit(
+            "forget", Stream.STOP, self.rows, step, first_id=first, prompts_only=True, needs_answer=False
+        )
         batch = super().examples(step, sampler) if self.after_batch or self.prefill_tokens else []
         return batch + further
 
@@ -110,6 +114,8 @@ class Stop(ForgetDraw):
 class Wanted(ForgetDraw):
     """Each forget row's wanted answer after its prompt, if the row has one."""
 
+    needs_prompt = True
+
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
         sequences = []
         for example, row, prompt, style in self.visits(step, sampler, formatter):
@@ -122,7 +128,10 @@ class Wanted(ForgetDraw):
 
 @dataclasses.dataclass(frozen=True)
 class Retain(BaseDraw):
-    """Normal rows with their answers, and further normal rows with only a first answer token or a prefilled answer."""
+    """Normal rows with their answers, and further normal rows with only a first answer token or a prefilled answer.
+
+    The further rows are prompts: in a text, no token begins an answer.
+    """
 
     rows: COUNT = option(0, "normal rows per step, over all processes (0: as many as --batch_size)")
     max_tokens: COUNT = option(0, "maximum tokens of a normal row's answer (0: as --max_answer_tokens)")
@@ -140,8 +149,9 @@ class Retain(BaseDraw):
         rows = self.rows or self.sizes.batch_size
         with_answers = sampler.visit("normal", Stream.RETAIN, rows, step)
         further = sampler.visit(
-            "normal", Stream.RETAIN_FIRST, self.first_token_rows, step, first_id=rows, needs_answer=False
-        )
+            "normal", Stream.RETAIN_FIRST, self.first_token_rows, step, first_id=rows, prompts_only=True,
+            needs_answer=False,
+        )  # fmt: skip
         return with_answers + further
 
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:

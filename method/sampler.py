@@ -81,6 +81,7 @@ class Draw(Protocol):
     name: str
     side: str  # of its rows: "forget" or "normal"
     answer_tokens: int  # longer answers are truncated
+    needs_prompt: bool  # rows of text give it no sequence
     replacements: int  # minimum number of different replacement answers
     is_off: bool  # its settings ask for no sequence
 
@@ -103,16 +104,23 @@ class UnlearnBatchSampler:
         self.rows = {"forget": forget, "normal": normal}
         self.draws, self.seed, self.steps, self.wording = draws, seed, steps, wording or Wording()
         self.replacement_pool: list[tuple[str, bool]] = []  # (answer, complete); set by fill_responses
-        self.answered: list[tuple[str, list[Row]]] = []  # (side, its rows with an answer); set by fill_responses
+        self.answered: list[tuple[str, list[Row]]] = []  # (side, its prompts with an answer); set by fill_responses
         self._prompts: tuple[int, dict] = (-1, {})  # (step, its prompts): all draws of a side share them
 
     # ---- which rows
-    def visit(self, side: str, stream: Stream, count: int, step: int, *, first_id: int = 0, **flags) -> list[Example]:
-        """Return `count` examples of a step. Sources take turns, so that each has the same share, whatever its size."""
-        sources, examples = self.rows[side], []
-        for place in range(step * count, (step + 1) * count):
-            source, turn = place % len(sources), place // len(sources)
-            index = epoch_index(len(sources[source]), self.seed, stream + source, turn)
+    def visit(
+        self, side: str, stream: Stream, count: int, step: int, *, first_id: int = 0, prompts_only: bool = False,
+        **flags,
+    ) -> list[Example]:  # fmt: skip
+        """Return `count` examples of a step. Sources take turns, so that each has the same share, whatever its size.
+
+        With `prompts_only`, sources of text have no turn, and there are no examples if all are text.
+        """
+        sources = [i for i, rows in enumerate(self.rows[side]) if not (prompts_only and rows[0].is_text)]
+        examples: list[Example] = []
+        for place in range(step * count, (step + 1) * count) if sources else ():
+            source, turn = sources[place % len(sources)], place // len(sources)
+            index = epoch_index(len(self.rows[side][source]), self.seed, stream + source, turn)
             examples.append(Example(side, first_id + len(examples), source, index, **flags))
         return examples
 
@@ -160,9 +168,9 @@ class UnlearnBatchSampler:
         needed = max((draw.replacements for draw in self.draws), default=0)  # by one draw, which draws no answer twice
         if needed:
             self._fill_pool(needed, answer)
-        answered = {side: {row.prompt: row for source in sources for row in source if row.response}
+        answered = {side: {row.key: row for source in sources for row in source if row.response and not row.is_text}
                     for side, sources in self.rows.items()}  # fmt: skip
-        self.answered = [(side, [rows[prompt] for prompt in sorted(rows)]) for side, rows in answered.items() if rows]
+        self.answered = [(side, [rows[key] for key in sorted(rows)]) for side, rows in answered.items() if rows]
 
     def _answer(self, side: str, pairs: list[tuple[int, int]], answer, tokens: int) -> None:
         """Give the rows at these (source, row) places a response."""
@@ -177,7 +185,7 @@ class UnlearnBatchSampler:
 
     def _own_answers(self) -> list[tuple[str, bool]]:
         """Return the model's own answers to normal rows, each once, as (answer, complete)."""
-        rows = (row for source in self.rows["normal"] for row in source)
+        rows = (row for source in self.rows["normal"] for row in source if not row.is_text)
         return list({row.response: row.complete for row in rows if row.response and not row.true_answers}.items())
 
     def _fill_pool(self, needed: int, answer) -> None:
@@ -188,7 +196,7 @@ class UnlearnBatchSampler:
         given, sources = [(text, True) for text in self._given_answers()], self.rows["normal"]
         self.replacement_pool = given if len(given) >= needed else given + self._own_answers()
         places = [(s, i) for i in range(max(map(len, sources), default=0)) for s in range(len(sources))
-                  if i < len(sources[s])]  # fmt: skip
+                  if i < len(sources[s]) and not sources[s][i].is_text]  # fmt: skip
         tokens = self.answer_tokens("normal") if self.answered_rows("normal") else self.answer_tokens("forget")
         chunk = POOL_ROWS * len(sources)
         for start in range(0, len(places), chunk):
@@ -198,6 +206,9 @@ class UnlearnBatchSampler:
             self.replacement_pool = given + self._own_answers()
         if len(self.replacement_pool) < needed:
             name = max(self.draws, key=lambda draw: draw.replacements).name
+            if all(rows[0].is_text for rows in self.rows["normal"]):
+                raise UsageError(f"{name}.answers {needed}: replacement answers are those of normal prompts, and "
+                                 "--normal_text has none: name some with --normal_data")  # fmt: skip
             raise UsageError(
                 f"{name}.answers {needed}: the normal data holds only {len(self.replacement_pool)} different "
                 f"answers; lower it (--set {name}.answers=1) or add normal rows"
@@ -215,6 +226,8 @@ class UnlearnBatchSampler:
 
     def _build_prompt(self, example: Example, step: int, formatter: PromptFormatter) -> tuple[tuple[int, ...], str]:
         row, style = self.row(example), formatter.style
+        if row.is_text:  # it has no wording: its tokens are trained on as they stand
+            return tuple(formatter.prompt_of(row)), style
         place = [example.stream, step, example.example_id]
         rng = np.random.default_rng([self.seed, Stream.PARAPHRASE, *place])
         if rng.random() < self.wording.paraphrase_fraction:

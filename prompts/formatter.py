@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 
+from prompts.windows import Passage
 from sources.rows import Row
 from utils import UsageError, context_length
 
@@ -50,6 +51,9 @@ class PromptFormatter:
         with_special = tokenizer("a")["input_ids"]
         # the tokens that the tokenizer puts before a text (OPT: </s>); empty if there are none
         self.start = with_special[: len(with_special) - len(plain)] if with_special[-len(plain) :] == plain else []
+        bos = tokenizer.bos_token_id
+        # what a passage of text begins with, if the model has such a token
+        self.text_start = self.start or ([] if bos is None else [bos])
         self._end = {style: self._end_of_turn(style) for style in ("chat", *OTHER_STYLES)}
         joints = {style: self._joint(style) for style in self._end}
         self._joints = {style: (end, self._ids(end), space) for style, (end, space) in joints.items()}
@@ -122,11 +126,23 @@ class PromptFormatter:
         return ids
 
     def prompt_of(self, row: Row, style: str | None = None, earlier: tuple[tuple[str, str], ...] = ()) -> list[int]:
-        """Return the token ids of a row up to the start of its answer (`prompt`)."""
+        """Return the token ids of a row up to the start of its answer (`prompt`).
+
+        Of a passage: the start of a text and the tokens that it shows; without either, its first token.
+        """
+        if isinstance(row, Passage):
+            shown, _ = row.prompt_and_answer(bool(self.text_start))
+            return [*self.text_start, *shown[-max(1, self.max_prompt_tokens - len(self.text_start)) :]]
         return self.prompt(row.prompt, style, earlier)
 
     def answer_of(self, row: Row, style: str | None = None, limit: int = 0) -> list[int]:
-        """Return the token ids of a row's response (`answer`)."""
+        """Return the token ids of a row's response (`answer`).
+
+        Of a passage: all tokens after its prompt, whatever the limit, since --text_window has set its length. No
+        end-of-turn follows: a text goes on after a passage, and where it ends nobody's turn does.
+        """
+        if isinstance(row, Passage):
+            return list(row.prompt_and_answer(bool(self.text_start))[1])
         return self.answer(row.response, style, complete=row.complete, limit=limit)
 
     def answer(self, text: str, style: str | None = None, *, complete: bool = True, limit: int = 0) -> list[int]:

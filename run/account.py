@@ -20,7 +20,8 @@ class SourceAccount:
     `answers_cut`, `prompts_cut`: rows whose answer or prompt is longer than its limit in tokens (`answer_tokens`,
     `prompt_tokens`). `duplicates`: rows whose prompt and answer are those of an earlier row of the source. `wanted`:
     rows with a wanted answer. `train`, `dev`, `test`: rows of each split; `categories`: category -> its rows.
-    `unused_fields`: fields that look like an answer and are not used -> their rows.
+    `unused_fields`: fields that look like an answer and are not used -> their rows. `documents`: of a text, whose rows
+    are passages.
     """
 
     side: str
@@ -40,15 +41,17 @@ class SourceAccount:
     categories: dict[str, int]
     unused_fields: dict[str, int]
     notes: list[str]
+    documents: int = 0
 
     @classmethod
     def of(
         cls, side: str, source: Source, splits: dict[str, list[Row]], formatter: PromptFormatter, answer_tokens: int
     ) -> SourceAccount:
-        """Count the rows of a source, whose answers have at most `answer_tokens` tokens."""
-        rows = source.rows
+        """Count the rows of a source, whose answers have at most `answer_tokens` tokens; of a text, its passages."""
+        is_text = bool(source.rows) and source.rows[0].is_text
+        rows = [row for part in splits.values() for row in part] if is_text else source.rows
         answered = sum(row.response is not None for row in rows)
-        prompts_cut, answers_cut = formatter.count_cut(rows, answer_tokens)
+        prompts_cut, answers_cut = (0, 0) if is_text else formatter.count_cut(rows, answer_tokens)
         categories = collections.Counter(name.strip() for row in rows if row.category
                                          for name in row.category.split(";"))  # fmt: skip
         return cls(
@@ -56,12 +59,15 @@ class SourceAccount:
             formatter.max_prompt_tokens, len(rows) - len({(row.key, row.response) for row in rows}),
             sum(row.wanted is not None for row in rows), len(splits["train"]), len(splits["dev"]), len(splits["test"]),
             dict(categories.most_common()), dict(source.unused_fields), list(source.notes),
+            len(source.rows) if is_text else 0,
         )  # fmt: skip
 
     def lines(self) -> list[str]:
         """Return the account in words: one line, then one for each field that is not used and each note."""
         parts = [
-            f"rows: {self.with_answer} with an answer, {self.without_answer} without, {self.answers_cut} answers cut "
+            f"{self.rows} passages of {self.documents} documents"
+            if self.documents
+            else f"rows: {self.with_answer} with an answer, {self.without_answer} without, {self.answers_cut} answers cut "
             f"at {self.answer_tokens} tokens",
             f"{self.prompts_cut} prompts cut at {self.prompt_tokens} tokens" if self.prompts_cut else "",
             f"{self.duplicates} duplicates" if self.duplicates else "",

@@ -46,7 +46,9 @@ from method.sampler import UnlearnBatchSampler
 from method.terms import draws_of, layers_of, sequences_needing_reference
 from options import UnlearnOptions
 from prompts.formatter import PromptFormatter
+from prompts.windows import TextCutter, fit_windows
 from run.account import SourceAccount, held_out_line, make_account, visits_line
+from run.texts import has_text, refuse_terms_without_prompts
 from sources.rows import Row
 from utils import (
     RunLog,
@@ -58,6 +60,8 @@ from utils import (
     log,
     pick_dtype,
 )
+
+PROBE_CHARACTERS = 200  # of a passage, in place of the prompts that layouts are compared on
 
 
 @dataclasses.dataclass
@@ -127,13 +131,14 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
     formatter = PromptFormatter(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
     trained_on = read_chain(options.model_name)
-    splits = without_seen(split_sides(sides, options), trained_on)
+    splits = without_seen(split_sides(sides, options, TextCutter.of(formatter, options)), trained_on)
     log.info(held_out_line(splits))
     sampler = UnlearnBatchSampler(
         *([parts["train"] for parts in splits[side] if parts["train"]] for side in ("forget", "normal")),
         draws_of(recipe.terms),
         seed=options.seed, steps=options.max_unlearn_steps, wording=recipe.wording,
     )  # fmt: skip
+    refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
     setup = Setup(
         options, recipe, accelerator, metadata, run_log, newest, started, formatter, sampler,
         development_rows(sides, splits, options, recipe.dev.prompts), trained_on,
@@ -249,7 +254,10 @@ def load_weights(setup: Setup) -> None:
     setup.metadata.set_base_model(fingerprint(model), dtype)
     answer_tokens = max(options.max_answer_tokens, setup.sampler.answer_tokens("normal"), recipe.dev.tokens)
     formatter.fit(model.config, answer_tokens)
-    prompts = [source[0].prompt for sources in setup.sampler.rows.values() for source in sources]
+    if has_text(setup.sampler.rows):
+        fit_windows(formatter, model.config, options.text_window)
+    first_rows = [source[0] for sources in setup.sampler.rows.values() for source in sources]
+    prompts = [row.prompt or row.key[:PROBE_CHARACTERS] for row in first_rows]
     answer_model, setup.layout_line = wrap_model(model, formatter, prompts, recipe.layout.pack_tokens)
     if not answer_model.packed:
         setup.layout_line += "; the original stays in memory as a second model"

@@ -39,6 +39,8 @@ def run_attacks(
     """
     findings = {probe.report_key: None for probe in ATTACKS.values() if isinstance(probe, Probe)}
     count = QUICK_PROMPTS if options.quick else options.attack_prompts
+    if texts := dict.fromkeys(line["group"] for line in lines if line["side"] == "forget" and line.get("text")):
+        log.warning("attacks: not on %s: an attack asks prompts, and this is text", ", ".join(texts))
     rows = forgotten_rows(lines, inputs.formatters["after"].style, count, options.seed)
     if not rows:
         return [], findings
@@ -89,10 +91,11 @@ def judge_result(name: str, result: AttackResult, prompt_vectors, embed) -> dict
 # ------------------------------------------------------------------------------------ the rows of an attack
 def forgotten_rows(lines: list[dict], style: str, count: int, seed: int) -> list[Row]:
     """Return at most `count` forgotten prompts with the original's answers: unseen, on topic before and not after.
+    Passages of text are no prompts, so no attack asks them.
 
     They are drawn from all groups together, since what holds for one kind of prompt need not hold for another.
     """
-    judged = [line for line in lines if line["side"] == "forget" and line["counts"]]
+    judged = [line for line in lines if line["side"] == "forget" and line["counts"] and not line.get("text")]
     unseen = unseen_groups(line["group"] for line in judged)
     forgotten = [line for line in judged if line["group"] in unseen and line["style"] == style
                  and line["before"]["on_topic"] and not line["after"]["on_topic"]]  # fmt: skip
@@ -106,8 +109,9 @@ def collect_data(rows: list[Row], splits: dict, original, formatter: PromptForma
     """
     attacked, trained_on = {row.prompt for row in rows}, TrainedOn.read(options.model_name)
     forget_train = [row for parts in splits["forget"].values() for row in trained_rows(parts["train"], trained_on)
-                    if row.prompt not in attacked]  # fmt: skip
-    retain = [row for parts in splits["keep"].values() for part in parts.values() for row in part]
+                    if row.prompt not in attacked and not row.is_text]  # fmt: skip
+    retain = [row for parts in splits["keep"].values() for part in parts.values() for row in part
+              if not row.is_text]  # fmt: skip
     borderline = [row for row in retain if "neighbour" in row.source]
     benign = [row for row in retain if "neighbour" not in row.source]
     kinds = [sample(kind, EXAMPLES_DRAWN, options.seed) for kind in (forget_train, benign, borderline)]

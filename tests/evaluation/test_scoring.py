@@ -28,11 +28,12 @@ def test_scores_are_those_of_the_plain_model():
     """Batched and packed, every figure is the one of a forward of that answer alone."""
     tokenizer = make_tokenizer("chat")
     model, formatter = tiny_model("llama", len(tokenizer)).eval(), PromptFormatter(tokenizer, "auto", 512, 16)
-    asked = [(f"How do I open lock {i}?", "chat", text) for i, text in enumerate(("Take the red pick.", "", "No."))]
+    texts = ("Take the red pick.", "", "No.")
+    asked = [(Row(f"How do I open lock {i}?"), "chat", text) for i, text in enumerate(texts)]
     found = scores_of(AnswerLogitsModel(model, packed=True), formatter, asked)
     assert found[1] is None
-    for (prompt, style, answer), score in ((asked[0], found[0]), (asked[2], found[2])):
-        start, rest = formatter.prompt(prompt, style), formatter.answer(answer, style, complete=False)
+    for (row, style, answer), score in ((asked[0], found[0]), (asked[2], found[2])):
+        start, rest = formatter.prompt(row.prompt, style), formatter.answer(answer, style, complete=False)
         logits = model(torch.tensor([[*start, *rest]])).logits[0, len(start) - 1 : -1]
         log_p = torch.log_softmax(logits, -1)
         assert score.targets == rest
