@@ -20,13 +20,13 @@ ForgetScores = dict[tuple[str, str], list[tuple[Row, TokenScores]]]  # by source
 
 
 def scores_of(
-    answer_model: AnswerLogitsModel, formatter: PromptFormatter, asked: list[tuple[str, str, str]]
+    answer_model: AnswerLogitsModel, formatter: PromptFormatter, asked: list[tuple[Row, str, str]]
 ) -> list[TokenScores | None]:
-    """Return the scores of (prompt, style, answer) triples; None for an empty answer. The end of turn is not scored."""
+    """Return the scores of (row, style, answer) triples; None for an empty answer. The end of turn is not scored."""
     sequences = []
-    for i, (prompt, style, answer) in enumerate(asked):
+    for i, (row, style, answer) in enumerate(asked):
         answer_ids = tuple(formatter.answer(answer, style, complete=False)) if answer else ()
-        sequences.append(Sequence("normal", i, tuple(formatter.prompt(prompt, style)), answer_ids))
+        sequences.append(Sequence("normal", i, tuple(formatter.prompt_of(row, style)), answer_ids))
     return score_answers(answer_model, sequences, formatter.tokenizer.pad_token_id)
 
 
@@ -45,7 +45,7 @@ def yao2023_metrics(
     rewards = Classifier(options.reward_model, device, **options.trust()) if options.reward_model else None
     columns: list[dict] = [{} for _ in groups]
     for label in ("before", "after"):
-        asked = [(row.prompt, group.style, text) for group, texts in zip(groups, answers[label], strict=True)
+        asked = [(row, group.style, text) for group, texts in zip(groups, answers[label], strict=True)
                  for row, text in zip(group.rows, texts, strict=True)]  # fmt: skip
         scored = iter(scores_of(original, formatter, asked))
         for group, texts, column in zip(groups, answers[label], columns, strict=True):
@@ -66,7 +66,7 @@ def yao2023_metrics(
 def score_forget_answers(answer_model: AnswerLogitsModel, formatter: PromptFormatter, groups) -> ForgetScores:
     """Return, for every forget group, its rows that came with an answer and the model's scores of that answer."""
     asked = [(group, row) for group in groups if group.side == "forget" for row in group.rows if row.response]
-    scored = scores_of(answer_model, formatter, [(row.prompt, group.style, row.response) for group, row in asked])
+    scored = scores_of(answer_model, formatter, [(row, group.style, row.response) for group, row in asked])
     by_group: ForgetScores = {}
     for (group, row), score in zip(asked, scored, strict=True):
         if score is not None:

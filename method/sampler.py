@@ -15,6 +15,7 @@ import numpy as np
 
 from data_module import Sequence
 from options import FRACTION, SHARE, option
+from prompts.chat_template import Turn
 from prompts.formatter import TRAINED_STYLES, PromptFormatter
 from sources.paraphrase import paraphrase
 from sources.rows import Row
@@ -209,15 +210,16 @@ class UnlearnBatchSampler:
             style = other_styles[rng.integers(len(other_styles))]
         rng = np.random.default_rng([self.seed, Stream.TURNS, *place])
         has_earlier = self.answered and rng.random() < self.wording.multi_turn_fraction
-        earlier = (self._earlier_turn(rng, formatter),) if has_earlier else ()
+        earlier = self._earlier_turns(rng, formatter) if has_earlier else ()
         return tuple(formatter.prompt_of(row, style, earlier)), style
 
-    def _earlier_turn(self, rng: np.random.Generator, formatter: PromptFormatter) -> tuple[str, str]:
-        """Return (prompt, start of its answer) of any row of either side, so that it does not hint at the next turn."""
+    def _earlier_turns(self, rng: np.random.Generator, formatter: PromptFormatter) -> tuple[Turn, Turn]:
+        """Return the prompt of any row of either side, so that it does not hint at the next turn, and the start of its
+        answer."""
         side = self.answered[rng.integers(len(self.answered))]
         row = side[rng.integers(len(side))]
         ids = formatter.answer(row.response, complete=False, limit=EARLIER_TOKENS)
-        return row.prompt, formatter.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return ("user", row.prompt), ("assistant", formatter.tokenizer.decode(ids, skip_special_tokens=True).strip())
 
     # ---- their continuations
     def replacement_answers(self, step: int, example_id: int, count: int) -> list[tuple[str, bool]]:

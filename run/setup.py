@@ -43,17 +43,9 @@ from method.sampler import UnlearnBatchSampler
 from method.terms import draws_of, layers_of, sequences_needing_reference
 from options import UnlearnOptions
 from prompts.formatter import PromptFormatter
+from prompts.tokenizer import load_tokenizer
 from sources.rows import Row, read_sources
-from utils import (
-    RunLog,
-    UsageError,
-    atomic_dir,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    log,
-    pick_dtype,
-)
+from utils import RunLog, UsageError, atomic_dir, fingerprint, load_model, log, pick_dtype
 
 
 @dataclasses.dataclass
@@ -128,9 +120,10 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
     setup = Setup(
         options, recipe, accelerator, metadata, run_log, newest, started,
-        PromptFormatter(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens),
+        PromptFormatter.of(tokenizer, options.model_name, options, options.max_answer_tokens),
         sampler, development_rows(splits, options, recipe.dev.prompts), counts,
     )  # fmt: skip
+    setup.formatter.check_turns([row for of_side in sources.values() for rows in of_side for row in rows])
     refuse_idle_processes(accelerator, sampler.examples_per_step())
     load_weights(setup)
     ask_original(setup)

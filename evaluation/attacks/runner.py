@@ -123,7 +123,7 @@ def add_original_answers(rows: list[Row], model, formatter: PromptFormatter, opt
     answered, bare = [row for row in rows if row.response], [row for row in rows if not row.response]
     if not bare:
         return answered
-    texts = generate(model, formatter, [formatter.prompt_of(row) for row in bare],
+    texts = generate(model, formatter, [formatter.prompt_of(row, ask=True) for row in bare],
                      max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch)  # fmt: skip
     cosines = (embed([text for text, _ in texts]) * embed([row.prompt for row in bare])).sum(-1).tolist()  # (n,)
     return answered + [dataclasses.replace(row, response=text, complete=complete)
