@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger("unlearning")
@@ -281,6 +282,8 @@ def load_model(
         if pickles:
             raise UsageError(f"{name}: holds its weights as a pickle ({pickles[0]}), which can carry code; convert it "
                              "to safetensors, or pass --allow_pickle")  # fmt: skip
+    if kind is AutoModelForCausalLM:
+        kind = _text_model_class(name, trust_remote_code)
     model, found = from_pretrained(kind, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code,
                                     output_loading_info=True, ignore_mismatched_sizes=True)  # named below  # fmt: skip
     wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
@@ -293,9 +296,31 @@ def load_model(
     return without_dropout(model).train()
 
 
+def _text_model_class(name: str, trust_remote_code: bool):
+    """Return the auto class of a model that writes text; models with a vision tower may have one of their own."""
+    config = type(load_config(name, trust_remote_code=trust_remote_code))
+    has_vision = config in AutoModelForImageTextToText._model_mapping
+    return (
+        AutoModelForImageTextToText
+        if has_vision and config not in AutoModelForCausalLM._model_mapping
+        else (AutoModelForCausalLM)
+    )
+
+
 def load_config(name: str, *, trust_remote_code: bool = False):
     """Load a model's config. Raises UsageError if that fails."""
     return from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+
+
+def model_folder(name: str) -> Path | None:
+    """Return the folder of a local model, or the cached snapshot of a hub model; None if there is neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name of a hub model
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def context_length(config) -> int | None:

@@ -7,9 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
-from utils import log
+from utils import log, model_folder
 
 COMPANIONS = (
     "*processor*.json", "chat_template.*", "additional_chat_templates/*.jinja", "generation_config.json",
@@ -26,7 +24,7 @@ def copy_companions(name: str, folder: Path) -> list[str]:
     the folder's Python files. Weights, README and reports stay behind. A file that the save has written is not
     replaced. Of a hub model, the files in the local cache are copied. A file that cannot be copied is named in the log.
     """
-    source = _folder_of(name)
+    source = model_folder(name)
     if source is None or source.resolve() == folder.resolve():
         return []
     patterns = COMPANIONS + (("*.py",) if any(_names_code(source / file) for file in CODE) else ())
@@ -44,17 +42,6 @@ def copy_companions(name: str, folder: Path) -> list[str]:
             except OSError as error:  # the weights are saved by now
                 log.warning("%s of the base could not be copied (%s)", file, error)
     return copied
-
-
-def _folder_of(name: str) -> Path | None:
-    """Return the folder of a local model, or the cached snapshot of a hub model; None if there is neither."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        config = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name of a hub model
-        return None
-    return Path(config).parent if isinstance(config, str) else None
 
 
 def _names_code(file: Path) -> bool:

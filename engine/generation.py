@@ -190,6 +190,9 @@ def generate_missing_responses(
             model, formatter, prompts, max_new_tokens=tokens, batch_size=batch_size,
             temperature=temperature, seed=seed, progress=progress,
         )  # fmt: skip
+        if unfinished := formatter.take_unfinished_thoughts():
+            log.warning("%d of them are only an unfinished thought and count as empty: raise --max_answer_tokens, or "
+                        "pass --template_args enable_thinking=false if the template has it", unfinished)  # fmt: skip
         answers = dict(zip(missing, given, strict=True))
         if path and PartialState().is_main_process:
             write_json_lines(path, ({"prompt": p, "response": a, "complete": c} for p, (a, c) in answers.items()))

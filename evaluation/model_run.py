@@ -78,14 +78,13 @@ def probe_prompts(inputs: EvaluationInputs) -> list[str]:
 def answer_groups(model, formatter: PromptFormatter, inputs: EvaluationInputs, options, label: str) -> list[list[str]]:
     """Return one model's greedy answers, a list per group. All prompts are answered in one pass, sorted by length."""
     prompts = [formatter.prompt_of(row, group.style, ask=True) for group in inputs.groups for row in group.rows]
-    unfinished = formatter.unfinished_thoughts
     completions = iter(
         generate(
             model, formatter, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch,
             progress=lambda chunks: tqdm(chunks, desc=f"answers {label}", leave=False, disable=None),
         )
     )  # fmt: skip
-    if unfinished := formatter.unfinished_thoughts - unfinished:
+    if unfinished := formatter.take_unfinished_thoughts():
         log.warning("%s: %d of %d answers are only an unfinished thought and count as empty: raise --max_new_tokens, "
                     "or pass --template_args enable_thinking=false if the template has it",
                     label, unfinished, len(prompts))  # fmt: skip

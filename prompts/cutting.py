@@ -9,7 +9,7 @@ import numpy as np
 from prompts.chat_template import Turn
 from sources.rows import Row
 
-COUNTED = 20_000  # long texts that are tokenised to be counted; of more, a sample tells
+COUNTED = 10_000  # long texts that are tokenised to be counted; of more, a sample tells
 CHUNK = 1024  # texts tokenised at once
 TRIES = 1000  # turns left out, and cuts after which a text was put into more tokens than before
 NEAR = 8  # tokens by which a text and its template may come to another number together

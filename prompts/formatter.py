@@ -242,6 +242,11 @@ class PromptFormatter:
             return ""
         return self._special.sub("", answer).strip()
 
+    def take_unfinished_thoughts(self) -> int:
+        """Return `unfinished_thoughts` and count anew."""
+        count, self.unfinished_thoughts = self.unfinished_thoughts, 0
+        return count
+
     def stop_ids(self) -> list[int]:
         """Return every token that ends generation."""
         return sorted({self.tokenizer.eos_token_id, *self._end.values(), *self._ends})

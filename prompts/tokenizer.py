@@ -8,10 +8,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from utils import UsageError, from_pretrained
+from utils import UsageError, from_pretrained, model_folder
 
-SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> the module it brings
+LIBRARY_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> the module it brings
 
 
 def load_tokenizer(name: str, *, generates: bool = True, trust_remote_code: bool = False):
@@ -20,8 +20,11 @@ def load_tokenizer(name: str, *, generates: bool = True, trust_remote_code: bool
     A pad token that is missing becomes the end-of-text token, in memory only: `save_tokenizer` leaves it out again.
     Raises UsageError if the folder or hub name cannot be loaded.
     """
-    _refuse_missing_packages(Path(name))
-    tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    except (UsageError, ImportError) as error:
+        _name_missing_packages(model_folder(name))
+        raise UsageError(" ".join(str(error).split())) from error
     if not generates:
         return tokenizer
     if tokenizer.eos_token_id is None:
@@ -31,17 +34,20 @@ def load_tokenizer(name: str, *, generates: bool = True, trust_remote_code: bool
     return tokenizer
 
 
-def _refuse_missing_packages(folder: Path) -> None:
-    """Raise UsageError if a folder holds its tokenizer as a SentencePiece model alone and a package is missing."""
-    file = next((folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()), None)
-    if file is None or (folder / "tokenizer.json").is_file():
+def _name_missing_packages(folder: Path | None) -> None:
+    """Raise UsageError if a folder holds its tokenizer in a file of another library alone, and a package is missing.
+
+    transformers names tiktoken whatever the file is.
+    """
+    files = [folder / name for name in LIBRARY_FILES if (folder / name).is_file()] if folder else []
+    if not files or (folder / "tokenizer.json").is_file():
         return
-    with open(file, "rb") as content:
-        if content.read(1) != b"\n":  # its first byte; a tiktoken file holds a line of text for each token
-            return
-    missing = [package for package, module in PACKAGES.items() if not _is_installed(module)]
+    with open(files[0], "rb") as content:
+        is_sentencepiece = content.read(1) == b"\n"  # of tiktoken's files, each line is a token and its rank
+    packages = SENTENCEPIECE if is_sentencepiece else {"tiktoken": "tiktoken"}
+    missing = [package for package, module in packages.items() if not _is_installed(module)]
     if missing:
-        raise UsageError(f"{file}: cannot be read without {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise UsageError(f"{files[0]}: cannot be read without {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _is_installed(module: str) -> bool:
