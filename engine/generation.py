@@ -167,14 +167,14 @@ def generate_missing_responses(
     """Return the rows; each row without a response gets the model's own answer of at most `tokens` tokens.
 
     The answers are sampled once and then read from `cache_dir` (None: no cache). The file is named by a hash of all
-    that they depend on: weights (their `fingerprint`), dtype, prompts, `tokens`, `temperature` and `seed`.
+    that they depend on: weights (their `fingerprint`), dtype, prompts, end tokens, `tokens`, `temperature` and `seed`.
     """
     unanswered = {row.key: row for row in rows if row.response is None}
     missing = sorted(unanswered)
     if not missing:
         return rows
     prompts = [formatter.prompt_of(unanswered[key]) for key in missing]
-    settings = [fingerprint, str(model.dtype), tokens, temperature, seed]
+    settings = [fingerprint, str(model.dtype), tokens, temperature, seed, *formatter.further_ends]
     key = hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest()[:20]
     path = Path(cache_dir) / f"answers-{key}.jsonl" if cache_dir else None
     lines = None
@@ -190,9 +190,7 @@ def generate_missing_responses(
             model, formatter, prompts, max_new_tokens=tokens, batch_size=batch_size,
             temperature=temperature, seed=seed, progress=progress,
         )  # fmt: skip
-        if unfinished := formatter.take_unfinished_thoughts():
-            log.warning("%d of them are only an unfinished thought and count as empty: raise --max_answer_tokens, or "
-                        "pass --template_args enable_thinking=false if the template has it", unfinished)  # fmt: skip
+        formatter.warn_of_unfinished_thoughts("own answers", "--max_answer_tokens")
         answers = dict(zip(missing, given, strict=True))
         if path and PartialState().is_main_process:
             write_json_lines(path, ({"prompt": p, "response": a, "complete": c} for p, (a, c) in answers.items()))

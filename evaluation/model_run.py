@@ -15,7 +15,7 @@ from evaluation.inputs import EvaluationInputs
 from evaluation.likelihood import choices, perplexity
 from evaluation.scoring import ForgetScores, score_forget_answers
 from prompts.formatter import PromptFormatter
-from utils import fingerprint, log
+from utils import fingerprint
 
 PROBE_PROMPTS = 3  # real prompts on which packed and padded rows are compared
 
@@ -84,10 +84,7 @@ def answer_groups(model, formatter: PromptFormatter, inputs: EvaluationInputs, o
             progress=lambda chunks: tqdm(chunks, desc=f"answers {label}", leave=False, disable=None),
         )
     )  # fmt: skip
-    if unfinished := formatter.take_unfinished_thoughts():
-        log.warning("%s: %d of %d answers are only an unfinished thought and count as empty: raise --max_new_tokens, "
-                    "or pass --template_args enable_thinking=false if the template has it",
-                    label, unfinished, len(prompts))  # fmt: skip
+    formatter.warn_of_unfinished_thoughts(f"model {label} unlearning", "--max_new_tokens")
     return [[next(completions)[0] for _ in group.rows] for group in inputs.groups]
 
 

@@ -242,10 +242,18 @@ class PromptFormatter:
             return ""
         return self._special.sub("", answer).strip()
 
-    def take_unfinished_thoughts(self) -> int:
-        """Return `unfinished_thoughts` and count anew."""
+    def warn_of_unfinished_thoughts(self, whose: str, option: str) -> None:
+        """Log how many answers read since the last call are only an unfinished thought. `option`: their limit."""
         count, self.unfinished_thoughts = self.unfinished_thoughts, 0
-        return count
+        if count:
+            short = "--template_args enable_thinking=false or " if "enable_thinking" in self.chat_template else ""
+            log.warning("%s: %d answers are only an unfinished thought and count as empty; pass %sa larger %s",
+                        whose, count, short, option)  # fmt: skip
+
+    @property
+    def further_ends(self) -> list[int]:
+        """The tokens that end an answer and that neither tokenizer nor templates name."""
+        return sorted(self._ends - {self.tokenizer.eos_token_id, *self._end.values()})
 
     def stop_ids(self) -> list[int]:
         """Return every token that ends generation."""

@@ -95,7 +95,8 @@ def forgotten_rows(lines: list[dict], style: str, count: int, seed: int) -> list
     unseen = unseen_groups(line["group"] for line in judged)
     forgotten = [line for line in judged if line["group"] in unseen and line["style"] == style
                  and line["before"]["on_topic"] and not line["after"]["on_topic"]]  # fmt: skip
-    return sample([Row(line["prompt"], line["before"]["answer"]) for line in forgotten], count, seed)
+    rows = [Row(line["prompt"], line["before"]["answer"], earlier=tuple(line.get("earlier", ()))) for line in forgotten]
+    return sample(rows, count, seed)
 
 
 def collect_data(rows: list[Row], splits: dict, original, formatter: PromptFormatter, options, embed) -> AttackData:

@@ -1,5 +1,7 @@
 """Answers without thoughts: what is judged and trained on is what a user is told, not what the model thought."""
 
+import logging
+
 import pytest
 from conftest import CHAT_TEMPLATE
 from templates import GPT_OSS, GPT_OSS_TOKENS, OPENED, QWEN3, with_template
@@ -39,3 +41,15 @@ def test_after_a_closed_thought_the_answer_begins_at_once():
 def test_special_tokens_are_no_part_of_an_answer():
     e = with_template(QWEN3)
     assert e.read_answer(e.prompt("Why?"), e.ids("Because.<|im_start|>")) == "Because."
+
+
+def test_unfinished_thoughts_are_counted_in_the_log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("unlearning"), "propagate", True)
+    e = with_template(QWEN3)
+    for _ in range(3):
+        e.read_answer(e.prompt("Why?", ask=True), e.ids("<think>\nHm"))
+    for _ in range(2):  # the second time, there is nothing new
+        e.warn_of_unfinished_thoughts("own answers", "--max_answer_tokens")
+    assert caplog.text.count("unfinished") == 1
+    assert "own answers: 3 answers are only an unfinished thought and count as empty; pass --template_args "\
+           "enable_thinking=false or a larger --max_answer_tokens" in caplog.text  # fmt: skip
