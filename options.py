@@ -143,7 +143,9 @@ class DataOptions:
     )
     template_args: list[str] = option([], "arguments of the chat template, as enable_thinking=false")
     system: str | None = option(None, "system message before every prompt that has none of its own")
-    max_prompt_tokens: POSITIVE = option(512, "tokens of a prompt at most; longer prompts are truncated on the left")
+    max_prompt_tokens: POSITIVE = option(
+        512, "tokens of a prompt at most; longer prompts are cut at the beginning of the user's text"
+    )
 
     def __post_init__(self):
         if not self.forget_data and not self.forget_text:

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_module import Sequence
 from options import FRACTION, SHARE, option
+from prompts.chat_template import Turn
 from prompts.formatter import TRAINED_STYLES, PromptFormatter
 from sources.paraphrase import paraphrase
 from sources.rows import Row
@@ -237,7 +238,7 @@ class UnlearnBatchSampler:
             other_styles = [other for other in TRAINED_STYLES if other != style]
             style = other_styles[rng.integers(len(other_styles))]
         found = self._earlier_row(example, step)
-        earlier = (self._earlier_turn(found[1], formatter),) if found else ()
+        earlier = self._earlier_turns(found[1], formatter) if found else ()
         return tuple(formatter.prompt_of(row, style, earlier)), style
 
     def _earlier_row(self, example: Example, step: int) -> tuple[str, Row] | None:
@@ -253,10 +254,10 @@ class UnlearnBatchSampler:
         side, rows = self.answered[rng.integers(len(self.answered))]
         return side, rows[rng.integers(len(rows))]
 
-    def _earlier_turn(self, row: Row, formatter: PromptFormatter) -> tuple[str, str]:
-        """Return (prompt, start of its answer) of a row."""
+    def _earlier_turns(self, row: Row, formatter: PromptFormatter) -> tuple[Turn, Turn]:
+        """Return the prompt of a row and the start of its answer, as turns."""
         ids = formatter.answer(row.response, complete=False, limit=EARLIER_TOKENS)
-        return row.prompt, formatter.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return ("user", row.prompt), ("assistant", formatter.tokenizer.decode(ids, skip_special_tokens=True).strip())
 
     # ---- their continuations
     def replacement_answers(self, step: int, example_id: int, count: int) -> list[tuple[str, bool]]:

@@ -21,7 +21,7 @@ class SourceAccount:
     `prompt_tokens`). `duplicates`: rows whose prompt and answer are those of an earlier row of the source. `wanted`:
     rows with a wanted answer. `train`, `dev`, `test`: rows of each split; `categories`: category -> its rows.
     `unused_fields`: fields that look like an answer and are not used -> their rows. `documents`: of a text, whose rows
-    are passages.
+    are passages. `cut_is_estimate`: what is cut was counted on a sample.
     """
 
     side: str
@@ -42,6 +42,7 @@ class SourceAccount:
     unused_fields: dict[str, int]
     notes: list[str]
     documents: int = 0
+    cut_is_estimate: bool = False
 
     @classmethod
     def of(
@@ -51,25 +52,26 @@ class SourceAccount:
         is_text = bool(source.rows) and source.rows[0].is_text
         rows = [row for part in splits.values() for row in part] if is_text else source.rows
         answered = sum(row.response is not None for row in rows)
-        prompts_cut, answers_cut = (0, 0) if is_text else formatter.count_cut(rows, answer_tokens)
+        cut = formatter.count_cut([] if is_text else rows, answer_tokens)
         categories = collections.Counter(name.strip() for row in rows if row.category
                                          for name in row.category.split(";"))  # fmt: skip
         return cls(
-            side, source.spec, len(rows), answered, len(rows) - answered, answers_cut, answer_tokens, prompts_cut,
+            side, source.spec, len(rows), answered, len(rows) - answered, cut.answers, answer_tokens, cut.prompts,
             formatter.max_prompt_tokens, len(rows) - len({(row.key, row.response) for row in rows}),
             sum(row.wanted is not None for row in rows), len(splits["train"]), len(splits["dev"]), len(splits["test"]),
             dict(categories.most_common()), dict(source.unused_fields), list(source.notes),
-            len(source.rows) if is_text else 0,
+            len(source.rows) if is_text else 0, cut.is_estimate,
         )  # fmt: skip
 
     def lines(self) -> list[str]:
         """Return the account in words: one line, then one for each field that is not used and each note."""
+        about = "about " if self.cut_is_estimate else ""
         parts = [
             f"{self.rows} passages of {self.documents} documents"
             if self.documents
-            else f"rows: {self.with_answer} with an answer, {self.without_answer} without, {self.answers_cut} answers cut "
+            else f"rows: {self.with_answer} with an answer, {self.without_answer} without, {about}{self.answers_cut} answers cut "
             f"at {self.answer_tokens} tokens",
-            f"{self.prompts_cut} prompts cut at {self.prompt_tokens} tokens" if self.prompts_cut else "",
+            f"{about}{self.prompts_cut} prompts cut at {self.prompt_tokens} tokens" if self.prompts_cut else "",
             f"{self.duplicates} duplicates" if self.duplicates else "",
             f"{self.wanted} with a wanted answer" if self.wanted else "",
             f"{self.train} train, {self.dev + self.test} held out ({self.dev} for the looks, {self.test} for the "
