@@ -190,7 +190,7 @@ class RowMaker:
         """Return the answers in a field; TruthfulQA.csv separates them by semicolons."""
         value = record.fields[name]
         if isinstance(value, str) and name in plan.true_answers:
-            value = listed(value)
+            value = listed(value, record, name)
             if isinstance(value, str):
                 value = value.split(";")
         return answers_of(value, record, name)
@@ -199,7 +199,7 @@ class RowMaker:
         """Return the system message and the earlier turns that stand in fields of their own."""
         system = next((name for name in plan.systems if holds_text(record.fields[name])), None)
         turns = [] if system is None else [("system", text_of(record.fields[system], record, system))]
-        history = listed(record.fields.get(plan.history))
+        history = listed(record.fields.get(plan.history), record, plan.history)
         if isinstance(history, str) and holds_text(history):
             self._unused_context[plan.history] += 1
         for pair in history if isinstance(history, list) else ():
