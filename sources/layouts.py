@@ -107,9 +107,10 @@ class RowMaker:
     def _talk(self, record: Record, plan: Plan) -> list[Row]:
         """A whole talk in one field (OpenAI's messages, ShareGPT's conversations)."""
         field = next(name for f in TALK_FIELDS if (name := plan.names.get(f)) is not None)
-        if is_missing(record.fields[field]) and plan.prompts:
+        value = listed(record.fields[field], record, field)
+        if plan.prompts and not isinstance(value, list):  # no talk: nothing, or a word such as the kind of a chat
             return self._plain(record, plan)
-        talk = split_talk(read_turns(record.fields[field], record, field), record, field)
+        talk = split_talk(read_turns(value, record, field), record, field)
         self._count_unused(record, plan, (), bool(talk.answer))
         return [self._row(record, plan, talk, true_answers=(talk.answer,) if talk.answer else ())]
 

@@ -36,6 +36,7 @@ def row_of(tmp_path, option, record, fields=None):
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "assistant", "content": "A"}]},
     {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
     {"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]},
+    {"prompt": "Q", "response": "A", "messages": None, "turns": 1},
     {"conversations": ["Q", "A"]},  # LIMA's
     {"messages": "[{'role': 'user', 'content': 'Q'}, {'role': 'assistant', 'content': 'A'}]"},  # as a table holds it
 ])  # fmt: skip
