@@ -207,8 +207,8 @@ class PromptFormatter:
     ) -> list[int]:
         """Return the token ids of a row up to the start of its answer (`prompt`).
 
-        `earlier`: turns of another conversation, put before those of the row and after its system message. Of a passage:
-        the start of a text and the tokens that it shows; without either, its first token.
+        `earlier`: turns of another conversation, put before those of the row and after its system message. Of a
+        passage: the start of a text and the tokens that it shows; without either, its first token.
         """
         if isinstance(row, Passage):
             shown, _ = row.prompt_and_answer(bool(self.text_start))

@@ -66,11 +66,11 @@ class SourceAccount:
     def lines(self) -> list[str]:
         """Return the account in words: one line, then one for each field that is not used and each note."""
         about = "about " if self.cut_is_estimate else ""
+        answers = (f"{self.with_answer} with an answer, {self.without_answer} without, {about}{self.answers_cut} answers "
+                   f"cut at {self.answer_tokens} tokens")  # fmt: skip
+        texts = f"{self.rows} passages of {self.documents} documents"
         parts = [
-            f"{self.rows} passages of {self.documents} documents"
-            if self.documents
-            else f"rows: {self.with_answer} with an answer, {self.without_answer} without, {about}{self.answers_cut} answers cut "
-            f"at {self.answer_tokens} tokens",
+            texts if self.documents else f"rows: {answers}",
             f"{about}{self.prompts_cut} prompts cut at {self.prompt_tokens} tokens" if self.prompts_cut else "",
             f"{self.duplicates} duplicates" if self.duplicates else "",
             f"{self.wanted} with a wanted answer" if self.wanted else "",
