@@ -343,6 +343,7 @@ def save_checkpoint(setup: Setup, state: TrainingState) -> None:
         path = folder / f"step-{state.step:06d}"
         with atomic_dir(path) as partial:
             write_model(partial, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options, merged=False)
+            setup.trained_on.with_run(setup.sampler.trained_keys(state.step)).write(partial)  # it may become a base
             checkpoint.write_state(partial, saved, tensors, optimizer.progress(), setup.metadata.identity(),
                                    weights=weights, names=optimizer.names)  # fmt: skip
         checkpoint.prune_checkpoints(folder, setup.recipe.checkpoints.keep, path)

@@ -306,6 +306,46 @@ def test_without_the_kl_the_random_answers_are_still_the_normal_rows_own():
     assert {s.draw for s in rows.sequences(0, formatter())} == {"forget", "mismatch"}
 
 
+def test_the_record_of_a_run_holds_every_prompt_that_stood_in_a_step():
+    """Also the prompts of earlier turns; a row that no step came to is not in it."""
+    prompts = {side: [f"{side} {i}" for i in range(10, 50)] for side in ("forget", "normal")}
+    rows = [[[Row(prompt, "Yes.", true_answers=(prompt,)) for prompt in prompts[side]]] for side in prompts]
+    sampler, e = make_sampler(*rows, "--set=wording.multi_turn_fraction=0.5"), formatter("chat")
+    sampler.fill_responses(lambda wanted, tokens: wanted)
+    for steps in (1, 3):
+        sequences = [s for step in range(steps) for s in sampler.sequences(step, e)]
+        text = "\n".join(e.tokenizer.decode(s.prompt_ids) for s in sequences)
+        shown = {side: {prompt for prompt in prompts[side] if f"\n{prompt}<" in text} for side in prompts}
+        assert sampler.trained_keys(steps) == shown
+        drawn = {sampler.row(example).prompt for side in shown for example in sampler.examples(side, steps)}
+        assert drawn < shown["forget"] | shown["normal"], "some stood in an earlier turn alone"
+
+
+def own_answers(wanted: list[Row], tokens: int) -> list[Row]:
+    """A model whose own answer to every prompt is another one."""
+    return [dataclasses.replace(row, response=row.response or f"own {row.prompt}") for row in wanted]
+
+
+@pytest.mark.parametrize(("words", "normal", "expected"), [
+    # 2 steps of 2 normal rows: their 4 answers are one too few, so the rest of the source is answered
+    (["--max_unlearn_steps=2"], [Row(f"good {i}") for i in range(14)], 14),
+    # a given answer and 4 own ones are enough: no further row is answered
+    (["--max_unlearn_steps=2"], [Row(f"good {i}") for i in range(14)] + [Row("q", "a", true_answers=("a",))], None),
+    # 40 are needed, and 32 rows are answered at a time
+    (["--normal_weight=0", "--set=mismatch.answers=40"], [Row(f"good {i}") for i in range(100)], 64),
+])  # fmt: skip
+def test_the_pool_holds_what_the_data_can_give_and_not_only_what_a_short_run_visits(words, normal, expected):
+    rows = make_sampler([[Row("bad", "no")]], [normal], *words)
+    visited = len(rows.answered_rows("normal"))
+    rows.fill_responses(own_answers)
+    texts = [text for text, _ in rows.replacement_pool]
+    assert len(set(texts)) == len(texts)
+    assert len(texts) == (expected or visited + 1)
+
+
 def test_too_few_random_answers_are_refused():
+    rows = make_sampler([[Row("bad", "no")]], [[Row(f"good {i}") for i in range(4)]], "--max_unlearn_steps=1")
+    with pytest.raises(UsageError, match="holds only 4 different answers"):  # 2 of them to rows that no step visits
+        rows.fill_responses(own_answers)
     with pytest.raises(UsageError, match="holds only 1 different answers"):
         filled_sampler([[Row("q", "only", true_answers=("only",))]], "--set=mismatch.answers=5")
