@@ -1,4 +1,4 @@
-"""Split rows by prompt, tokenise them, and build the sequences of a step.
+"""Read the rows of all sides, split them by prompt, and build the sequences of a step.
 
 Everything here is a pure function of rows, options and tokenizer. The result does not depend on the number of
 processes, on earlier draws, or on a resume.
@@ -15,9 +15,10 @@ import numpy as np
 from options import NORMAL_SHARES
 from prompts.formatter import PromptFormatter
 from prompts.windows import TextCutter
-from sources.rows import Row
+from sources.rows import Row, Source, read_sources, read_texts
 from utils import UsageError, log
 
+UNSEEN_SHARES = {"dev": 1 / 3, "test": 2 / 3}  # of --unseen_data: for the looks, for the evaluation
 TRAINED_ON = "trained_on.json"  # file beside a model: hashes of the forget prompts that its run trained on
 
 
@@ -50,18 +51,18 @@ class Shares:
 
     @classmethod
     def of(cls, side: str, options) -> Shares:
-        """Return the shares of a side ("forget" or "normal").
+        """Return the shares of a side ("forget", "normal" or "unseen").
 
-        By default, all forget rows train: what is listed shall be forgotten.
+        By default, all forget rows train: what is listed shall be forgotten. Unseen rows never train.
         """
-        default = NORMAL_SHARES if side == "normal" else {"dev": 0.0, "test": 0.0}
-        dev, test = options.dev_share, options.test_share
+        default = {"forget": {"dev": 0.0, "test": 0.0}, "normal": NORMAL_SHARES, "unseen": UNSEEN_SHARES}[side]
+        dev, test = (options.dev_share, options.test_share) if side != "unseen" else (None, None)
         return cls(options.seed, default["dev"] if dev is None else dev, default["test"] if test is None else test,
-                   keep_one=side == "normal" and dev is None and test is None)  # fmt: skip
+                   keep_one=side != "forget" and dev is None and test is None)  # fmt: skip
 
     def split_of(self, key: str) -> str:
         """Return the split of a prompt by its hash alone: all rows of a prompt share it, in every source."""
-        return split_of(key, self.seed, self.dev, self.test)
+        return split_of(key, self.seed, self.dev, self.test) if self.dev or self.test else "train"
 
 
 def split_rows(rows: list[Row], shares: Shares) -> dict[str, list[Row]]:
@@ -69,14 +70,22 @@ def split_rows(rows: list[Row], shares: Shares) -> dict[str, list[Row]]:
     parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
     for row in rows:
         parts[shares.split_of(row.key)].append(row)
-    if not parts["train"]:
+    if rows and not parts["train"] and shares.dev + shares.test < 1:
         log.warning("only %d rows: all are trained on, none is held out", len(rows))
         parts = {"train": list(rows), "dev": [], "test": []}
-    if shares.keep_one and not parts["dev"] and len(keys := {_same(row.key) for row in parts["train"]}) > 1:
-        looked_at = min(keys, key=prompt_hash)
-        parts["dev"] = [row for row in parts["train"] if _same(row.key) == looked_at]
-        parts["train"] = [row for row in parts["train"] if _same(row.key) != looked_at]
+    if shares.keep_one and rows and not parts["dev"]:
+        hold_one_back(parts)
     return parts
+
+
+def hold_one_back(parts: dict[str, list[Row]]) -> None:
+    """Move one prompt to the dev split: of the train split if another one stays there, else of the test split."""
+    prompts = {split: {_same(row.key) for row in rows} for split, rows in parts.items()}
+    taken_from = "train" if len(prompts["train"]) > 1 else "test"
+    if prompts[taken_from] and (prompts["train"] or len(prompts["test"]) > 1):
+        moved = min(prompts[taken_from], key=prompt_hash)
+        parts["dev"] = [row for row in parts[taken_from] if _same(row.key) == moved]
+        parts[taken_from] = [row for row in parts[taken_from] if _same(row.key) != moved]
 
 
 def split_text(documents: list[Row], shares: Shares, cutter: TextCutter) -> dict[str, list[Row]]:
@@ -111,18 +120,88 @@ def split_sources(
     """Split each source of a side by prompt. Training and evaluation both call this, so they hold out the same prompts.
 
     `cutter`: cuts the sources of text into passages. A prompt or passage that one source trains on is held out from no
-    other source.
+    other source, and one that is held back for the looks from all.
     """
     shares = Shares.of(side, options)
     parts = [split_text(rows, shares, cutter) if rows and rows[0].is_text else split_rows(rows, shares)
              for rows in sources]  # fmt: skip
-    trained = {_same(row.key) for part in parts for row in part["train"]
-               if row.is_text or shares.split_of(row.key) != "train"}  # fmt: skip
-    for part in parts if trained else ():
-        for split in ("dev", "test"):
-            part["train"] += [row for row in part[split] if _same(row.key) in trained]
-            part[split] = [row for row in part[split] if _same(row.key) not in trained]
-    return parts
+    moved = {_same(row.key): split for part in parts for split in ("dev", "train") for row in part[split]
+             if (shares.dev or shares.test) and (row.is_text or shares.split_of(row.key) != split)}  # fmt: skip
+    if not moved:
+        return parts
+    return [{split: [row for name, rows in part.items() for row in rows if moved.get(_same(row.key), name) == split]
+             for split in part} for part in parts]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- what is read
+@dataclasses.dataclass
+class Sides:
+    """All sources of a run: prompts and text to forget and to retain, and prompts like those that never train."""
+
+    forget: list[Source]
+    normal: list[Source]
+    unseen: list[Source]
+
+    def rows(self, side: str) -> list[Row]:
+        """Return all rows of a side."""
+        return [row for source in getattr(self, side) for row in source.rows]
+
+
+def read_sides(options) -> Sides:
+    """Read every source that the options name; training and evaluation both call this.
+
+    Raises UsageError for a prompt that would be forgotten and retained at once.
+    """
+    forget = read_sources(options.forget_data, "--forget_data", options.harm_categories)
+    normal = read_sources(options.normal_data, "--normal_data")
+    for of_side, side in ((forget, "forget"), (normal, "normal")):
+        texts = read_texts(getattr(options, f"{side}_text"), f"--{side}_text")
+        named = {source.spec for source in of_side}
+        of_side += [dataclasses.replace(text, spec=f"{text.spec} (text)") if text.spec in named else text
+                    for text in texts]  # fmt: skip
+    unseen = read_sources(options.unseen_data, "--unseen_data")
+    sides = Sides([source for source in forget if source.rows], normal, unseen)
+    give_wanted_answers(sides)
+    refuse_overlap(sides.rows("forget"), sides.rows("normal"))
+    leave_out_listed(sides)
+    return sides
+
+
+def give_wanted_answers(sides: Sides) -> None:
+    """Resolve prompts that a labelled file gives to both sides: the safe answer becomes the forget row's wanted answer.
+
+    A row that has a wanted answer keeps it. Raises UsageError if a normal source has no row left.
+    """
+    prompts = {_same(row.key) for row in sides.rows("forget")}
+    for source in sides.normal:
+        both = {_same(row.key): row.response for row in source.rows if row.labelled and _same(row.key) in prompts}
+        if not both:
+            continue
+        source.rows = [row for row in source.rows if not row.labelled or _same(row.key) not in both]
+        if not source.rows:
+            raise UsageError(f"--normal_data {source.spec}: each of its {len(both)} prompts has an unsafe answer too, "
+                             "so none is left to retain; name other normal data")  # fmt: skip
+        source.notes.append(f"{len(both)} prompts have an unsafe answer too: their safe answers are wanted answers of "
+                            "the forget rows, not normal rows")  # fmt: skip
+        for other in sides.forget:
+            other.rows = [
+                row if row.wanted or _same(row.key) not in both
+                else dataclasses.replace(row, wanted=both[_same(row.key)])
+                for row in other.rows
+            ]  # fmt: skip
+
+
+def leave_out_listed(sides: Sides) -> None:
+    """Leave out of the unseen sources what is trained on, and say so. Raises UsageError if a source has no row left."""
+    trained = {_same(row.key) for row in sides.rows("forget") + sides.rows("normal")} if sides.unseen else set()
+    for source in sides.unseen:
+        kept = [row for row in source.rows if _same(row.key) not in trained]
+        if not kept:
+            raise UsageError(f"--unseen_data {source.spec}: each row is in --forget_data or --normal_data too")
+        if len(kept) < len(source.rows):
+            source.notes.append(f"{len(source.rows) - len(kept)} rows are in the forget or normal data too, so "
+                                "they are not asked as unseen")  # fmt: skip
+            source.rows = kept
 
 
 def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
@@ -134,6 +213,13 @@ def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
         raise UsageError(
             f"{len(both)} prompts are in --forget_data and in --normal_data; remove them from one of the two: {shown}"
         )
+
+
+def split_sides(sides: Sides, options, formatter: PromptFormatter) -> dict[str, list[dict[str, list[Row]]]]:
+    """Return {"forget", "normal" or "unseen": the splits of each source}. Text is cut into passages."""
+    cutter = TextCutter.of(formatter, options) if options.forget_text or options.normal_text else None
+    return {side: split_sources([source.rows for source in getattr(sides, side)], side, options, cutter)
+            for side in ("forget", "normal", "unseen")}  # fmt: skip
 
 
 def sample(rows: list[Row], count: int, seed: int) -> list[Row]:

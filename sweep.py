@@ -26,6 +26,7 @@ from run.parsing import old_names, parse_run
 from utils import RunError, UsageError, atomic_write_text, run_script, write_json
 
 HERE = Path(__file__).resolve().parent
+HELD_OUT = {"dev_share": 0.1, "test_share": 0.2}  # of both sides
 
 
 @dataclasses.dataclass
@@ -112,9 +113,16 @@ def words_for(settings: dict) -> list[str]:
     return arguments
 
 
+def held_out_words(settings: dict, config: str) -> list[str]:
+    """Return the shares to hold out, where neither the combination nor the shared options name them: combinations are
+    compared on prompts that none of them trains on."""
+    given = parse_run([f"--config={config}", *words_for(settings)])
+    return [f"--{name}={share}" for name, share in HELD_OUT.items() if getattr(given, name) is None]
+
+
 def judged(folder: Path, settings: dict, options) -> dict:
     """Run and evaluate one combination, unless it is finished; return its figures."""
-    arguments = words_for(settings)
+    arguments = words_for(settings) + held_out_words(settings, options.config)
     if (folder / "unlearn_args.json").is_file():
         refuse_other_settings(folder, [f"--config={options.config}", *arguments])
     else:

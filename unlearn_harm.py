@@ -51,7 +51,8 @@ def main() -> None:
     with contextlib.ExitStack() as held:
         setup = prepare(options, held)
         if options.dry_run:
-            print_plan(options, setup.recipe, setup.formatter, setup.sampler, setup.answer_model, setup.layout_line)
+            print_plan(options, setup.recipe, setup.formatter, setup.sampler, setup.answer_model, setup.layout_line,
+                       [line for source in setup.account for line in source.lines()])  # fmt: skip
             return
         state = resume_or_start(setup)
         state, reason = train(setup, state, stop)
@@ -206,12 +207,13 @@ def finish(setup: Setup, state: TrainingState, reason: str) -> None:
             write_model(beside, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options)
             terms = [term.describe() for term in setup.recipe.terms]
             write_json(beside / "unlearn_args.json",
-                       {"options": dataclasses.asdict(options), "run": summary, "terms": terms})  # fmt: skip
+                       {"options": dataclasses.asdict(options), "run": summary, "terms": terms,
+                        "rows": [dataclasses.asdict(source) for source in setup.account]})  # fmt: skip
             asked = setup.sampler.trained_prompts(saved["step"])
             write_json(beside / TRAINED_ON, {"forget": sorted(map(prompt_hash, asked))})
         # the weights are in place; an error in a descriptive file must not lose them
         tell("run_manifest.json", lambda: write_json(setup.save_dir / "run_manifest.json", setup.metadata.manifest(
-            setup.row_counts, accelerator, seconds, state.tokens, state.first_evaluation, saved,
+            setup.account, accelerator, seconds, state.tokens, state.first_evaluation, saved,
         )))  # fmt: skip
         tell("the model card", lambda: write_model_card(setup.save_dir))
     accelerator.wait_for_everyone()

@@ -77,16 +77,17 @@ class RunMetadata:
                                       dtype=self.dtype,
                                       answers_hash=self._answers and self._answers.hexdigest())  # fmt: skip
 
-    def manifest(self, counts: dict, accelerator, seconds: float, tokens: int, before: dict, after: dict) -> dict:
+    def manifest(self, account: list, accelerator, seconds: float, tokens: int, before: dict, after: dict) -> dict:
         """Return the content of run_manifest.json.
 
-        counts: rows a split; seconds: the run's; before, after: an evaluation of the original, and of the saved state.
+        account: what became of the rows, a dataclass a source; seconds: the run's; before, after: an evaluation of
+        the original, and of the saved state.
         """
         return {
             "arguments": {k: v for k, v in dataclasses.asdict(self.options).items() if k != "from_manifest"},
             "data": {
                 "rows_sha256": self.rows_hash,
-                "rows": counts,
+                "rows": [dataclasses.asdict(source) for source in account],
                 "files_sha256": {str(Path(name)): _or_none(checkpoint.sha256, Path(name)) for name in self.files},
             },
             "base_model": {"name": self.options.model_name, "fingerprint": self.base_model},
@@ -141,8 +142,8 @@ def _is_file(name: str) -> bool:
 def _hash_rows(rows: list) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        wanted = [] if row.wanted is None else [row.wanted]  # rows without one keep the hash that they always had
-        digest.update(json.dumps([row.prompt, row.response, row.category, row.true_answers, *wanted]).encode())
+        more = [part for part in (row.wanted, row.earlier) if part]  # rows without them keep the hash they always had
+        digest.update(json.dumps([row.prompt, row.response, row.category, row.true_answers, *more]).encode())
     return digest.hexdigest()
 
 

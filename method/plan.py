@@ -39,12 +39,12 @@ class PlanEstimate:
 
 def print_plan(
     options, recipe: Recipe, formatter: PromptFormatter, sampler: UnlearnBatchSampler, answer_model: AnswerLogitsModel,
-    layout_line: str,
+    layout_line: str, account: list[str],
 ) -> None:  # fmt: skip
     """Print the plan to standard output; no weight is changed."""
     estimate = estimate_plan(options, recipe, formatter, sampler, answer_model)
     if PartialState().is_main_process:
-        print("\n".join(_plan_lines(options, recipe, formatter, sampler, answer_model, layout_line, estimate)))
+        print("\n".join(_plan_lines(options, recipe, formatter, sampler, answer_model, layout_line, estimate, account)))
 
 
 def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: AnswerLogitsModel) -> PlanEstimate:
@@ -99,7 +99,9 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     )  # fmt: skip
 
 
-def _plan_lines(options, recipe, formatter, sampler, answer_model, layout_line, estimate: PlanEstimate) -> list[str]:
+def _plan_lines(
+    options, recipe, formatter, sampler, answer_model, layout_line, estimate: PlanEstimate, account: list[str]
+) -> list[str]:
     """Return the lines of the plan."""
     parameters = list(answer_model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -111,6 +113,7 @@ def _plan_lines(options, recipe, formatter, sampler, answer_model, layout_line, 
         f"model          {options.model_name}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",
         f"minimised      {terms}",
         f"layout         {layout_line}",
+        *(f"{'rows' if i == 0 else '':14s} {line}" for i, line in enumerate(account)),
         f"rows visited   {answered['forget']:,} forget of {rows['forget']:,}, {answered['normal']:,} normal of "
         f"{rows['normal']:,}; {len(sampler.replacement_pool):,} replacement answers to draw from",
         f"{part:14s} {_size(estimate.first)}; the largest: {_size(estimate.largest)}",

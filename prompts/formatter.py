@@ -154,6 +154,13 @@ class PromptFormatter:
             return ids[:limit]
         return ids + [self._end[style]]
 
+    def count_cut(self, rows: list[Row], answer_tokens: int) -> tuple[int, int]:
+        """Return how many (prompts, answers) are longer than the limits; an answer may have `answer_tokens` tokens."""
+        long_prompts = [row for row in rows if len(row.prompt.encode()) > self.max_prompt_tokens - 200]
+        long_answers = [row for row in rows if row.response and len(row.response.encode()) >= answer_tokens]
+        prompts = sum(len(self.prompt_of(row)) >= self.max_prompt_tokens for row in long_prompts)
+        return prompts, sum(len(self._ids(row.response)) >= answer_tokens for row in long_answers)
+
     def beginning(self, text: str) -> str:
         """Return the first `max_answer_tokens` tokens of an answer, as text."""
         ids, limit = self._ids(text), self.max_answer_tokens

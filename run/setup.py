@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from data_module import Sequence, refuse_overlap, sample, split_sources
+from data_module import Sequence, Sides, read_sides, sample, split_sides
 from engine import checkpoint
 from engine.adapters import (
     add_lora,
@@ -37,15 +37,16 @@ from engine.saving import gather_weights, lock_output_dir, write_model
 from engine.state import TrainingState
 from engine.tree import AnswerLogitsModel, wrap_model
 from evaluation.dev_evaluator import DevEvaluator
-from method.draws import Mismatch, Stop
+from method.draws import Mismatch, Stop, Wanted
 from method.recipe import Recipe, read_recipe
 from method.sampler import UnlearnBatchSampler
 from method.terms import draws_of, layers_of, sequences_needing_reference
 from options import UnlearnOptions
 from prompts.formatter import PromptFormatter
-from prompts.windows import TextCutter, fit_windows
+from prompts.windows import fit_windows
+from run.account import SourceAccount, held_out_line, make_account, visits_line
 from run.texts import has_text, refuse_terms_without_prompts
-from sources.rows import Row, read_sources, read_texts
+from sources.rows import Row
 from utils import (
     RunLog,
     UsageError,
@@ -78,7 +79,7 @@ class Setup:
     formatter: PromptFormatter
     sampler: UnlearnBatchSampler
     dev_rows: dict[str, list[Row]]
-    row_counts: dict[str, list[dict[str, int]]]
+    account: list[SourceAccount] = dataclasses.field(default_factory=list)
     answer_model: AnswerLogitsModel | None = None
     layout_line: str = ""
     adapters: object = None
@@ -113,32 +114,29 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     refuse_missing_8bit(options)
     held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
     recipe = read_recipe(options)
-    sources = read_both_sides(options)
+    sides = read_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
-    metadata = RunMetadata(
-        options, {side: [row for rows in of_side for row in rows] for side, of_side in sources.items()}
-    )
+    metadata = RunMetadata(options, {side: rows for side in ("forget", "normal", "unseen")
+                                      if (rows := sides.rows(side)) or side != "unseen"})  # fmt: skip
     newest = checkpoint.resumable(options, metadata) if options.resume else None
     # data and tokenizer have loaded: a mistyped name must not overwrite an earlier log
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
     formatter = PromptFormatter(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
-    cutter = TextCutter.of(formatter, options) if has_text(sources) else None
-    splits = {side: split_sources(of_side, side, options, cutter) for side, of_side in sources.items()}
+    splits = split_sides(sides, options, formatter)
+    log.info(held_out_line(splits))
     sampler = UnlearnBatchSampler(
-        *([parts["train"] for parts in of_side] for of_side in splits.values()),
+        *([parts["train"] for parts in splits[side] if parts["train"]] for side in ("forget", "normal")),
         draws_of(recipe.terms),
         seed=options.seed, steps=options.max_unlearn_steps, wording=recipe.wording,
     )  # fmt: skip
     refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
-    counts = {side: [{name: len(rows) for name, rows in parts.items()} for parts in of_side]
-              for side, of_side in splits.items()}  # fmt: skip
-    run_log.event("data", f"rows, split by prompt: forget {counts['forget']}, normal {counts['normal']}", **counts)
     setup = Setup(
-        options, recipe, accelerator, metadata, run_log, newest, started,
-        formatter, sampler, development_rows(splits, options, recipe.dev.prompts), counts,
+        options, recipe, accelerator, metadata, run_log, newest, started, formatter, sampler,
+        development_rows(sides, splits, options, recipe.dev.prompts),
     )  # fmt: skip
     refuse_idle_processes(accelerator, sampler.examples_per_step())
     load_weights(setup)
+    log_account(setup, sides, splits)
     ask_original(setup)
     log_notes(setup)
     return setup
@@ -179,22 +177,31 @@ def log_notes(setup: Setup) -> None:
         log.info("own answers depend on seed and prompt only (earlier versions: also on the other prompts of a batch)")
 
 
-def read_both_sides(options: UnlearnOptions) -> dict[str, list[list[Row]]]:
-    """Read every source; return {side: [rows of each source]}. Raises UsageError for a prompt on both sides."""
-    forget = read_sources(options.forget_data, "--forget_data", options.harm_categories)
-    normal = read_sources(options.normal_data, "--normal_data") + read_texts(options.normal_text, "--normal_text")
-    forget += read_texts(options.forget_text, "--forget_text")
-    sources = {"forget": [source.rows for source in forget if source.rows],
-               "normal": [source.rows for source in normal]}  # fmt: skip
-    refuse_overlap(*([row for rows in of_side for row in rows] for of_side in sources.values()))
-    return sources
+def log_account(setup: Setup, sides: Sides, splits: dict) -> None:
+    """Log what became of the rows of each source, and what of it the run does not use."""
+    limits = {side: setup.sampler.answer_tokens(side) or setup.options.max_answer_tokens
+              for side in ("forget", "normal")}  # fmt: skip
+    setup.account = make_account(sides, splits, setup.formatter, limits)
+    lines = [line for source in setup.account for line in source.lines()]
+    setup.run_log.event("rows", "\n".join(lines), sources=[dataclasses.asdict(source) for source in setup.account])
+    visited = {(e.source, e.index) for e in setup.sampler.examples("forget")}
+    trained = sum(map(len, setup.sampler.rows["forget"]))
+    if line := visits_line(trained, len(visited), setup.options.max_unlearn_steps):
+        log.warning(line)
+    wanted = sum(source.wanted for source in setup.account if source.side == "forget")
+    if wanted and not any(isinstance(draw, Wanted) for draw in setup.sampler.draws):
+        log.info("%d wanted answers are not trained on: no term of --method %s draws them", wanted,
+                 setup.options.method)  # fmt: skip
 
 
-def development_rows(splits: dict, options: UnlearnOptions, count: int) -> dict[str, list[Row]]:
-    """Return {side: dev rows} for the evaluations during the run; it never trains on them."""
-    forget = sample([row for parts in splits["forget"] for row in parts["dev"]], count, options.seed)
-    specs = options.normal_data + options.normal_text
-    by_spec = {spec: parts["dev"] for spec, parts in zip(specs, splits["normal"], strict=True)}
+def development_rows(sides: Sides, splits: dict, options: UnlearnOptions, count: int) -> dict[str, list[Row]]:
+    """Return {side: dev rows} for the looks during the run. It trains on none of them, unless no forget row is held
+    out: the looks then ask listed ones."""
+    held_out = [row for side in ("forget", "unseen") for parts in splits[side] for row in parts["dev"]]
+    if not held_out:
+        log.info("the looks ask forget rows that are trained on: none is held out (--unseen_data, --dev_share)")
+    forget = sample(held_out or [row for parts in splits["forget"] for row in parts["train"]], count, options.seed)
+    by_spec = {source.spec: parts["dev"] for source, parts in zip(sides.normal, splits["normal"], strict=True)}
     share = -(-count // len(by_spec))  # of each source, even if it is listed twice
     normal = [row for rows in by_spec.values() for row in sample(rows, share, options.seed)]
     if options.kl_budget and not normal:

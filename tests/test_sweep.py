@@ -51,6 +51,7 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
     finish(tmp_path / "sweep" / "a=1,b=x")
     monkeypatch.setattr(sweep, "combinations", lambda path: settings)
     monkeypatch.setattr(sweep, "refuse_unknown_settings", lambda runs, config: None)  # the settings are made up
+    monkeypatch.setattr(sweep, "held_out_words", lambda settings, config: ["--dev_share=0.1"])
     monkeypatch.setattr(sweep, "run", run)
     monkeypatch.setattr(sweep, "refuse_other_settings", lambda folder, words: None)
     monkeypatch.setattr(sweep.verdict, "figures", judged_figures)
@@ -58,12 +59,20 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
     sweep.main()
     trained = [words for script, words in called if script == "unlearn_harm.py"]
     assert len(trained) == 3, "what is finished is not run again"
-    assert all("--resume" in words for words in trained)
+    assert all("--resume" in words and "--dev_share=0.1" in words for words in trained)
     assert all("--split=dev" in words for script, words in called if script == "evaluate_unlearning.py")
     found = {one["run"]: one["on_front"] for one in json.loads((tmp_path / "sweep/sweep.json").read_text())}
     assert found == {"a=1,b=x": True, "a=2,b=y": True, "a=2,b=x": True, "a=1,b=y": False}
     assert "<svg" in (tmp_path / "sweep/front.svg").read_text()
     assert "worst kept ratio" in capsys.readouterr().out
+
+
+def test_runs_are_compared_on_prompts_that_none_of_them_trains_on(tmp_path):
+    (tmp_path / "c.yaml").write_text("forget_data: a.jsonl\n")
+    assert sweep.held_out_words({}, str(tmp_path / "c.yaml")) == ["--dev_share=0.1", "--test_share=0.2"]
+    assert sweep.held_out_words({"test_share": 0.5}, str(tmp_path / "c.yaml")) == ["--dev_share=0.1"]
+    (tmp_path / "c.yaml").write_text("dev_share: 0.3\ntest_share: 0\n")
+    assert sweep.held_out_words({}, str(tmp_path / "c.yaml")) == []
 
 
 def test_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):

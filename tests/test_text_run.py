@@ -59,12 +59,14 @@ def passages_of(texts, kind="opt") -> dict[str, list]:
 
 
 def test_a_run_on_text_trains_on_every_passage_of_it(finished, texts):
-    cwd, _, _ = finished
+    cwd, run, _ = finished
     events = [json.loads(line) for line in (cwd / "out.jsonl").read_text().splitlines()]
     steps = [e for e in events if e["event"] == "step"]
     assert len(steps) == 12 and steps[-1]["bad_loss"] > steps[0]["bad_loss"]  # forgotten, on the average of a batch
     by_file = passages_of(texts)
     forget = [p for name in ("a.txt", "b.md") for p in by_file[name]]
+    assert (f"stories: text: 2 documents in {len(forget)} passages of at most 16 tokens; {len(forget)} train, 0 held "
+            "out") in run.stderr  # fmt: skip
     assert len(forget) <= 24  # so that 12 steps of 2 rows come to all of them
     trained = json.loads((cwd / "out/trained_on.json").read_text())["forget"]
     assert set(trained) == {prompt_hash(passage.key) for passage in forget}
@@ -142,7 +144,6 @@ def test_a_model_without_a_start_token_learns_on_both_kinds_of_rows(tmp_path, te
     ("words", "says"),
     [
         ([], "the term mismatch of --method yao needs prompts, and text has none: leave it out with --random_weight 0"),
-        (["--method=selective"], "the term stop of --method selective needs prompts"),
         (["--random_weight=0", "--text_window=512"], "--text_window 512: the model reads at most 512 tokens; give at "
                                                      "most 511"),
     ],

@@ -23,7 +23,7 @@ ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
 
 
 def manifest_of(metadata: RunMetadata) -> dict:
-    made = metadata.manifest({"forget": 1}, ACCELERATOR, 1.23, 0, {"step": 0}, {"step": 5})
+    made = metadata.manifest([], ACCELERATOR, 1.23, 0, {"step": 0}, {"step": 5})
     return json.loads(json.dumps(made))  # what is written must be JSON
 
 

@@ -150,7 +150,7 @@ def test_only_what_was_held_out_is_called_unseen():
     options = EvaluateOptions(split="test", dev_share=0.1, test_share=0.2)
     few, held = split_sources([[Row("one")], many], "forget", options)
     groups = make_groups({"forget": {"few.jsonl": few, "many.jsonl": held}, "keep": {}}, "qa", options)
-    assert [g.name for g in groups[1:]] == ["few", "many (unseen)", "many (trained)"]
+    assert [g.name for g in groups[1:]] == ["few (listed)", "many (unseen)", "many (trained)"]
     assert not {r.prompt for r in groups[2].rows} & {r.prompt for r in groups[3].rows}
     # sources of one name are told apart, and one whose rows of a split are none is not asked about its others
     groups = make_groups({"forget": {"bad/rows.jsonl": held}, "keep": {"good/rows.jsonl": held}}, "qa", options)
@@ -163,7 +163,7 @@ def test_only_what_was_held_out_is_called_unseen():
 
 def test_only_what_the_run_asked_is_called_trained(tmp_path):
     """A short run asks a few of its training rows; a file that it never saw has none, whatever its split says."""
-    options = EvaluateOptions(model_name=str(tmp_path), split="test")
+    options = EvaluateOptions(model_name=str(tmp_path), split="test", dev_share=0.1, test_share=0.2)
     (held,) = split_sources([[Row(f"prompt {i}") for i in range(40)]], "forget", options)
     asked = held["train"][:3]
     (tmp_path / TRAINED_ON).write_text(json.dumps({"forget": [prompt_hash(row.prompt) for row in asked]}))

@@ -222,6 +222,9 @@ def test_terms_that_need_a_prompt_are_refused_where_there_is_none():
     options, recipe, sampler = make_sampler([cutter.cut(text(40))], both_kinds()[2], "--set=mismatch.answers=2")
     with pytest.raises(UsageError, match=r"the term mismatch of --method yao needs prompts.*--random_weight 0"):
         refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
+    options, recipe, sampler = make_sampler([cutter.cut(text(40))], both_kinds()[2], "--method=selective")
+    with pytest.raises(UsageError, match=r"the term stop of --method selective needs prompts.*--random_weight 0"):
+        refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
     options, recipe, sampler = make_sampler([cutter.cut(text(40))], both_kinds()[2], "--random_weight=0")
     refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
     keys = {p.key for p in sampler.rows["forget"][0]}

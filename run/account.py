@@ -1,0 +1,130 @@
+"""The account of the rows: of each source, how many rows train, are held out, are cut, and what of them is not used."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+from data_module import Sides
+from prompts.formatter import PromptFormatter
+from sources.rows import Row, Source
+
+CATEGORIES_SHOWN = 8
+
+
+@dataclasses.dataclass
+class SourceAccount:
+    """What became of the rows of one source.
+
+    `with_answer`, `without_answer`: rows that came with an answer, and rows that the original answers itself.
+    `answers_cut`, `prompts_cut`: rows whose answer or prompt is longer than its limit in tokens (`answer_tokens`,
+    `prompt_tokens`). `duplicates`: rows whose prompt and answer are those of an earlier row of the source. `wanted`:
+    rows with a wanted answer. `train`, `dev`, `test`: rows of each split; `categories`: category -> its rows.
+    `unused_fields`: fields that look like an answer and are not used -> their rows.
+
+    Rows of text are documents, and the splits count their passages, of at most `passage_tokens` tokens (0: prompts).
+    """
+
+    side: str
+    source: str
+    rows: int
+    with_answer: int
+    without_answer: int
+    answers_cut: int
+    answer_tokens: int
+    prompts_cut: int
+    prompt_tokens: int
+    duplicates: int
+    wanted: int
+    train: int
+    dev: int
+    test: int
+    categories: dict[str, int]
+    unused_fields: dict[str, int]
+    notes: list[str]
+    passage_tokens: int = 0
+
+    @classmethod
+    def of(
+        cls, side: str, source: Source, splits: dict[str, list[Row]], formatter: PromptFormatter, answer_tokens: int
+    ) -> SourceAccount:
+        """Count the rows of a source, whose answers have at most `answer_tokens` tokens."""
+        rows = source.rows
+        if rows and rows[0].is_text:
+            return cls._of_text(side, source, splits)
+        answered = sum(row.response is not None for row in rows)
+        prompts_cut, answers_cut = formatter.count_cut(rows, answer_tokens)
+        categories = collections.Counter(name.strip() for row in rows if row.category
+                                         for name in row.category.split(";"))  # fmt: skip
+        return cls(
+            side, source.spec, len(rows), answered, len(rows) - answered, answers_cut, answer_tokens, prompts_cut,
+            formatter.max_prompt_tokens, len(rows) - len({(row.key, row.response) for row in rows}),
+            sum(row.wanted is not None for row in rows), len(splits["train"]), len(splits["dev"]), len(splits["test"]),
+            dict(categories.most_common()), dict(source.unused_fields), list(source.notes),
+        )  # fmt: skip
+
+    @classmethod
+    def _of_text(cls, side: str, source: Source, splits: dict[str, list[Row]]) -> SourceAccount:
+        """Count the documents of a source of text and their passages."""
+        counts = {split: len(passages) for split, passages in splits.items()}
+        longest = max(len(passage.token_ids) for passages in splits.values() for passage in passages)
+        return cls(
+            side, source.spec, len(source.rows), with_answer=0, without_answer=0, answers_cut=0, answer_tokens=0,
+            prompts_cut=0, prompt_tokens=0, duplicates=len(source.rows) - len({row.key for row in source.rows}),
+            wanted=0, **counts, categories={}, unused_fields=dict(source.unused_fields), notes=list(source.notes),
+            passage_tokens=longest,
+        )  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """Return the account in words: one line, then one for each field that is not used and each note."""
+        rows = (f"rows: {self.with_answer} with an answer, {self.without_answer} without, {self.answers_cut} answers "
+                f"cut at {self.answer_tokens} tokens")  # fmt: skip
+        text = (f"text: {self.rows} documents in {self.train + self.dev + self.test} passages of at most "
+                f"{self.passage_tokens} tokens")  # fmt: skip
+        parts = [
+            text if self.passage_tokens else rows,
+            f"{self.prompts_cut} prompts cut at {self.prompt_tokens} tokens" if self.prompts_cut else "",
+            f"{self.duplicates} duplicates" if self.duplicates else "",
+            f"{self.wanted} with a wanted answer" if self.wanted else "",
+            f"{self.train} train, {self.dev + self.test} held out ({self.dev} for the looks, {self.test} for the "
+            "evaluation)",
+        ]
+        shown = [f"{name} {count}" for name, count in list(self.categories.items())[:CATEGORIES_SHOWN]]
+        if more := len(self.categories) - CATEGORIES_SHOWN:
+            shown += [f"{more} more"] if more > 0 else []
+        parts.append(f"categories: {', '.join(shown)}" if shown else "")
+        where = f"{self.side} {self.source}"
+        unused = [f"{where}: field '{field}' looks like an answer and is not used ({count} rows)"
+                  for field, count in self.unused_fields.items()]  # fmt: skip
+        return [f"{where}: " + "; ".join(filter(None, parts)), *unused, *(f"{where}: {note}" for note in self.notes)]
+
+
+def make_account(
+    sides: Sides, splits: dict, formatter: PromptFormatter, answer_tokens: dict[str, int]
+) -> list[SourceAccount]:
+    """Return the account of every source. splits: as `split_sides` gives them; answer_tokens: the limit of a side's
+    answers."""
+    limits = answer_tokens | {"unseen": answer_tokens["forget"]}
+    return [
+        SourceAccount.of(side, source, parts, formatter, limits[side])
+        for side, of_side in splits.items()
+        for source, parts in zip(getattr(sides, side), of_side, strict=True)
+    ]
+
+
+def held_out_line(splits: dict[str, list[dict[str, list[Row]]]]) -> str:
+    """Return the line on which forget rows train, the first one of a run's log."""
+    counts = {name: sum(len(parts[name]) for parts in splits["forget"]) for name in ("train", "dev", "test")}
+    total, held_out = sum(counts.values()), counts["dev"] + counts["test"]
+    if not held_out:
+        return f"all {total} rows train (earlier versions held out 30 %)"
+    return (f"{counts['train']} of {total} rows train, {counts['dev']} are held out for the looks and {counts['test']} "
+            "for the evaluation (--dev_share, --test_share)")  # fmt: skip
+
+
+def visits_line(trained: int, visited: int, steps: int) -> str | None:
+    """Return a line if a run of `steps` steps is too short to come to all `trained` forget rows, else None."""
+    if visited >= trained:
+        return None
+    return (f"{steps} steps come to {visited} of the {trained} forget rows: raise --max_unlearn_steps or --batch_size "
+            "to train on all")  # fmt: skip
