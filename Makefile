@@ -67,4 +67,4 @@ sweep: $(VENV)/.installed
 	$(PYTHON) sweep.py --config configs/demo.yaml --grid configs/sweep.yaml --sweep_dir sweeps/demo
 
 clean:
-	rm -rf $(LM_EVAL) $(VENV) .cache .pytest_cache .ruff_cache models/demo models/smollm2-135m-instruct logs/demo.* data/cache data/harmbench.jsonl
+	rm -rf $(LM_EVAL) $(VENV) .cache .pytest_cache .ruff_cache models/demo models/smollm2-135m-instruct reports/demo logs/demo.* data/cache data/harmbench.jsonl

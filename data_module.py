@@ -19,7 +19,6 @@ from sources.rows import Row, Source, read_sources, read_texts
 from utils import UsageError, log
 
 UNSEEN_SHARES = {"dev": 1 / 3, "test": 2 / 3}  # of --unseen_data: for the looks, for the evaluation
-TRAINED_ON = "trained_on.json"  # file beside a model: hashes of the forget prompts that its run trained on
 
 
 # ------------------------------------------------------------------------------------------------ splits
@@ -28,9 +27,9 @@ def _same(prompt: str) -> str:
     return " ".join(prompt.casefold().split())
 
 
-def prompt_hash(prompt: str) -> str:
+def prompt_hash(prompt: str, salt: str = "") -> str:
     """Return a hash that names a prompt, so that the model's folder does not contain the forget prompts."""
-    return hashlib.sha256(_same(prompt).encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{salt}{_same(prompt)}".encode()).hexdigest()[:16]
 
 
 def split_of(prompt: str, seed: int, dev_share: float, test_share: float) -> str:
@@ -152,14 +151,14 @@ def read_sides(options) -> Sides:
 
     Raises UsageError for a prompt that would be forgotten and retained at once.
     """
-    forget = read_sources(options.forget_data, "--forget_data", options.harm_categories)
-    normal = read_sources(options.normal_data, "--normal_data")
+    forget = read_sources(options.forget_data, "--forget_data", options.harm_categories, options.fields)
+    normal = read_sources(options.normal_data, "--normal_data", fields=options.fields)
     for of_side, side in ((forget, "forget"), (normal, "normal")):
         texts = read_texts(getattr(options, f"{side}_text"), f"--{side}_text")
         named = {source.spec for source in of_side}
         of_side += [dataclasses.replace(text, spec=f"{text.spec} (text)") if text.spec in named else text
                     for text in texts]  # fmt: skip
-    unseen = read_sources(options.unseen_data, "--unseen_data")
+    unseen = read_sources(options.unseen_data, "--unseen_data", fields=options.fields)
     sides = Sides([source for source in forget if source.rows], normal, unseen)
     give_wanted_answers(sides)
     refuse_overlap(sides.rows("forget"), sides.rows("normal"))

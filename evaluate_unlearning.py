@@ -9,10 +9,13 @@ unseen prompts are the ones that it was never trained on.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
 import time
 from pathlib import Path
 
+from engine.paths import refuse_folder, refuse_no_folder
 from engine.processes import join_processes
 from evaluation import verdict
 from evaluation.attacks.runner import run_attacks
@@ -23,9 +26,9 @@ from evaluation.model_run import run_models
 from evaluation.parsing import parse_evaluation
 from evaluation.report import print_report, write_model_card, write_report
 from utils import (
-    UsageError,
     fingerprint,
     load_model,
+    log,
     pick_dtype,
     read_json_lines,
     run_script,
@@ -35,6 +38,7 @@ from utils import (
 )  # fmt: skip
 
 REQUIREMENT_FAILED = 3  # exit code
+REPORT_FILES = ("report.json", "answers.jsonl", "report.html")
 PRINT_ONLY = {"reuse", "examples"}  # options that change what is printed, not what is measured
 
 
@@ -44,8 +48,13 @@ def main() -> None:
     seed_everything(options.seed, options.threads)
     processes = join_processes()  # each answers its share of the prompts; the main one writes
     started = time.time()
-    inputs = read_inputs(options)  # refuses whatever cannot work, before a model is loaded
+    for name in ("perplexity_text", "mc_data", "train_log"):
+        if value := getattr(options, name):
+            refuse_folder(f"--{name}", value)
     folder = report_folder(options)
+    inputs = read_inputs(options)  # refuses whatever cannot work, before a model is loaded
+    if processes.is_main_process:
+        name_other_reports(options, folder)
     if (
         options.reuse
         and processes.num_processes == 1
@@ -75,6 +84,7 @@ def main() -> None:
     # -------------------------------------------------------------------------------------------------- report
     if processes.is_main_process:
         write_files(folder, report, lines, inputs.train_log)
+        update_card(Path(options.model_name), report)
         print_report(report, lines, options.examples)
         print(f"report: {folder / 'report.html'} ({time_line(report['seconds'])})")
         raise SystemExit(exit_code(report))
@@ -86,22 +96,59 @@ def exit_code(report: dict) -> int:
 
 
 def report_folder(options) -> Path:
-    """Return the folder of the report: the model's; for a hub name a folder under reports/, since a folder named as the
-    model would be taken for the model the next time. Raises UsageError if it is a file."""
-    name = options.report_dir or options.model_name
-    folder = Path(name) if options.report_dir or Path(name).is_dir() else Path("reports") / Path(name).name
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--report_dir {folder}: is a file; name a folder")
-    return folder
+    """Return the folder of the report: --report_dir, else reports/NAME of the model's name, without its folders.
+
+    It is not the model's own, since a report holds prompts and answers, and the model may be passed on. A NAME that
+    holds the report of another model gets a number. Raises UsageError if a file stands in the way.
+    """
+    if options.report_dir:
+        refuse_no_folder("--report_dir", options.report_dir)
+        return Path(options.report_dir)
+    folder = first = Path("reports") / Path(os.path.abspath(options.model_name)).name
+    for number in itertools.count(2):
+        refuse_no_folder("--report_dir is not given, and its default", folder)
+        if not holds_other_report(folder, options.model_name):
+            return folder
+        folder = first.with_name(f"{first.name}-{number}")
+
+
+def holds_other_report(folder: Path, model_name: str) -> bool:
+    """Return whether a folder holds a report that is not known to be of this model."""
+    if not (folder / "report.json").is_file():
+        return False
+    try:
+        reported = json.loads((folder / "report.json").read_text(encoding="utf-8"))["after"]
+        return Path(reported).resolve() != Path(model_name).resolve()  # a hub name, too, is equal to itself alone
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
+def name_other_reports(options, folder: Path) -> None:
+    """Say which report keeps this one from reports/NAME, and that one lies in the model's folder, where earlier
+    versions wrote it; neither is touched."""
+    name = Path(os.path.abspath(options.model_name)).name
+    if not options.report_dir and folder.name != name:
+        log.warning("%s holds the report of another model, so this one goes to %s", folder.with_name(name), folder)
+    old = [name for name in REPORT_FILES if (Path(options.model_name) / name).is_file()]
+    if old and folder.resolve() != Path(options.model_name).resolve():
+        log.warning("%s holds an earlier report with prompts and answers (%s): remove it before you pass the model on; "
+                    "this one goes to %s", options.model_name, ", ".join(old), folder)  # fmt: skip
 
 
 def write_files(folder: Path, report: dict, lines: list[dict], train_log) -> None:
-    """Write the report, the answers and the page; the model card too if the folder holds a model of this project."""
+    """Write the report, the answers and the page."""
     write_json(folder / "report.json", report)
     write_json_lines(folder / "answers.jsonl", lines)
     write_report(folder / "report.html", report, lines, train_log)
-    if (folder / "unlearn_args.json").is_file():
-        write_model_card(folder)
+
+
+def update_card(model_folder: Path, report: dict) -> None:
+    """Write the figures into the card of a model of this project; a folder that cannot be written to keeps its card."""
+    if (model_folder / "unlearn_args.json").is_file():
+        try:
+            write_model_card(model_folder, report)
+        except OSError as error:
+            log.warning("%s: its card could not be written (%s)", model_folder, error)
 
 
 def load_for(name: str, options):

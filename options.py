@@ -179,7 +179,9 @@ class UnlearnOptions(CommonOptions):
     from_manifest: str | None = option(None, "run_manifest.json of an earlier run; repeat that run")
     overwrite: bool = option(False, "replace the content of --model_save_dir")
     dry_run: bool = option(False, "print the plan and the first batch, then stop without training or writing anything")
-    cache_dir: str = option("data/cache", "cache folder of the model's own answers to prompts without a response")
+    cache_dir: str = option(
+        "data/cache", "cache folder of the model's own answers, with their prompts; none: they are not kept"
+    )
 
     # ---- the objective: --method names a recipe, the other options change it
     method: str = option("yao", "recipe: a folder of recipes/ (yao, selective, rmu), or a path to a recipe.yaml")
@@ -242,8 +244,9 @@ class EvaluateOptions(CommonOptions):
     model_name: str = option("models/unlearned", "the model after unlearning: a folder or a hub name")
     original_name: str = option("facebook/opt-1.3b", "the model before unlearning: a folder or a hub name")
     report_dir: str | None = option(
-        None, "folder of report.json, report.html and answers.jsonl (if unset: the folder of --model_name)"
-    )
+        None, "folder of report.json, report.html and answers.jsonl, with prompts and answers (if unset: reports/NAME, "
+        "NAME being that of --model_name's folder, with -2, -3, ... if it holds the report of another model)"
+    )  # fmt: skip
     split: Literal["test", "dev", "train", "all"] | None = option(
         None, "prompts to evaluate: a split of the training run (test: never trained on), or all (if unset: test for a "
         "model made by unlearn_harm.py, else all)"

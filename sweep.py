@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from engine import checkpoint
+from engine.paths import refuse_no_folder
 from evaluation import verdict
 from evaluation.report import front_plot, print_table
 from options import POSITIVE, OneLineParser, UnlearnOptions, option
@@ -42,6 +43,7 @@ class SweepOptions:
 def main() -> None:
     """Run the sweep and print its table. Raises RunError if a combination failed."""
     options = SweepOptions(**vars(OneLineParser(SweepOptions, allow_abbrev=False).parse_args()))
+    refuse_no_folder("--sweep_dir", options.sweep_dir)
     folder, runs = Path(options.sweep_dir), combinations(options.grid)
     refuse_unknown_settings(runs, options.config)
     records, failed = [], []
@@ -129,9 +131,10 @@ def judged(folder: Path, settings: dict, options) -> dict:
         log_file = folder.parent / "logs" / f"{folder.name}.log"
         run("unlearn_harm.py", f"--config={options.config}", *arguments, f"--model_save_dir={folder}", "--resume",
             f"--log_file={log_file}")  # fmt: skip
+    report_folder = folder.parent / "reports" / folder.name
     run("evaluate_unlearning.py", f"--model_name={folder}", "--split=dev", "--reuse", "--examples=0",
-        f"--prompts_per_group={options.prompts_per_group}")  # fmt: skip
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        f"--prompts_per_group={options.prompts_per_group}", f"--report_dir={report_folder}")  # fmt: skip
+    report = json.loads((report_folder / "report.json").read_text(encoding="utf-8"))
     figures = verdict.figures(report)
     if missing := {"forget.on_topic", "keep.on_topic_ratio"} - figures.keys():
         raise RunError(f"{folder}: {' and '.join(sorted(missing))} not measured: the original says nothing on topic")

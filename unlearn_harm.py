@@ -16,7 +16,6 @@ import time
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from data_module import TRAINED_ON, prompt_hash
 from engine import checkpoint
 from engine.saving import gather_weights, write_model
 from engine.state import BestState, TrainingState
@@ -209,8 +208,7 @@ def finish(setup: Setup, state: TrainingState, reason: str) -> None:
             write_json(beside / "unlearn_args.json",
                        {"options": dataclasses.asdict(options), "run": summary, "terms": terms,
                         "rows": [dataclasses.asdict(source) for source in setup.account]})  # fmt: skip
-            asked = setup.sampler.trained_prompts(saved["step"])
-            write_json(beside / TRAINED_ON, {"forget": sorted(map(prompt_hash, asked))})
+            setup.trained_on.with_run(setup.sampler.trained_keys(saved["step"])).write(beside)
         # the weights are in place; an error in a descriptive file must not lose them
         tell("run_manifest.json", lambda: write_json(setup.save_dir / "run_manifest.json", setup.metadata.manifest(
             setup.account, accelerator, seconds, state.tokens, state.first_evaluation, saved,

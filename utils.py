@@ -182,8 +182,12 @@ class RunLog:
             to_file = logging.FileHandler(self.path, mode=mode, encoding="utf-8")
             to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
             log.addHandler(to_file)
-            twin = self.path.with_name(self.path.name.removesuffix(".log") + ".jsonl")
-            self._json = open(twin, mode, encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._json = open(self.twin(self.path), mode, encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    @staticmethod
+    def twin(path: str | Path) -> Path:
+        """Return where the events of the readable log `path` go as JSON lines."""
+        return Path(path).with_name(Path(path).name.removesuffix(".log") + ".jsonl")
 
     def event(self, kind: str, line: str, **fields) -> None:
         """Log one readable line, and the same as one JSON object whose `event` is `kind`."""

@@ -184,7 +184,8 @@ def generate_missing_responses(
         answers = {line["prompt"]: (line["response"], line["complete"]) for line in lines}
         log.info("loaded %d cached model answers from %s", len(missing), path)
     else:
-        log.info("generating answers for %d prompts without a response", len(missing))
+        kept = f"prompts and answers are kept in {path}" if path else "they are not kept (--cache_dir none)"
+        log.info("generating answers for %d prompts without a response; %s", len(missing), kept)
         given = generate(
             model, formatter, prompts, max_new_tokens=tokens, batch_size=batch_size,
             temperature=temperature, seed=seed, progress=progress,

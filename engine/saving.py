@@ -10,6 +10,7 @@ import torch
 
 from engine import checkpoint
 from engine.optimizer import MasterWeightAdamW
+from engine.paths import refuse_no_folder
 from engine.processes import gather_to_main_cpu
 from utils import UsageError, load_model, save_tokenizer, write_json
 
@@ -20,11 +21,13 @@ def lock_output_dir(save_dir: Path, options, accelerator):
         return contextlib.ExitStack()
     if save_dir.resolve() in (here := Path.cwd(), *here.parents):
         raise UsageError(f"--model_save_dir {save_dir}: is where this runs, or a parent folder; choose another folder")
-    if save_dir.exists() and not save_dir.is_dir():
-        raise UsageError(f"--model_save_dir {save_dir}: is a file; name a folder")
+    refuse_no_folder("--model_save_dir", save_dir)
     lock = checkpoint.OutputDirLock(save_dir)
     if save_dir.exists() and any(save_dir.iterdir()) and not options.overwrite:
         lock.close()
+        if options.resume and (save_dir / "unlearn_args.json").is_file():
+            raise UsageError(f"--resume: the run of --model_save_dir {save_dir} is finished; for more steps, start a "
+                             f"run with --model_name {save_dir} and another --model_save_dir")  # fmt: skip
         raise UsageError(f"--model_save_dir {save_dir}: is not empty; pass --overwrite to replace it")
     checkpoints = checkpoint.folder_of(save_dir)
     if checkpoints.exists() and not (options.resume or options.overwrite):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -15,6 +14,10 @@ from data_module import Sequence
 from engine.tree import AnswerLogitsModel
 from method.losses import sequence_sum, token_nll
 from prompts.formatter import PromptFormatter
+from sources.containers import RECORD_KINDS, read_document
+from sources.fields import CHOICE_FIELDS
+from sources.folders import open_spec
+from sources.values import choices_of
 from utils import UsageError, context_length
 
 
@@ -50,10 +53,7 @@ def perplexity(model, tokenizer, text: str, window: int = 1024, batch_size: int 
 
 def read_text(path: str, option: str) -> str:
     """Return the text of a file. Raises UsageError, naming `option`, if it cannot be read or holds no text."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{option} {path}: cannot be read ({' '.join(str(error).split())})") from error
+    text = read_document(Path(path), option)
     if not text.strip():
         raise UsageError(f"{option} {path}: holds no text")
     return text
@@ -99,24 +99,29 @@ def score_answers(answer_model: AnswerLogitsModel, sequences: list[Sequence], pa
 
 def read_choices(path: str, option: str) -> list[dict]:
     """Return multiple-choice rows in TruthfulQA's layout: question, mc1_targets and mc2_targets (answer -> 1 or 0).
-    Raises UsageError, naming `option` and the row."""
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{option} {path}: cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UsageError(f"{option} {path}: must be a list of objects, as TruthfulQA's mc_task.json is")
-    for number, row in enumerate(rows, 1):
+
+    A row with question, choices and answer (MMLU, WMDP) becomes one with these. Raises UsageError, naming `option` and
+    the row.
+    """
+    rows = []
+    for record in open_spec(path, option, RECORD_KINDS).records:
+        row = record.fields
         if not isinstance(row.get("question"), str):
-            raise UsageError(f"{option} {path}, row {number}: has no 'question'")
+            raise UsageError(f"{record}: has no 'question'")
+        if "mc1_targets" not in row and any(field in row for field in CHOICE_FIELDS):
+            choices, right = choices_of(record)
+            targets = {choice: 0 for choice in choices} | {choices[right]: 1}
+            row = {"question": row["question"], "mc1_targets": targets, "mc2_targets": targets}
         for field in ("mc1_targets", "mc2_targets"):
             try:
                 right = list(labels_of(row[field]).values())
             except (KeyError, AttributeError, TypeError, ValueError):
                 right = []
             if not any(right):
-                raise UsageError(f"{option} {path}, row {number}: '{field}' must hold answers and their labels, at "
-                                 "least one of them 1")  # fmt: skip
+                raise UsageError(f"{record}: '{field}' must hold answers and their labels, at least one of them 1")
+        rows.append(row)
+    if not rows:
+        raise UsageError(f"{option} {path}: holds no question")
     return rows
 
 

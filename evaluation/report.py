@@ -210,11 +210,12 @@ def manifest_text(folder: str) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------- the model card
-def write_model_card(folder: Path) -> None:
-    """Write README.md of a model folder, from its unlearn_args.json and, once evaluated, its report.json."""
+def write_model_card(folder: Path, report: dict | None = None) -> None:
+    """Write README.md of a model folder from its unlearn_args.json and, once evaluated, the figures of its report.
+
+    The card holds no prompt and no answer, since it goes where the model goes.
+    """
     made = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))
-    report_file = folder / "report.json"
-    report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else None
     options = {"recipe": None, **made["options"]}  # a folder made before recipes has none
     card = _pages.get_template("model_card.md").render(
         options=options, run=made["run"], terms=made.get("terms", []), rows=table_rows(report) if report else []

@@ -90,7 +90,7 @@ class Draw(Protocol):
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]: ...
 
 
-POOL_ROWS = 32  # normal rows of a source that the model answers only to give replacement answers
+POOL_ROWS = 32  # normal rows of a source that the model answers at a time, only to give replacement answers
 EARLIER_TOKENS = 16  # of the answer in an earlier turn
 
 
@@ -104,7 +104,7 @@ class UnlearnBatchSampler:
         self.rows = {"forget": forget, "normal": normal}
         self.draws, self.seed, self.steps, self.wording = draws, seed, steps, wording or Wording()
         self.replacement_pool: list[tuple[str, bool]] = []  # (answer, complete); set by fill_responses
-        self.answered: list[list[Row]] = []  # forget and normal prompts with an answer; set by fill_responses
+        self.answered: list[tuple[str, list[Row]]] = []  # (side, its prompts with an answer); by fill_responses
         self._prompts: tuple[int, dict] = (-1, {})  # (step, its prompts): all draws of a side share them
 
     # ---- which rows
@@ -142,9 +142,15 @@ class UnlearnBatchSampler:
         """Return {side: rows per step}, over all processes."""
         return {side: len({e.example_id for e in self.examples(side, 1)}) for side in self.rows}
 
-    def trained_prompts(self, steps: int) -> set[str]:
-        """Return the keys of the forget rows of the first `steps` steps: a row's prompt, or a passage's text."""
-        return {self.row(example).key for example in self.examples("forget", steps)}
+    def trained_keys(self, steps: int) -> dict[str, set[str]]:
+        """Return {side: the keys of the rows whose prompt stood in one of the first `steps` steps}."""
+        keys: dict[str, set[str]] = {side: set() for side in self.rows}
+        for step in range(steps):
+            for example in {e for draw in self.draws for e in draw.examples(step, self)}:
+                keys[example.side].add(self.row(example).key)
+                if earlier := self._earlier_row(example, step):
+                    keys[earlier[0]].add(earlier[1].key)
+        return keys
 
     def answer_tokens(self, side: str) -> int:
         """Return the maximum tokens of a side's answers; 0 if no draw uses the side."""
@@ -157,44 +163,51 @@ class UnlearnBatchSampler:
         `answer(rows, tokens)` returns the rows with the model's own answers, of at most `tokens` tokens, where a
         response is missing.
         """
+        for side in self.rows:
+            self._answer(side, sorted(self.answered_rows(side)), answer, self.answer_tokens(side))
         needed = max((draw.replacements for draw in self.draws), default=0)  # by one draw, which draws no answer twice
-        for side, sources in self.rows.items():
-            pairs, tokens = sorted(self.answered_rows(side)), self.answer_tokens(side)
-            if (
-                side == "normal" and not pairs and len(self._given_answers()) < needed
-            ):  # else too few replacement answers
-                pairs = [(s, i) for s, source in enumerate(sources) for i in range(min(len(source), POOL_ROWS))
-                         if not source[i].is_text]  # fmt: skip
-                tokens = self.answer_tokens("forget")
-            for (s, i), row in zip(pairs, answer([sources[s][i] for s, i in pairs], tokens), strict=True):
-                sources[s][i] = row
-        sides = ([row for source in sources for row in source] for sources in self.rows.values())
-        self.answered = [
-            sorted(
-                {row.prompt: row for row in side if row.response and not row.is_text}.values(),
-                key=lambda row: row.prompt,
-            )
-            for side in sides
-        ]
-        self.answered = [side for side in self.answered if side]
         if needed:
-            self._fill_pool(needed)
+            self._fill_pool(needed, answer)
+        answered = {side: {row.prompt: row for source in sources for row in source
+                           if row.response and not row.is_text}
+                    for side, sources in self.rows.items()}  # fmt: skip
+        self.answered = [(side, [rows[prompt] for prompt in sorted(rows)]) for side, rows in answered.items() if rows]
+
+    def _answer(self, side: str, pairs: list[tuple[int, int]], answer, tokens: int) -> None:
+        """Give the rows at these (source, row) places a response."""
+        sources = self.rows[side]
+        for (s, i), row in zip(pairs, answer([sources[s][i] for s, i in pairs], tokens), strict=True):
+            sources[s][i] = row
 
     def _given_answers(self) -> list[str]:
         """Return the true answers in the normal data, each once."""
         rows = (row for source in self.rows["normal"] for row in source)
         return list(dict.fromkeys(answer for row in rows for answer in row.true_answers))
 
-    def _fill_pool(self, needed: int) -> None:
-        """Fill the pool with true answers from the normal data; if there are too few, add the model's own answers."""
-        self.replacement_pool = [(answer, True) for answer in self._given_answers()]
-        if len(self.replacement_pool) < needed:
-            rows = [row for source in self.rows["normal"] for row in source if not row.is_text]
-            own_answers = {row.response: row.complete for row in rows if row.response and not row.true_answers}
-            self.replacement_pool += list(own_answers.items())
+    def _own_answers(self) -> list[tuple[str, bool]]:
+        """Return the model's own answers to normal prompts, each once, as (answer, complete)."""
+        rows = (row for source in self.rows["normal"] for row in source if not row.is_text)
+        return list({row.response: row.complete for row in rows if row.response and not row.true_answers}.items())
+
+    def _fill_pool(self, needed: int, answer) -> None:
+        """Fill the pool with true answers from the normal data; if there are too few, add the model's own answers.
+
+        The steps of a short run may use fewer normal rows than the pool needs; then the model answers further ones.
+        """
+        given, sources = [(text, True) for text in self._given_answers()], self.rows["normal"]
+        self.replacement_pool = given if len(given) >= needed else given + self._own_answers()
+        places = [(s, i) for i in range(max(map(len, sources), default=0)) for s in range(len(sources))
+                  if i < len(sources[s]) and not sources[s][i].is_text]  # fmt: skip
+        tokens = self.answer_tokens("normal") if self.answered_rows("normal") else self.answer_tokens("forget")
+        chunk = POOL_ROWS * len(sources)
+        for start in range(0, len(places), chunk):
+            if len(self.replacement_pool) >= needed:
+                break
+            self._answer("normal", sorted(places[start : start + chunk]), answer, tokens)
+            self.replacement_pool = given + self._own_answers()
         if len(self.replacement_pool) < needed:
             name = max(self.draws, key=lambda draw: draw.replacements).name
-            if all(rows[0].is_text for rows in self.rows["normal"]):
+            if all(rows[0].is_text for rows in sources):
                 raise UsageError(f"{name}.answers {needed}: replacement answers are those of normal prompts, and "
                                  "--normal_text has none: name some with --normal_data")  # fmt: skip
             raise UsageError(
@@ -224,15 +237,25 @@ class UnlearnBatchSampler:
         if rng.random() < self.wording.template_fraction:
             other_styles = [other for other in TRAINED_STYLES if other != style]
             style = other_styles[rng.integers(len(other_styles))]
-        rng = np.random.default_rng([self.seed, Stream.TURNS, *place])
-        has_earlier = self.answered and rng.random() < self.wording.multi_turn_fraction
-        earlier = (self._earlier_turn(rng, formatter),) if has_earlier else ()
+        found = self._earlier_row(example, step)
+        earlier = (self._earlier_turn(found[1], formatter),) if found else ()
         return tuple(formatter.prompt_of(row, style, earlier)), style
 
-    def _earlier_turn(self, rng: np.random.Generator, formatter: PromptFormatter) -> tuple[str, str]:
-        """Return (prompt, start of its answer) of any row of either side, so that it does not hint at the next turn."""
-        side = self.answered[rng.integers(len(self.answered))]
-        row = side[rng.integers(len(side))]
+    def _earlier_row(self, example: Example, step: int) -> tuple[str, Row] | None:
+        """Return (side, row) of the turn before an example; None if it is the first turn of its talk, or text.
+
+        The row may be any of either side, so that it does not hint at the next turn.
+        """
+        if not self.answered or not self.wording.multi_turn_fraction or self.row(example).is_text:
+            return None
+        rng = np.random.default_rng([self.seed, Stream.TURNS, example.stream, step, example.example_id])
+        if rng.random() >= self.wording.multi_turn_fraction:
+            return None
+        side, rows = self.answered[rng.integers(len(self.answered))]
+        return side, rows[rng.integers(len(rows))]
+
+    def _earlier_turn(self, row: Row, formatter: PromptFormatter) -> tuple[str, str]:
+        """Return (prompt, start of its answer) of a row."""
         ids = formatter.answer(row.response, complete=False, limit=EARLIER_TOKENS)
         return row.prompt, formatter.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
@@ -249,10 +272,8 @@ class UnlearnBatchSampler:
         """Return the first `tokens` tokens of an answer: of the row's own, if it has one, or of any row's."""
         row = self.row(example)
         rng = np.random.default_rng([self.seed, Stream.PREFIX, example.stream, step, example.example_id])
-        side = self.answered[
-            rng.integers(len(self.answered))
-        ]  # of either side, so that it does not hint at the prompt's
-        text = row.response if row.response and rng.random() < 0.5 else side[rng.integers(len(side))].response
+        _, rows = self.answered[rng.integers(len(self.answered))]  # of either side, so that it hints at none
+        text = row.response if row.response and rng.random() < 0.5 else rows[rng.integers(len(rows))].response
         prefix = formatter.answer(text, style, complete=False)[:tokens]
         return tuple(prefix or formatter.answer("", style))
 

@@ -24,6 +24,7 @@ from engine.adapters import (
 )
 from engine.generation import generate_missing_responses
 from engine.optimizer import MasterWeightAdamW, refuse_missing_8bit
+from engine.paths import refuse_no_file, refuse_no_folder
 from engine.processes import (
     gather_to_main_cpu,
     possible_parts,
@@ -35,8 +36,10 @@ from engine.reference import ReferenceCache
 from engine.run_metadata import RunMetadata
 from engine.saving import gather_weights, lock_output_dir, write_model
 from engine.state import TrainingState
+from engine.trained_on import TRAINED_ON, TrainedOn
 from engine.tree import AnswerLogitsModel, wrap_model
 from evaluation.dev_evaluator import DevEvaluator
+from evaluation.metrics import is_empty
 from method.draws import Mismatch, Stop, Wanted
 from method.recipe import Recipe, read_recipe
 from method.sampler import UnlearnBatchSampler
@@ -79,6 +82,7 @@ class Setup:
     formatter: PromptFormatter
     sampler: UnlearnBatchSampler
     dev_rows: dict[str, list[Row]]
+    trained_on: TrainedOn  # by the runs that made --model_name
     account: list[SourceAccount] = dataclasses.field(default_factory=list)
     answer_model: AnswerLogitsModel | None = None
     layout_line: str = ""
@@ -110,6 +114,10 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     `held` closes the lock of the output folder at the end of the run.
     """
     started = time.time()
+    refuse_no_file("--log_file", options.log_file)
+    refuse_no_file("--log_file", RunLog.twin(options.log_file))
+    if options.cache_dir != "none":
+        refuse_no_folder("--cache_dir", options.cache_dir)
     accelerator = start_processes(options)
     refuse_missing_8bit(options)
     held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
@@ -122,7 +130,8 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     # data and tokenizer have loaded: a mistyped name must not overwrite an earlier log
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
     formatter = PromptFormatter(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
-    splits = split_sides(sides, options, formatter)
+    trained_on = read_chain(options.model_name)
+    splits = without_seen(split_sides(sides, options, formatter), trained_on)
     log.info(held_out_line(splits))
     sampler = UnlearnBatchSampler(
         *([parts["train"] for parts in splits[side] if parts["train"]] for side in ("forget", "normal")),
@@ -132,7 +141,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
     setup = Setup(
         options, recipe, accelerator, metadata, run_log, newest, started, formatter, sampler,
-        development_rows(sides, splits, options, recipe.dev.prompts),
+        development_rows(sides, splits, options, recipe.dev.prompts), trained_on,
     )  # fmt: skip
     refuse_idle_processes(accelerator, sampler.examples_per_step())
     load_weights(setup)
@@ -192,6 +201,32 @@ def log_account(setup: Setup, sides: Sides, splits: dict) -> None:
     if wanted and not any(isinstance(draw, Wanted) for draw in setup.sampler.draws):
         log.info("%d wanted answers are not trained on: no term of --method %s draws them", wanted,
                  setup.options.method)  # fmt: skip
+
+
+def read_chain(model_name: str) -> TrainedOn:
+    """Return what earlier runs trained the base on; an empty record if none made it.
+
+    Warns if a run made it and its record is missing.
+    """
+    found = TrainedOn.read(model_name)
+    if found is None and (Path(model_name) / "unlearn_args.json").is_file():
+        log.warning("%s: a run made it and %s is missing, so what that run trained on may count as unseen: put the "
+                    "file back", model_name, TRAINED_ON)  # fmt: skip
+    return found or TrainedOn()
+
+
+def without_seen(splits: dict[str, list[dict]], trained_on: TrainedOn) -> dict[str, list[dict]]:
+    """Return the splits with the held-out rows that an earlier run trained on moved to the train split; log how many.
+
+    The evaluation moves them too, with the record that this run leaves.
+    """
+    moved = {side: [trained_on.move_to_train(parts) for parts in of_side] for side, of_side in splits.items()}
+    count = {side: sum(len(after["train"]) - len(before["train"])
+                       for before, after in zip(splits[side], moved[side], strict=True)) for side in moved}  # fmt: skip
+    if any(count.values()):
+        log.info("%d forget and %d normal rows are not held out but train, and %d rows of --unseen_data are not asked: "
+                 "earlier runs trained on them", count["forget"], count["normal"], count["unseen"])  # fmt: skip
+    return moved
 
 
 def development_rows(sides: Sides, splits: dict, options: UnlearnOptions, count: int) -> dict[str, list[Row]]:
@@ -262,12 +297,18 @@ def ask_original(setup: Setup) -> None:
         answered = generate_missing_responses(
             rows, setup.answer_model.generator, setup.formatter, fingerprint=setup.metadata.base_model, tokens=tokens,
             temperature=recipe.own_answers.temperature, seed=options.seed, batch_size=recipe.own_answers.batch_size,
-            cache_dir=options.cache_dir, progress=lambda chunks: bar(chunks, "own answers"),
+            cache_dir=None if options.cache_dir == "none" else options.cache_dir,
+            progress=lambda chunks: bar(chunks, "own answers"),
         )  # fmt: skip
         setup.metadata.add_answers([new for new, old in zip(answered, rows, strict=True) if old.response is None])
         return answered
 
+    forget = sampler.rows["forget"]
+    asked = [(s, i) for s, i in sampler.answered_rows("forget") if forget[s][i].response is None]
     sampler.fill_responses(answer)
+    if asked and not options.dry_run and all(is_empty(forget[s][i].response) for s, i in asked):
+        log.warning("%s: all of its own answers to %d forget prompts are empty, so nothing of them is unlearned: give "
+                    "rows with a response, or another model", options.model_name, len(asked))  # fmt: skip
     normal_tokens = sampler.answer_tokens("normal") or options.max_answer_tokens
     setup.evaluator = DevEvaluator(
         answer(setup.dev_rows["forget"], options.max_answer_tokens), answer(setup.dev_rows["normal"], normal_tokens),

@@ -8,6 +8,7 @@ type changes between rows, and cannot name the line of an error.
 from __future__ import annotations
 
 import codecs
+import collections
 import csv
 import gzip
 import io
@@ -28,6 +29,7 @@ from utils import UsageError
 RECORD_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 TEXT_KINDS = (".txt", ".md")
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the usual one first
+EMPTY_ROW = object()  # a row of a table without any text: it counts and gives no record
 BATCH_ROWS = 1000  # rows of a parquet file or data set that are turned into Python objects at a time
 ENCODINGS = (
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
@@ -62,26 +64,28 @@ def read_records(path: Path, option: str) -> Iterator[Record]:
     """Yield the records of a file. Raises UsageError, with file and row, where it cannot be read."""
     place, kind = f"{option} {path}", kind_of(path)
     try:
-        if kind == ".parquet":
-            objects = _parquet_objects(path)
-        elif kind in SEPARATORS:
-            objects = _csv_objects(open_text(path, newline=""), place, kind)
-        else:
-            objects = _json_objects(open_text(path), place)
-        for number, fields in enumerate(objects, 1):
-            if not isinstance(fields, dict):
-                raise UsageError(f"{place}, row {number}: must be an object with fields, got {fields!r:.40}")
-            yield Record(place, number, fields)
+        with open_text(path, newline="" if kind in SEPARATORS else None) as file:
+            if kind == ".parquet":
+                objects = _parquet_objects(path)
+            elif kind in SEPARATORS:
+                objects = _csv_objects(file, place, SEPARATORS[kind])
+            else:
+                objects = _json_objects(file, place)
+            for number, fields in enumerate(objects, 1):
+                if fields is EMPTY_ROW:
+                    continue
+                if not isinstance(fields, dict):
+                    raise UsageError(f"{place}, row {number}: must be an object with fields, got {fields!r:.40}")
+                yield Record(place, number, fields)
     except (csv.Error, ValueError, OSError, EOFError, RecursionError, zlib.error, pyarrow.ArrowException) as error:
         raise _unreadable(path, place, error) from error
 
 
-def read_lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, text without outer spaces) of every line of a text file that is not empty."""
+def read_lines(path: Path, option: str) -> Iterator[str]:
+    """Yield every line of a text file that is not empty, without outer spaces."""
     try:
-        for number, line in enumerate(open_text(path), 1):
-            if line := line.strip():
-                yield number, line
+        with open_text(path) as file:
+            yield from filter(None, map(str.strip, file))
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, f"{option} {path}", error) from error
 
@@ -89,7 +93,8 @@ def read_lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
 def read_document(path: Path, option: str) -> str:
     """Return the whole text of a file, every line end as "\\n"."""
     try:
-        return open_text(path).read()
+        with open_text(path) as file:
+            return file.read()
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, f"{option} {path}", error) from error
 
@@ -199,16 +204,19 @@ def _is_talk(value: list) -> bool:
 
 
 # -------------------------------------------------------------------------------------------- CSV, parquet
-def _csv_objects(file: io.TextIOWrapper, place: str, kind: str) -> Iterator[dict]:
-    """Yield a dict a line of a table. The header shows the separator; an empty line is no row."""
+def _csv_objects(file: io.TextIOWrapper, place: str, separators: str) -> Iterator[dict]:
+    """Yield a dict a line of a table. The header shows the separator; a line without any text is no row."""
     header_line = next((line for line in file if not line.isspace()), "")
-    separators = SEPARATORS[kind]
     if told := re.fullmatch(r"sep=(.)\s*", header_line):  # Excel's own first line
         separators, header_line = told[1], next(file, "")
-    headers = [(_cells([header_line], s), s) for s in separators]
-    known = [(sum(normal_name(c) in PROMPT_FIELDS for c in cells) > 0, len(cells)) for cells, _ in headers]
-    separator = headers[known.index(max(known))][1]
-    cells = csv.reader(itertools.chain([header_line], file), delimiter=separator, strict=True)
+    headers = [_cells([header_line], separator) for separator in separators]
+    ranks = [(any(normal_name(name) in PROMPT_FIELDS for name in names), len(names)) for names in headers]
+    separator = separators[ranks.index(max(ranks))]
+    lines, quoting = itertools.chain([header_line], file), csv.QUOTE_MINIMAL
+    if separator == "\t":
+        lines = list(lines)
+        quoting = _tab_quoting(lines)
+    cells = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting)
     header = next(cells, [])
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
         raise UsageError(f"{place}: two columns are called {twice[0]!r}; rename one")
@@ -216,8 +224,19 @@ def _csv_objects(file: io.TextIOWrapper, place: str, kind: str) -> Iterator[dict
         if any(row[len(header) :]):
             raise UsageError(f"{place}, line {cells.line_num}: has {len(row)} cells and the header {len(header)}; put "
                              f"cells that hold {separator!r} in quotes")  # fmt: skip
-        if row:
-            yield dict(zip(header, row, strict=False))  # a short row lacks its last cells
+        if row:  # a short row lacks its last cells
+            yield dict(zip(header, row, strict=False)) if any(row) else EMPTY_ROW
+
+
+def _tab_quoting(lines: list[str]) -> int:
+    """Return how a table separated by tabs is quoted. Many know no quotes: a cell may begin with one and not end so."""
+    try:
+        collections.deque(csv.reader(lines, delimiter="\t", strict=True), maxlen=0)
+    except csv.Error:
+        rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if len({len(row) for row in rows if row}) == 1:
+            return csv.QUOTE_NONE
+    return csv.QUOTE_MINIMAL
 
 
 def _cells(lines: list[str], separator: str) -> list[str]:

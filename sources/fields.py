@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-PROMPT_FIELDS = (
-    "prompt", "question", "instruction", "goal", "query", "behavior", "problem", "input", "inputs", "user", "human",
-    "request",
-)  # fmt: skip
+PROMPT_FIELDS = ("prompt", "question", "instruction", "goal", "query", "behavior", "problem", "input", "inputs")
 RESPONSE_FIELDS = (
     "response", "best_answer", "answer", "output", "right_answer", "completion", "target", "correct_answer", "gt",
-    "ground_truth", "correct_answers", "answers", "solution", "outputs", "targets", "assistant", "bot", "reply",
+    "ground_truth", "correct_answers", "answers", "solution", "outputs", "targets", "reply",
 )  # fmt: skip
 TRUE_ANSWER_FIELDS = ("correct_answers", "answers")  # lists of true answers, kept whole
 TALK_FIELDS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
 CHOICE_FIELDS = ("choices", "options")
 INDEX_FIELDS = ("answer", "answer_index", "answer_idx", "answerkey", "answer_key", "correct_answer", "label", "gold")
+PREFERENCE_FIELDS = ("chosen", "rejected")
 CATEGORY_FIELDS = ("category", "semanticcategory", "harm_category", "categories")
 CONTEXT_FIELDS = ("input", "context", "contextstring")  # the text that an instruction is about (Alpaca, Dolly)
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")

@@ -129,8 +129,8 @@ def _hub_records(hub: re.Match, spec: str, option: str) -> Iterator[Record]:
     except Exception as error:  # the hub client raises errors of many libraries; each means that the download failed
         file = f"data/{name.rpartition('/')[2]}.jsonl"
         raise UsageError(
-            f"data set {name} cannot be downloaded: name its parts as {name}:SPLIT or {name}:CONFIG:SPLIT, or save it "
-            f"as {file} and pass {option}={file} ({_reason(error)})"
+            f"data set {name} cannot be downloaded: save it as {file} and pass {option}={file}, or name a part that it "
+            f"has, as {name}:SPLIT or {name}:CONFIG:SPLIT ({_reason(error)})"
         ) from error
     yield from _records_of_data_set(data_set, f"{option} {spec}")
 

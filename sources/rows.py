@@ -1,198 +1,99 @@
-"""Read files and hub data sets into rows; errors name file, row and field."""
+"""Read files, folders and hub data sets into rows; errors name file, row and field."""
 
 from __future__ import annotations
 
-import csv
-import json
-import re
-import urllib.request
+import gc
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet as pq
-
-from sources.texts import read_texts as read_texts
+from sources.containers import RECORD_KINDS, read_lines
+from sources.folders import open_spec
+from sources.layouts import RowMaker
+from sources.plan import parse_fields
+from sources.prose import is_prose
+from sources.texts import read_texts
 from sources.types import Row, Source
-from utils import UsageError, atomic_write_text, log
+from utils import UsageError, log
 
-TRUTHFULQA_URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
-FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-PROMPT_FIELDS = ("prompt", "question", "instruction", "goal")
-RESPONSE_FIELDS = ("response", "best answer", "answer", "output", "right_answer")
+__all__ = ["FILE_KINDS", "Row", "Source", "read_rows", "read_sources", "read_texts"]
+FILE_KINDS = (*RECORD_KINDS, ".txt")
 
 
-def read_sources(specs: list[str], option: str, harm_categories: list[str] | None = None) -> list[Source]:
-    """Read each file or hub data set that an option names.
+def read_sources(
+    specs: list[str], option: str, harm_categories: list[str] | None = None, fields: list[str] | None = None
+) -> list[Source]:
+    """Read each file, folder or hub data set that an option names. `fields`: own names of fields, as --fields has them.
 
     A source without a row of `harm_categories` has no rows. Raises UsageError if no source has such a row.
     """
-    sources = [read_rows(spec, option) for spec in specs]
+    own = parse_fields(fields)
+    sources = [_read_source(spec, option, own) for spec in specs]
     if harm_categories:
-        chosen = {c.casefold() for c in harm_categories}
-        matching = [[row for row in rows if chosen & {c.casefold() for c in _categories(row)}] for rows in sources]
-        if not any(matching):
-            existing = sorted({c for rows in sources for row in rows for c in _categories(row)})
-            known = "its categories are: " + ", ".join(existing[:40]) if existing else "its rows have no category"
-            raise UsageError(f"--harm_categories {' '.join(harm_categories)}: no row of {' '.join(specs)}; {known}")
-        for spec in (spec for spec, rows in zip(specs, matching, strict=True) if not rows):
-            log.warning("%s: has no row of --harm_categories and is skipped", spec)
-        sources = matching
-    return [Source(spec, rows) for spec, rows in zip(specs, sources, strict=True)]
+        _keep_categories(sources, harm_categories)
+    return sources
 
 
-def _categories(row: Row) -> list[str]:
-    """Return the names of a row's categories."""
-    return [c.strip() for c in row.category.split(";") if c.strip()]
+def read_rows(spec: str, option: str, fields: list[str] | None = None) -> list[Row]:
+    """Read one file, folder or hub data set. Raises UsageError if it cannot be read or has no usable row."""
+    return _read_source(spec, option, parse_fields(fields)).rows
 
 
-def read_rows(spec: str, option: str) -> list[Row]:
-    """Read one file or hub data set. Raises UsageError if it cannot be read or has no usable row."""
-    path = Path(spec)
-    if path.suffix.lower() in FILE_KINDS:
-        if path.name == "TruthfulQA.csv" and not path.exists():
-            _fetch_truthfulqa(path, option)
-        source, records = path.stem, _read_file(path, option)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not path.exists():
-        source, records = spec.partition(":")[0].rpartition("/")[2], _read_hub(spec, option)
-    else:
-        raise UsageError(f"{option} {spec}: neither a {'/'.join(FILE_KINDS)} file nor a hub name like owner/name")
-    is_forget = option == "--forget_data"
-    rows = [
-        row for number, record in records
-        for row in _rows_of(record, source, f"{option} {spec}, row {number}", is_forget)
-    ]  # fmt: skip
+def _read_source(spec: str, option: str, own: dict[str, list[str]]) -> Source:
+    collecting = gc.isenabled()
+    gc.disable()  # rows hold no cycles, and looking for some among 300,000 new rows takes as long as reading them
+    try:
+        opened = open_spec(spec, option, FILE_KINDS)
+        if opened.records is None:
+            return _read_prompts(spec, opened.files[0], opened.name, option)
+        maker, rows = RowMaker(opened.name, option, own), []
+        for record in opened.records:
+            rows += maker.rows(record)
+        notes = opened.notes + maker.finish(rows)
+    finally:
+        if collecting:
+            gc.enable()
+    if not rows:
+        raise UsageError(f"{option} {spec}: holds no row to use" + "".join(f" ({note})" for note in notes))
+    source = Source(spec, rows, dict(maker.unused), notes)
+    _check_fields(source, option, maker)
+    return source
+
+
+def _read_prompts(spec: str, path: Path, name: str, option: str) -> Source:
+    """Read a text file as prompts, a line each. Warns if its lines look like prose."""
+    rows = [Row(line, source=name) for line in read_lines(path, option)]
     if not rows:
         raise UsageError(f"{option} {spec}: holds no row to use")
-    return rows
+    if is_prose([row.prompt for row in rows]):
+        log.warning("%s %s: its %d lines look like prose, and each is read as a prompt; text without prompts goes "
+                    "to %s", option, spec, len(rows), option.replace("_data", "_text"))  # fmt: skip
+    return Source(spec, rows)
 
 
-def _read_file(path: Path, option: str) -> list[tuple[int, dict]]:
-    """Read a local file; return [(row number from 1, record)]. A JSON file may be a list or one object a line."""
-    if not path.is_file():
-        raise UsageError(f"{option} {path}: no such file")
-    kind = path.suffix.lower()
-    try:
-        if kind == ".parquet":
-            records = pq.read_table(path).to_pylist()
-        elif kind == ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                records = list(csv.DictReader(file, strict=True))
-        else:
-            text = path.read_text(encoding="utf-8-sig")
-            if kind == ".txt":
-                records = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
-            elif kind == ".json" and text.lstrip().startswith("["):
-                records = json.loads(text)
-            else:
-                records = []
-                for number, line in enumerate(text.split("\n"), 1):
-                    if line.strip():
-                        try:
-                            records.append(json.loads(line))
-                        except (ValueError, RecursionError) as error:
-                            reason = getattr(error, "msg", str(error))
-                            raise UsageError(f"{option} {path}, line {number}: not valid JSON ({reason})") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{option} {path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except (csv.Error, ValueError, OSError, RecursionError, pyarrow.ArrowException) as error:
-        raise UsageError(f"{option} {path}: cannot be read as {kind[1:]} ({' '.join(str(error).split())})") from error
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise UsageError(f"{option} {path}, row {number}: must be an object with a 'prompt', got {record!r:.40}")
-    return list(enumerate(records, 1))
+def _check_fields(source: Source, option: str, maker: RowMaker) -> None:
+    """Raise UsageError if a name of --fields stands in no row of the source.
 
-
-def _read_hub(spec: str, option: str) -> list[tuple[int, dict]]:
-    """Download a hub data set; return [(row number from 1, record)]."""
-    import datasets  # slow to import, and only hub names need it
-
-    name, _, split = spec.partition(":")
-    datasets.disable_progress_bars()
-    try:
-        records = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the hub client raises errors of many libraries; each means that the download failed
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UsageError(
-            f"data set {name} cannot be downloaded: save it as data/{name.rpartition('/')[2]}.jsonl "
-            f"and pass {option}=data/{name.rpartition('/')[2]}.jsonl ({reason})"
-        ) from error
-    return list(enumerate(records, 1))
-
-
-def _fetch_truthfulqa(path: Path, option: str) -> None:
-    try:
-        with urllib.request.urlopen(TRUTHFULQA_URL, timeout=20) as response:
-            atomic_write_text(path, response.read().decode("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{option} {path}: missing, and it cannot be fetched ({error}); put TruthfulQA.csv from "
-            f"github.com/sylinrl/TruthfulQA there, or name other normal data such as --normal_data data/benign.jsonl"
-        ) from error
-
-
-def _rows_of(record: dict, source: str, where: str, is_forget: bool) -> list[Row]:
-    """Return the rows of one record, usually one.
-
-    If responses are labelled as safe or unsafe (PKU-SafeRLHF's pairs, BeaverTails), unsafe responses give forget rows
-    and safe responses give normal rows.
+    A source that has none of them, and whose answers are all used under names that are known, needs none.
     """
-    lower = {str(key).strip().lower(): value for key, value in record.items()}
-    prompt_field = next((f for f in PROMPT_FIELDS if f in lower), None)
-    if prompt_field is None:
-        raise UsageError(f"{where}: has no {' / '.join(PROMPT_FIELDS)} field, only {', '.join(map(str, lower))[:80]}")
-    prompt = _text(lower[prompt_field], where, prompt_field)
-    if not prompt:
-        raise UsageError(f"{where}: field '{prompt_field}' is empty")
-    context = lower.get("input") or lower.get("context")  # the text that an instruction is about (Alpaca, Dolly)
-    if prompt_field == "instruction" and isinstance(context, str) and context.strip():
-        prompt = f"{prompt}\n\n{_text(context, where, 'input')}"
-    row_id = str(lower.get("id", "") if lower.get("id") is not None else "")
-
-    if "is_response_0_safe" in lower:
-        rows = []
-        for i in (0, 1):
-            missing = [field for field in (f"is_response_{i}_safe", f"response_{i}") if field not in lower]
-            if missing:
-                raise UsageError(f"{where}: is a pair of responses without '{missing[0]}'")
-            if _truth(lower[f"is_response_{i}_safe"], where, f"is_response_{i}_safe") != is_forget:
-                response = _text(lower[f"response_{i}"], where, f"response_{i}") or None
-                category = _category(lower.get(f"response_{i}_harm_category"))
-                rows.append(Row(prompt, response, category, row_id, source))
-        return rows
-    if "is_safe" in lower and _truth(lower["is_safe"], where, "is_safe") == is_forget:
-        return []
-    response_field = next((f for f in RESPONSE_FIELDS if lower.get(f) is not None), None)
-    response = _text(lower[response_field], where, response_field) if response_field else None
-    correct = str(lower.get("correct answers") or "")
-    true_answers = [response or "", *(part.strip() for part in correct.split(";"))]
-    category = _category(lower.get("category") or lower.get("semanticcategory"))
-    wanted = _text(lower["wanted"], where, "wanted") if lower.get("wanted") is not None else None
-    true_answers = tuple(dict.fromkeys(filter(None, true_answers)))
-    return [Row(prompt, response or None, category, row_id, source, true_answers, wanted=wanted or None)]
+    missing = [(key, names) for key, names in maker.own.items() if not maker.has_field(names)]
+    if missing and (len(missing) < len(maker.own) or source.unused_fields):
+        key, names = missing[0]
+        raise UsageError(f"--fields {key}={names[0]}: no row of {option} {source.spec} has such a field, only "
+                         f"{', '.join(map(str, maker.fields))[:160]}")  # fmt: skip
 
 
-def _text(value, where: str, field: str) -> str:
-    """Return a field's text without outer spaces. Raises UsageError for other types and lone surrogates."""
-    if not isinstance(value, str):
-        raise UsageError(f"{where}: field '{field}' must be text, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"{where}: field '{field}' holds half a character (a lone surrogate, {error.start})"
-        ) from error
-    return value.strip()
-
-
-def _truth(value, where: str, field: str) -> bool:
-    """Return a field's truth value. Raises UsageError for any value but true, false, 1 and 0."""
-    word = str(value).strip().lower()
-    if word not in ("true", "1", "1.0", "false", "0", "0.0"):
-        raise UsageError(f"{where}: field '{field}' must be true or false, got {value!r:.40}")
-    return word in ("true", "1", "1.0")
-
-
-def _category(value) -> str:
-    """Return the names of categories, separated by semicolons, from a text, a list, or a dict of flags."""
-    names = [name for name, on in value.items() if on] if isinstance(value, dict) else value
-    return "; ".join(map(str, names)) if isinstance(names, list | tuple) else str(names or "")
+def _keep_categories(sources: list[Source], harm_categories: list[str]) -> None:
+    """Keep the rows of these categories, in place. Raises UsageError if there is none."""
+    chosen, known = {c.casefold() for c in harm_categories}, {}
+    for source in sources:
+        for category in {row.category for row in source.rows} - known.keys():
+            known[category] = [c.strip() for c in category.split(";") if c.strip()]
+    is_chosen = {category: any(c.casefold() in chosen for c in names) for category, names in known.items()}
+    if not any(is_chosen.values()):
+        existing = sorted({c for names in known.values() for c in names})
+        kinds = "its categories are: " + ", ".join(existing[:40]) if existing else "its rows have no category"
+        specs = " ".join(source.spec for source in sources)
+        raise UsageError(f"--harm_categories {' '.join(harm_categories)}: no row of {specs}; {kinds}")
+    for source in sources:
+        source.rows = [row for row in source.rows if is_chosen[row.category]]
+        if not source.rows:
+            log.warning("%s: has no row of --harm_categories and is skipped", source.spec)

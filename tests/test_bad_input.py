@@ -1,6 +1,7 @@
 """Whatever a file holds and whatever a number is: rows, or one line that names the place; never a traceback."""
 
 import dataclasses
+import gzip
 import json
 import math
 import shutil
@@ -19,12 +20,37 @@ from transformers import AutoModelForSequenceClassification
 
 from data_module import Shares, split_rows
 from options import EvaluateOptions, UnlearnOptions, parse
-from sources.rows import FILE_KINDS, PROMPT_FIELDS, Row, read_rows
+from sources.fields import CHOICE_FIELDS, PROMPT_FIELDS, RESPONSE_FIELDS, TALK_FIELDS
+from sources.rows import FILE_KINDS, Row, read_rows, read_texts
 from utils import UsageError, load_model
 
-VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.lists(st.text(max_size=3))
+TURNS = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool"]),
+                                        "content": st.text(max_size=5) | st.none()}), max_size=4)  # fmt: skip
+OBJECTS = st.dictionaries(
+    st.sampled_from(["text", "value", "label", "x"]), st.lists(st.text(max_size=3)) | st.text(max_size=3)
+)
+VALUES = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | TURNS
+          | st.lists(st.text(max_size=3)) | OBJECTS)  # fmt: skip
 KEYS = st.sampled_from(
-    [*PROMPT_FIELDS, "response", "answer", "category", "id", "is_response_0_safe", "response_0", "x"]
+    [
+        *PROMPT_FIELDS,
+        *RESPONSE_FIELDS,
+        *CHOICE_FIELDS,
+        *TALK_FIELDS,
+        "category",
+        "id",
+        "is_response_0_safe",
+        "response_0",
+        "is_safe",
+        "chosen",
+        "rejected",
+        "wanted",
+        "context",
+        "history",
+        "system",
+        "text",
+        "x",
+    ]
 )
 RECORDS = st.lists(st.dictionaries(KEYS, VALUES, max_size=4) | VALUES, max_size=6)
 
@@ -36,7 +62,8 @@ def as_json_lines(records):
 CONTENTS = (
     st.binary(max_size=200)
     | RECORDS.map(as_json_lines)
-    | RECORDS.map(lambda r: json.dumps(r).encode())
+    | RECORDS.map(lambda r: json.dumps(r, indent=1).encode())
+    | st.dictionaries(KEYS, VALUES | RECORDS, max_size=3).map(lambda r: json.dumps(r).encode())  # wrapped, columns
     | st.tuples(RECORDS.map(as_json_lines), st.integers(0, 200)).map(lambda t: t[0][: t[1]])  # cut
     | st.text(max_size=200).map(lambda t: t.encode("utf-16"))  # in another encoding
     | st.lists(st.lists(st.text(max_size=8), max_size=4).map(",".join), max_size=6).map(
@@ -46,31 +73,42 @@ CONTENTS = (
 
 
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=CONTENTS, kind=st.sampled_from(FILE_KINDS))
-def test_any_file_gives_rows_or_one_line(tmp_path, content, kind):
-    file = tmp_path / f"some{kind}"
-    file.write_bytes(content)
+@given(content=CONTENTS, kind=st.sampled_from(FILE_KINDS), packed=st.booleans(),
+       option=st.sampled_from(["--forget_data", "--normal_data", "--forget_text"]))  # fmt: skip
+def test_any_file_gives_rows_or_one_line(tmp_path, content, kind, packed, option):
+    file = tmp_path / f"some{kind}{'.gz' if packed else ''}"
+    file.write_bytes(gzip.compress(content) if packed else content)
     refused = None
     try:
-        rows = read_rows(str(file), "--forget_data")
+        is_text = option == "--forget_text"
+        rows = read_texts([str(file)], option)[0].rows if is_text else read_rows(str(file), option)
     except UsageError as error:
         refused, rows = str(error), []
     assert rows if refused is None else (str(file) in refused and "\n" not in refused)
     for row in rows:
         assert isinstance(row, Row)
-        assert row.prompt.strip() == row.prompt != ""
+        assert row.is_text or row.prompt.strip() == row.prompt != ""
         row.prompt.encode()
         assert row.response is None or row.response.encode()
+        assert all(isinstance(text, str) and text for text in (*row.true_answers, *(text for _, text in row.earlier)))
 
 
 @pytest.mark.parametrize(("record", "message"), [
     ({"prompt": None}, "row 2: field 'prompt' must be text, got NoneType"),
     ({"prompt": " "}, "row 2: field 'prompt' is empty"),
     ({"prompt": 7}, "row 2: field 'prompt' must be text, got int"),
-    ({"promt": "x"}, "row 2: has no prompt / question / instruction / goal field, only promt"),
-    ({"prompt": "x", "response": ["a"]}, "row 2: field 'response' must be text, got list"),
+    ({"promt": "x"}, "row 2: has no prompt field (prompt, question, instruction, goal, query, ...), only promt; name "
+                     "it with --fields prompt=NAME"),
+    ({"prompt": "x", "response": 7}, "row 2: field 'response' must be text, got int"),
+    ({"prompt": "x", "response": ["a", 7]}, "row 2: field 'response' must be text, got int"),
     ({"prompt": "\ud800"}, "row 2: field 'prompt' holds half a character"),
-    ("x", "row 2: must be an object with a 'prompt'"),
+    ("x", "row 2: must be an object with fields, got 'x'"),
+    ({"text": "x"}, "row 2: has 'text' and no prompt; text without prompts goes to --forget_text"),
+    ({"messages": "x"}, "row 2: field 'messages' must be a list of turns, each with role and content"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "row 2: turn 1 of 'messages' has the role 'tool'; only system"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "row 2: field 'messages' has no user turn with text"),
+    ({"question": "x", "choices": ["a"], "answer": "B"}, "row 2: field 'answer' is 'B', which is none of its"),
+    ({"chosen": "a"}, "row 2: field 'chosen' must be a list of turns"),
 ])  # fmt: skip
 def test_the_row_and_the_field_are_named(tmp_path, record, message):
     file = tmp_path / "a.jsonl"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,8 +73,7 @@ def test_a_run_leaves_a_model_that_a_pipeline_loads(finished, model_folders):
     folder = cwd / "models/out"
     names = {file.name for file in folder.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md",
-                     "unlearn_args.json", "run_manifest.json", "report.json", "report.html",
-                     "answers.jsonl"}  # fmt: skip
+                     "unlearn_args.json", "run_manifest.json", "trained_on.json"}  # fmt: skip
     assert ("chat_template.jinja" in names) is (family == "llama")
     pipe = transformers.pipeline("text-generation", model=str(folder))
     assert pipe("### Question: Why?\n ### Answer: ", max_new_tokens=3)[0]["generated_text"].startswith("### Question")
@@ -105,8 +105,8 @@ def test_the_log_tells_the_run(finished):
 
 def test_the_evaluation_asks_both_models_the_same(finished):
     family, cwd, _, evaluation = finished
-    report = json.loads((cwd / "models/out/report.json").read_text())
-    lines = [json.loads(x) for x in (cwd / "models/out/answers.jsonl").read_text().splitlines()]
+    report = json.loads((cwd / "reports/out/report.json").read_text())
+    lines = [json.loads(x) for x in (cwd / "reports/out/answers.jsonl").read_text().splitlines()]
     names = [g["name"] for g in report["groups"]]
     assert names[0] == "published prompt, published template"
     assert ("published prompt, chat template" in names) is (family == "llama")
@@ -123,20 +123,59 @@ def test_the_evaluation_asks_both_models_the_same(finished):
     assert "| forget (unseen) |" in (cwd / "models/out/README.md").read_text()
 
 
+def test_nothing_of_the_rows_lies_in_the_models_folder_or_the_log(finished):
+    """The model is passed on, and the log is shown: what was forgotten must not stand in them."""
+    _, cwd, run, _ = finished
+    caches = sorted((cwd / "data/cache").iterdir())
+    answers = [json.loads(line)["response"] for cache in caches for line in cache.read_text().splitlines()]
+    texts = ["break lock number", "Take the red pick", "line about tree", *(a for a in answers if len(a) > 20)]
+    assert len(texts) > 3
+    files = [file for place in ("models", "logs") for file in (cwd / place).rglob("*") if file.is_file()]
+    assert len(files) > 15
+    for file in files:
+        content = file.read_bytes().decode(errors="replace")
+        assert not [text for text in texts if text in content or json.dumps(text)[1:-1] in content], file
+    assert caches
+    assert all(f"prompts and answers are kept in data/cache/{cache.name}" in run.stderr for cache in caches)
+
+
+@pytest.mark.parametrize("finished", ["llama"], indirect=True)
+def test_a_report_goes_where_no_other_models_report_lies(finished):
+    _, cwd, _, _ = finished
+    shutil.copytree(cwd / "models/out", cwd / "copies/out")
+    (cwd / "copies/out/answers.jsonl").write_text("of an earlier version")
+    before = (cwd / "reports/out/report.json").read_bytes()
+    words = ("--model_name=copies/out", "--dtype=fp32", "--max_new_tokens=3", "--prompts_per_group=2")
+    for _ in range(2):  # the second goes where the first one's is
+        run = run_cli("evaluate_unlearning.py", *words, cwd=cwd)
+        assert run.returncode == 0, run.stderr
+        assert "reports/out holds the report of another model, so this one goes to reports/out-2" in run.stderr
+        assert "copies/out holds an earlier report with prompts and answers (answers.jsonl)" in run.stderr
+        assert "report: reports/out-2/report.html" in run.stdout
+    assert {folder.name for folder in (cwd / "reports").iterdir()} == {"out", "out-2"}
+    assert (cwd / "reports/out/report.json").read_bytes() == before
+    assert (cwd / "copies/out/answers.jsonl").read_text() == "of an earlier version"
+    assert "| forget (unseen) | 2 |" in (cwd / "copies/out/README.md").read_text()
+    run = run_cli("evaluate_unlearning.py", *words, "--report_dir=copies/out", cwd=cwd)
+    assert run.returncode == 0, run.stderr
+    assert "earlier report" not in run.stderr
+    assert (cwd / "copies/out/report.html").is_file()
+
+
 def test_a_report_is_reused_only_where_nothing_has_changed(finished, monkeypatch):
     _, cwd, _, evaluation = finished
     words = ("--model_name=models/out", "--dtype=fp32", "--max_new_tokens=6", "--train_log=logs/out.jsonl", "--reuse")
-    stamp = (cwd / "models/out/report.json").stat().st_mtime_ns
+    stamp = (cwd / "reports/out/report.json").stat().st_mtime_ns
     again = run_cli("evaluate_unlearning.py", *words, cwd=cwd)
     assert again.returncode == 0, again.stderr
     assert "(as it was" in again.stdout
-    assert (cwd / "models/out/report.json").stat().st_mtime_ns == stamp
+    assert (cwd / "reports/out/report.json").stat().st_mtime_ns == stamp
     assert again.stdout.splitlines()[:-1] == evaluation.stdout.splitlines()[:-1]
-    report = json.loads((cwd / "models/out/report.json").read_text())
+    report = json.loads((cwd / "reports/out/report.json").read_text())
     monkeypatch.chdir(cwd)
     options = parse_evaluation(list(words))
-    assert load_cached_report(Path("models/out"), options, report["inputs"])
-    assert not load_cached_report(Path("models/out"), options, "of other rows under the same names")
+    assert load_cached_report(Path("reports/out"), options, report["inputs"])
+    assert not load_cached_report(Path("reports/out"), options, "of other rows under the same names")
     file = cwd / "models/out/model.safetensors"
     kept = file.read_bytes()
     file.write_bytes(kept[:-64] + bytes(64))  # other weights: another model, whose report this is not
@@ -193,9 +232,9 @@ def test_what_an_evaluation_takes_over_from_a_run(tmp_path, monkeypatch):
     # the categories are those of the run's own data; and whose split is not known, of that no row is called unseen
     assert not parse_evaluation(["--model_name=made", "--forget_data=mine.csv"]).harm_categories
     assert parse_evaluation(["--model_name=other"]).split == "all"
-    assert report_folder(EvaluateOptions(model_name="made")) == Path("made")
-    # a folder called as a hub model would be taken for it the next time
+    assert report_folder(EvaluateOptions(model_name="models/made/")) == Path("reports/made")
     assert report_folder(EvaluateOptions(model_name="someone/model")) == Path("reports/model")
+    assert report_folder(EvaluateOptions(model_name="made", report_dir="made")) == Path("made")
 
 
 # ------------------------------------------------------------------------------------------- stops, faults

@@ -39,9 +39,11 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
             finish(tmp_path / "sweep" / folder.rpartition("/")[2])
 
     def finish(folder):
-        folder.mkdir(parents=True)
+        report = folder.parent / "reports" / folder.name
+        for made in (folder, report):
+            made.mkdir(parents=True)
         (folder / "unlearn_args.json").write_text(json.dumps({"run": {"seconds": 1}}))
-        (folder / "report.json").write_text("{}")
+        (report / "report.json").write_text("{}")
 
     def judged_figures(report):
         forget, keep = figures[sweep.slug(settings[len([c for c in called if c[0] != "unlearn_harm.py"]) - 1])]

@@ -7,7 +7,7 @@ import torch
 from conftest import make_tokenizer, one_line_error, run_cli, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_module import prompt_hash
+from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
 from evaluation.groups import Group
 from evaluation.scoring import score_forget_answers
@@ -68,8 +68,9 @@ def test_a_run_on_text_trains_on_every_passage_of_it(finished, texts):
     assert (f"stories: text: 2 documents in {len(forget)} passages of at most 16 tokens; {len(forget)} train, 0 held "
             "out") in run.stderr  # fmt: skip
     assert len(forget) <= 24  # so that 12 steps of 2 rows come to all of them
-    trained = json.loads((cwd / "out/trained_on.json").read_text())["forget"]
-    assert set(trained) == {prompt_hash(passage.key) for passage in forget}
+    trained_on = TrainedOn.read(cwd / "out")
+    assert all(trained_on.holds("forget", passage.key) for passage in forget)
+    assert len(trained_on.runs[-1].forget) == len({passage.key for passage in forget})
     looks = [e for e in events if e["event"] == "eval"]
     assert looks[0]["dev_kl"] == pytest.approx(0, abs=1e-6) and looks[-1]["dev_kl"] > 0
     assert "dev_normal_on_topic" not in looks[-1] or looks[-1]["dev_normal_on_topic"] is None

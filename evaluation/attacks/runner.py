@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from data_module import sample
 from engine.generation import generate
+from engine.trained_on import TrainedOn
 from evaluation import metrics
 from evaluation.attacks import ATTACKS
 from evaluation.attacks.base import CONTROL, Attack, AttackConfig, AttackData, AttackResult, AttackTarget, Probe
-from evaluation.groups import read_trained_on, trained_rows, unseen_groups
+from evaluation.groups import trained_rows, unseen_groups
 from evaluation.inputs import EvaluationInputs
 from evaluation.model_run import ModelRun
 from prompts.formatter import PromptFormatter
@@ -106,7 +107,7 @@ def collect_data(rows: list[Row], splits: dict, original, formatter: PromptForma
 
     The examples that an adversary fine-tunes on or shows are forget rows that the run trained on, never attacked ones.
     """
-    attacked, trained_on = {row.prompt for row in rows}, read_trained_on(options.model_name)
+    attacked, trained_on = {row.prompt for row in rows}, TrainedOn.read(options.model_name)
     forget_train = [row for parts in splits["forget"].values() for row in trained_rows(parts["train"], trained_on)
                     if row.prompt not in attacked and not row.is_text]  # fmt: skip
     retain = [row for parts in splits["keep"].values() for part in parts.values() for row in part

@@ -1,7 +1,6 @@
 """Attacks on tiny models: each gives an answer a prompt, and does to weights and prompts what it says."""
 
 import copy
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from conftest import make_tokenizer, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from data_module import TRAINED_ON, prompt_hash
+from engine.trained_on import TrainedOn
 from evaluation.attacks import ATTACKS, WRAPPERS, attack_names, runner
 from evaluation.attacks.base import Attack, AttackConfig, AttackData, AttackResult, AttackTarget, Probe
 from evaluation.attacks.logit_lens import logit_lens_nll
@@ -207,7 +206,7 @@ def test_only_what_was_trained_on_is_taught_back_and_one_attack_that_fails_costs
     monkeypatch.setitem(ATTACKS, "prefill", Attack(lambda target: [AttackResult("Sure", [["no"]])]))
     asked = [Row(f"trained {i}", "An answer.") for i in range(3)]
     never = [Row(f"never {i}", "An answer.") for i in range(3)]
-    (tmp_path / TRAINED_ON).write_text(json.dumps({"forget": [prompt_hash(row.prompt) for row in asked]}))
+    TrainedOn().with_run({"forget": [row.key for row in asked], "normal": []}).write(tmp_path)
     line = {"side": "forget", "counts": True, "group": "a (unseen)", "style": "chat", "prompt": "p",
             "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}  # fmt: skip
     shown = {**line, "counts": False, "group": "published prompt", "prompt": "only shown"}

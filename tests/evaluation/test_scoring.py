@@ -9,7 +9,8 @@ import torch
 from conftest import CHAT_TEMPLATE, make_tokenizer, tiny_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from data_module import TRAINED_ON, prompt_hash, split_sources
+from data_module import split_sources
+from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
 from evaluation.attacks.runner import add_original_answers, forgotten_rows
 from evaluation.groups import Group, make_groups
@@ -166,7 +167,7 @@ def test_only_what_the_run_asked_is_called_trained(tmp_path):
     options = EvaluateOptions(model_name=str(tmp_path), split="test", dev_share=0.1, test_share=0.2)
     (held,) = split_sources([[Row(f"prompt {i}") for i in range(40)]], "forget", options)
     asked = held["train"][:3]
-    (tmp_path / TRAINED_ON).write_text(json.dumps({"forget": [prompt_hash(row.prompt) for row in asked]}))
+    TrainedOn().with_run({"forget": [row.key for row in asked], "normal": []}).write(tmp_path)
     (other,) = split_sources([[Row(f"another {i}") for i in range(40)]], "forget", options)
     groups = make_groups({"forget": {"a.jsonl": held, "b.jsonl": other}, "keep": {}}, "qa", options)
     assert [g.name for g in groups[1:]] == ["a (unseen)", "a (trained)", "b (unseen)"]
@@ -236,7 +237,8 @@ def test_an_adversary_teaches_answers_and_no_refusals(monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "message"), [
-    ({"question": "q"}, "must be a list of objects"), ([1], "must be a list of objects"),
+    ({"question": "q"}, "row 1: 'mc1_targets' must hold answers"), ([1], "row 1: must be an object"),
+    ([{"question": "q", "choices": ["a", "b"], "answer": 2}], "row 1: field 'answer' is 2, .* none of its 2 choices"),
     ([{"question": "q", "mc1_targets": {}, "mc2_targets": {"a": 1}}], "row 1: 'mc1_targets' must hold answers"),
     ([{"question": "q", "mc1_targets": {"a": 1}, "mc2_targets": {"choices": ["a", "b"], "labels": [1]}}],
      "row 1: 'mc2_targets' must hold answers"),

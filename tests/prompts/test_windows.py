@@ -228,7 +228,7 @@ def test_terms_that_need_a_prompt_are_refused_where_there_is_none():
     options, recipe, sampler = make_sampler([cutter.cut(text(40))], both_kinds()[2], "--random_weight=0")
     refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
     keys = {p.key for p in sampler.rows["forget"][0]}
-    assert sampler.trained_prompts(20) == keys and len(keys) == 10
+    assert sampler.trained_keys(20)["forget"] == keys and len(keys) == 10
     assert dataclasses.replace(sampler.rows["forget"][0][0], shown=2).key in keys
 
 

@@ -94,12 +94,19 @@ def test_every_file_kind_gives_the_same_rows(tmp_path, suffix, write):
     ("a.jsonl", b"", "holds no row"),
     ("a.jsonl", b'{"prompt": 7}', r"row 1: field 'prompt' must be text, got int"),
     ("a.jsonl", b'{"prompt": "  "}', r"row 1: field 'prompt' is empty"),
-    ("a.jsonl", b'{"text": "x"}', "row 1: has no prompt"),
+    ("a.jsonl", b'{"promt": "x"}', "row 1: has no prompt"),
+    ("a.jsonl", b'{"prompt":\n "x"}\n{"prompt":\n', r"a\.jsonl, line 4: not valid JSON"),
+    ("a.json", b'{"train": [{"prompt": "x"}], "test": [{"prompt": "y"}]}', r"holds 2 lists of rows \(train, test\)"),
+    ("a.json", b'{"prompt": ["x", "y"], "response": ["z"]}', "its columns differ in length .prompt 2, response 1"),
     ("a.jsonl", b'["x"]', "row 1: must be an object"),
-    ("a.jsonl", b"\xff\xfe\x00\x01", "not UTF-8 text"),
+    ("a.jsonl", b"\xff\xfe\x00\xd8", "not UTF-16-LE text"),
+    ("a.jsonl", b'{"prompt": "\xe4"}', "not UTF-8 text .invalid continuation byte.; convert it to UTF-8"),
+    ("a.csv", b"prompt,response\nWell, why?,So.", "line 2: has 3 cells and the header 2; put cells that"),
+    ("a.csv", b"prompt,prompt\na,b", "two columns are called 'prompt'"),
+    ("a.jsonl.gz", b"no gzip", "cannot be read as jsonl"),
     ("a.csv", b'prompt\n"cut', "cannot be read as csv"),
     ("a.parquet", b"PAR1 is not enough", "cannot be read as parquet"),
-    ("a.json", b'[{"prompt": "x"}', "cannot be read as json"),
+    ("a.json", b'[{"prompt": "x"}', "line 1: not valid JSON"),
 ])  # fmt: skip
 def test_a_bad_file_is_named_with_its_row(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

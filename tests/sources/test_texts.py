@@ -31,7 +31,7 @@ def test_a_file_of_text_is_one_document_whole(tmp_path):
 
 
 def test_rows_with_text_are_documents_named_by_their_row(tmp_path):
-    rows = [{"text": "one\ntwo", "id": 5}, {"text": ""}, {"text": "drei ä"}]
+    rows = [{"text": "one\ntwo", "id": 5}, {"text": "", "id": 6}, {"text": "drei ä"}]
     expected = {"#1": "one\ntwo", "#3": "drei ä"}
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps({"data": rows}, indent=1).encode()))

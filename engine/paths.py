@@ -1,0 +1,32 @@
+"""Refuse a path of the wrong kind, before a script spends time on anything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from utils import UsageError
+
+
+def refuse_folder(option: str, path: str | Path) -> None:
+    """Raise UsageError, naming `option`, if `path` is a folder; it is to be a file."""
+    if Path(path).is_dir():
+        raise UsageError(f"{option} {path}: is a folder; name a file")
+
+
+def refuse_no_file(option: str, path: str | Path) -> None:
+    """Raise UsageError, naming `option`, if the file `path` cannot be made: it is a folder or lies in a file."""
+    refuse_folder(option, path)
+    _refuse_file_above(option, Path(path))
+
+
+def refuse_no_folder(option: str, path: str | Path) -> None:
+    """Raise UsageError, naming `option`, if the folder `path` cannot be made: it is a file or lies in one."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UsageError(f"{option} {path}: is a file; name a folder")
+    _refuse_file_above(option, Path(path))
+
+
+def _refuse_file_above(option: str, path: Path) -> None:
+    above = next((folder for folder in path.parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UsageError(f"{option} {path}: {above} is a file, so nothing can be written below it; name another path")
