@@ -119,13 +119,15 @@ def split_sources(
     """Split each source of a side by prompt. Training and evaluation both call this, so they hold out the same prompts.
 
     `cutter`: cuts the sources of text into passages. A prompt or passage that one source trains on is held out from no
-    other source, and one that is held back for the looks from all.
+    other source, and a prompt that is held back for the looks from all.
     """
     shares = Shares.of(side, options)
     parts = [split_text(rows, shares, cutter) if rows and rows[0].is_text else split_rows(rows, shares)
              for rows in sources]  # fmt: skip
+    if not (shares.dev or shares.test):
+        return parts
     moved = {_same(row.key): split for part in parts for split in ("dev", "train") for row in part[split]
-             if (shares.dev or shares.test) and (row.is_text or shares.split_of(row.key) != split)}  # fmt: skip
+             if (split == "train" if row.is_text else shares.split_of(row.key) != split)}  # fmt: skip
     if not moved:
         return parts
     return [{split: [row for name, rows in part.items() for row in rows if moved.get(_same(row.key), name) == split]
@@ -135,7 +137,7 @@ def split_sources(
 # ------------------------------------------------------------------------------------------- what is read
 @dataclasses.dataclass
 class Sides:
-    """All sources of a run: prompts and text to forget and to retain, and prompts like those that never train."""
+    """All sources of a run: prompts to forget, to retain, and those of the forgotten kind that never train."""
 
     forget: list[Source]
     normal: list[Source]
@@ -153,12 +155,13 @@ def read_sides(options) -> Sides:
     """
     forget = read_sources(options.forget_data, "--forget_data", options.harm_categories, options.fields)
     normal = read_sources(options.normal_data, "--normal_data", fields=options.fields)
-    for of_side, side in ((forget, "forget"), (normal, "normal")):
-        texts = read_texts(getattr(options, f"{side}_text"), f"--{side}_text")
-        named = {source.spec for source in of_side}
-        of_side += [dataclasses.replace(text, spec=f"{text.spec} (text)") if text.spec in named else text
-                    for text in texts]  # fmt: skip
     unseen = read_sources(options.unseen_data, "--unseen_data", fields=options.fields)
+    for of_side, side in ((forget, "forget"), (normal, "normal")):
+        prompts = {source.spec for source in of_side}
+        for text in read_texts(getattr(options, f"{side}_text"), f"--{side}_text", options.fields):
+            if text.spec in prompts:  # its prompts are read too: a source of their own, which the figures tell apart
+                text.spec += " (text)"
+            of_side.append(text)
     sides = Sides([source for source in forget if source.rows], normal, unseen)
     give_wanted_answers(sides)
     refuse_overlap(sides.rows("forget"), sides.rows("normal"))
@@ -214,9 +217,8 @@ def refuse_overlap(forget: list[Row], normal: list[Row]) -> None:
         )
 
 
-def split_sides(sides: Sides, options, formatter: PromptFormatter) -> dict[str, list[dict[str, list[Row]]]]:
-    """Return {"forget", "normal" or "unseen": the splits of each source}. Text is cut into passages."""
-    cutter = TextCutter.of(formatter, options) if options.forget_text or options.normal_text else None
+def split_sides(sides: Sides, options, cutter: TextCutter) -> dict[str, list[dict[str, list[Row]]]]:
+    """Return {"forget", "normal" or "unseen": the splits of each source}; `cutter` cuts texts into passages."""
     return {side: split_sources([source.rows for source in getattr(sides, side)], side, options, cutter)
             for side in ("forget", "normal", "unseen")}  # fmt: skip
 

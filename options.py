@@ -143,7 +143,9 @@ class DataOptions:
     )
     template_args: list[str] = option([], "arguments of the chat template, as enable_thinking=false")
     system: str | None = option(None, "system message before every prompt that has none of its own")
-    max_prompt_tokens: POSITIVE = option(512, "tokens of a prompt at most; longer prompts are truncated on the left")
+    max_prompt_tokens: POSITIVE = option(
+        512, "tokens of a prompt at most; longer prompts are cut at the beginning of the user's text"
+    )
 
     def __post_init__(self):
         if not self.forget_data and not self.forget_text:
@@ -256,7 +258,9 @@ class EvaluateOptions(CommonOptions):
     max_new_tokens: POSITIVE = option(48, "maximum tokens per answer (greedy decoding)")
     perplexity_text: str | None = option(None, "text file; both models' perplexity on it is reported")
     mc_data: str | None = option(
-        None, "multiple-choice file in TruthfulQA's layout (question, mc1_targets, mc2_targets)"
+        None,
+        "multiple-choice rows: question with mc1_targets and mc2_targets (TruthfulQA), or with choices and answer "
+        "(MMLU)",
     )
     mc_rows: POSITIVE = option(1000, "maximum rows of --mc_data, from the first on")
     mc_template: Literal["chat", "qa", "raw"] = option("qa", "template of the multiple-choice questions")

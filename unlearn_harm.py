@@ -197,7 +197,7 @@ def finish(setup: Setup, state: TrainingState, reason: str) -> None:
     summary = {"steps": state.step, "kept_step": saved["step"], "stop_reason": reason, "seconds": round(seconds, 1),
                "cut_prompts": cut, "peak_gib": round(peak_memory_gib(accelerator.device), 2)}  # fmt: skip
     if cut:
-        log.warning("%d prompts were longer than %d tokens and lost their beginning", cut,
+        log.warning("%d prompts were longer than %d tokens and were cut at the beginning of the user's text", cut,
                     setup.formatter.max_prompt_tokens)  # fmt: skip
     trim_cpu_heap()
     weights = gather_weights(setup.model, optimizer, setup.adapters)

@@ -1,9 +1,8 @@
-"""Load models and tokenizers, write files atomically, log, and end a script with the right exit code."""
+"""Load models, write files atomically, log, and end a script with the right exit code."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import hashlib
 import json
@@ -24,7 +23,8 @@ from safetensors import SafetensorError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger("unlearning")
@@ -257,7 +257,7 @@ def seed_everything(seed: int, threads: int = 0) -> None:
         torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------------------------- models and tokenizers
+# ------------------------------------------------------------------------------------------------ models
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return fp32 or bf16; `auto` is bf16 if the hardware computes in it (a GPU, or a CPU with AVX512-BF16 or AMX)."""
     if name == "auto":
@@ -267,28 +267,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             native = torch.cpu.get_capabilities()
             name = "bf16" if native.get("avx512_bf16") or native.get("amx_bf16") else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-
-
-def load_tokenizer(name: str, *, generates: bool = True, trust_remote_code: bool = False):
-    """Load a tokenizer; for a model that generates, it has an end-of-text token and a pad token.
-
-    A pad token that is missing becomes the end-of-text token, in memory only: `save_tokenizer` leaves it out again.
-    Raises UsageError if the folder or hub name cannot be loaded.
-    """
-    tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
-    if not generates:
-        return tokenizer
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"{name}: its tokenizer has no end-of-text token; add eos_token to tokenizer_config.json")
-    if tokenizer.pad_token_id is None:
-        tokenizer.as_loaded = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def save_tokenizer(tokenizer, folder: str | Path) -> None:
-    """Save the tokenizer as `load_tokenizer` found it, without a pad token that it did not have."""
-    getattr(tokenizer, "as_loaded", tokenizer).save_pretrained(folder)
 
 
 def load_model(
@@ -308,7 +286,9 @@ def load_model(
         if pickles:
             raise UsageError(f"{name}: holds its weights as a pickle ({pickles[0]}), which can carry code; convert it "
                              "to safetensors, or pass --allow_pickle")  # fmt: skip
-    model, found = _from_pretrained(kind, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code,
+    if kind is AutoModelForCausalLM:
+        kind = _text_model_class(name, trust_remote_code)
+    model, found = from_pretrained(kind, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code,
                                     output_loading_info=True, ignore_mismatched_sizes=True)  # named below  # fmt: skip
     wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if wrong:  # transformers initialises them at random: the model would look as if it had forgotten
@@ -320,9 +300,31 @@ def load_model(
     return without_dropout(model).train()
 
 
+def _text_model_class(name: str, trust_remote_code: bool):
+    """Return the auto class of a model that writes text; models with a vision tower may have one of their own."""
+    config = type(load_config(name, trust_remote_code=trust_remote_code))
+    has_vision = config in AutoModelForImageTextToText._model_mapping
+    return (
+        AutoModelForImageTextToText
+        if has_vision and config not in AutoModelForCausalLM._model_mapping
+        else (AutoModelForCausalLM)
+    )
+
+
 def load_config(name: str, *, trust_remote_code: bool = False):
     """Load a model's config. Raises UsageError if that fails."""
-    return _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+    return from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+
+
+def model_folder(name: str) -> Path | None:
+    """Return the folder of a local model, or the cached snapshot of a hub model; None if there is neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name of a hub model
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def context_length(config) -> int | None:
@@ -348,7 +350,8 @@ def without_dropout(model):
     return model
 
 
-def _from_pretrained(auto_class, name: str, **kwargs):
+def from_pretrained(auto_class, name: str, **kwargs):
+    """Load a config, tokenizer or model with an auto class. Raises UsageError if the folder or hub name fails."""
     looks_local = name.startswith((".", "/", "~", "models/")) or os.path.sep in name.strip("/").replace("/", "", 1)
     if looks_local and not Path(name).is_dir():
         raise UsageError(f"model {name}: no such folder")

@@ -34,9 +34,10 @@ from method.sampler import UnlearnBatchSampler
 from method.terms import compute_losses, count_draws, draws_of, sequences_needing_reference
 from options import POSITIVE, OneLineParser, option
 from prompts.formatter import PromptFormatter
+from prompts.tokenizer import load_tokenizer
 from run.parsing import parse_run
 from sources.rows import Row, read_rows
-from utils import load_model, load_tokenizer, peak_memory_gib, run_script, seed_everything, write_json
+from utils import load_model, peak_memory_gib, run_script, seed_everything, write_json
 
 
 @dataclasses.dataclass

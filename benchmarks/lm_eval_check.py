@@ -28,7 +28,8 @@ from engine.tree import wrap_model
 from evaluation.likelihood import choices, labels_of, perplexity, read_choices
 from options import POSITIVE, OneLineParser, option
 from prompts.formatter import PromptFormatter
-from utils import load_model, load_tokenizer, pick_dtype, run_script
+from prompts.tokenizer import load_tokenizer
+from utils import load_model, pick_dtype, run_script
 
 MAX_DIFFERENCE = 0.005  # relative
 WINDOW = 1024  # tokens

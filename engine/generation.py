@@ -77,7 +77,7 @@ def generate(
     for chunk, out in zip(chunks, found, strict=True):
         for i, tokens in zip(chunk, out, strict=True):
             end = next((t for t, token in enumerate(tokens) if token in stop), None)
-            answers[i] = (tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is not None)
+            answers[i] = (formatter.read_answer(prompts[i], tokens[:end]), end is not None)
     model.train(was_training)
     return answers
 
@@ -167,13 +167,14 @@ def generate_missing_responses(
     """Return the rows; each row without a response gets the model's own answer of at most `tokens` tokens.
 
     The answers are sampled once and then read from `cache_dir` (None: no cache). The file is named by a hash of all
-    that they depend on: weights (their `fingerprint`), dtype, prompts, `tokens`, `temperature` and `seed`.
+    that they depend on: weights (their `fingerprint`), dtype, prompts, end tokens, `tokens`, `temperature` and `seed`.
     """
-    missing = sorted({row.prompt for row in rows if row.response is None})
+    unanswered = {row.key: row for row in rows if row.response is None}
+    missing = sorted(unanswered)
     if not missing:
         return rows
-    prompts = [formatter.prompt(prompt) for prompt in missing]
-    settings = [fingerprint, str(model.dtype), tokens, temperature, seed]
+    prompts = [formatter.prompt_of(unanswered[key]) for key in missing]
+    settings = [fingerprint, str(model.dtype), tokens, temperature, seed, *formatter.further_ends]
     key = hashlib.sha256(json.dumps([settings, prompts]).encode()).hexdigest()[:20]
     path = Path(cache_dir) / f"answers-{key}.jsonl" if cache_dir else None
     lines = None
@@ -190,11 +191,12 @@ def generate_missing_responses(
             model, formatter, prompts, max_new_tokens=tokens, batch_size=batch_size,
             temperature=temperature, seed=seed, progress=progress,
         )  # fmt: skip
+        formatter.warn_of_unfinished_thoughts("own answers", "--max_answer_tokens")
         answers = dict(zip(missing, given, strict=True))
         if path and PartialState().is_main_process:
             write_json_lines(path, ({"prompt": p, "response": a, "complete": c} for p, (a, c) in answers.items()))
     return [
         row if row.response is not None
-        else dataclasses.replace(row, response=answers[row.prompt][0], complete=answers[row.prompt][1])
+        else dataclasses.replace(row, response=answers[row.key][0], complete=answers[row.key][1])
         for row in rows
     ]  # fmt: skip

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from engine import checkpoint
+from engine.companions import copy_companions
 from engine.optimizer import MasterWeightAdamW
 from engine.paths import refuse_no_folder
 from engine.processes import gather_to_main_cpu
-from utils import UsageError, load_model, save_tokenizer, write_json
+from prompts.tokenizer import save_tokenizer
+from utils import UsageError, load_model, write_json
 
 
 def lock_output_dir(save_dir: Path, options, accelerator):
@@ -70,3 +72,4 @@ def write_model(folder: Path, model, weights: dict, adapters, tokenizer, options
             base = load_model(options.model_name, **options.trust())
             peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
+    copy_companions(options.model_name, folder)

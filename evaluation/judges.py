@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from evaluation.metrics import is_empty
-from utils import UsageError, load_config, load_model, load_tokenizer
+from prompts.tokenizer import load_tokenizer
+from utils import UsageError, load_config, load_model
 
 
 class SentenceEmbedder:

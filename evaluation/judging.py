@@ -63,6 +63,9 @@ def judge_group(group: Group, before: list[str], after: list[str], embed) -> tup
     lines = [{"group": group.name, **of_group, "prompt": row.prompt, "before": {"answer": pair.before.text},
               "after": {"answer": pair.after.text}}
              for row, pair in zip(group.rows, pairs, strict=True)]  # fmt: skip
+    for row, line in zip(group.rows, lines, strict=True):
+        if row.earlier:
+            line["earlier"] = row.earlier
     figures = {"name": group.name, **of_group, "n": len(lines)}
     for measure in MEASURES:
         section = figures.setdefault(measure.section, {}) if measure.section else figures

@@ -87,13 +87,14 @@ def probe_prompts(inputs: EvaluationInputs) -> list[str]:
 
 def answer_groups(model, formatter: PromptFormatter, inputs: EvaluationInputs, options, label: str) -> list[list[str]]:
     """Return one model's greedy answers, a list per group. All prompts are answered in one pass, sorted by length."""
-    prompts = [formatter.prompt_of(row, group.style) for group in inputs.groups for row in group.rows]
+    prompts = [formatter.prompt_of(row, group.style, ask=True) for group in inputs.groups for row in group.rows]
     completions = iter(
         generate(
             model, formatter, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch,
             progress=lambda chunks: tqdm(chunks, desc=f"answers {label}", leave=False, disable=None),
         )
     )  # fmt: skip
+    formatter.warn_of_unfinished_thoughts(f"model {label} unlearning", "--max_new_tokens")
     return [[next(completions)[0] for _ in group.rows] for group in inputs.groups]
 
 

@@ -23,8 +23,7 @@ ForgetScores = dict[tuple[str, str], list[tuple[Row, TokenScores]]]  # by source
 def scores_of(
     answer_model: AnswerLogitsModel, formatter: PromptFormatter, asked: list[tuple[Row, str, str]]
 ) -> list[TokenScores | None]:
-    """Return the scores of (row, style, answer to its prompt) triples; None for an empty answer. The end of turn is
-    not scored."""
+    """Return the scores of (row, style, answer) triples; None for an empty answer. The end of turn is not scored."""
     sequences = []
     for i, (row, style, answer) in enumerate(asked):
         answer_ids = tuple(formatter.answer(answer, style, complete=False)) if answer else ()

@@ -164,8 +164,8 @@ def judge(report: dict, requirements: list[str]) -> Verdict:
     else:
         tried = {attack["name"] for attack in report.get("attacks", []) if not is_control(attack)}
         line = _default_line(checks, tried)
-    if any(g["side"] == "forget" and g["counts"] and g.get("text") for g in report["groups"]):
-        line += f"; {TEXT_NOTE}"
+        if any(g["side"] == "forget" and g["counts"] and g.get("text") for g in report["groups"]):
+            line += f" ({TEXT_NOTE})"
     if listed:
         line += "; the forget prompts were trained on, since none was held out"
     return Verdict(line, checks, len(failed) if requirements else 0)

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_module import Sequence
 from options import FRACTION, SHARE, option
+from prompts.chat_template import Turn
 from prompts.formatter import TRAINED_STYLES, PromptFormatter
 from sources.paraphrase import paraphrase
 from sources.rows import Row
@@ -104,7 +105,7 @@ class UnlearnBatchSampler:
         self.rows = {"forget": forget, "normal": normal}
         self.draws, self.seed, self.steps, self.wording = draws, seed, steps, wording or Wording()
         self.replacement_pool: list[tuple[str, bool]] = []  # (answer, complete); set by fill_responses
-        self.answered: list[tuple[str, list[Row]]] = []  # (side, its prompts with an answer); by fill_responses
+        self.answered: list[tuple[str, list[Row]]] = []  # (side, its prompts with an answer); set by fill_responses
         self._prompts: tuple[int, dict] = (-1, {})  # (step, its prompts): all draws of a side share them
 
     # ---- which rows
@@ -168,10 +169,9 @@ class UnlearnBatchSampler:
         needed = max((draw.replacements for draw in self.draws), default=0)  # by one draw, which draws no answer twice
         if needed:
             self._fill_pool(needed, answer)
-        answered = {side: {row.prompt: row for source in sources for row in source
-                           if row.response and not row.is_text}
+        answered = {side: {row.key: row for source in sources for row in source if row.response and not row.is_text}
                     for side, sources in self.rows.items()}  # fmt: skip
-        self.answered = [(side, [rows[prompt] for prompt in sorted(rows)]) for side, rows in answered.items() if rows]
+        self.answered = [(side, [rows[key] for key in sorted(rows)]) for side, rows in answered.items() if rows]
 
     def _answer(self, side: str, pairs: list[tuple[int, int]], answer, tokens: int) -> None:
         """Give the rows at these (source, row) places a response."""
@@ -185,7 +185,7 @@ class UnlearnBatchSampler:
         return list(dict.fromkeys(answer for row in rows for answer in row.true_answers))
 
     def _own_answers(self) -> list[tuple[str, bool]]:
-        """Return the model's own answers to normal prompts, each once, as (answer, complete)."""
+        """Return the model's own answers to normal rows, each once, as (answer, complete)."""
         rows = (row for source in self.rows["normal"] for row in source if not row.is_text)
         return list({row.response: row.complete for row in rows if row.response and not row.true_answers}.items())
 
@@ -238,7 +238,7 @@ class UnlearnBatchSampler:
             other_styles = [other for other in TRAINED_STYLES if other != style]
             style = other_styles[rng.integers(len(other_styles))]
         found = self._earlier_row(example, step)
-        earlier = (self._earlier_turn(found[1], formatter),) if found else ()
+        earlier = self._earlier_turns(found[1], formatter) if found else ()
         return tuple(formatter.prompt_of(row, style, earlier)), style
 
     def _earlier_row(self, example: Example, step: int) -> tuple[str, Row] | None:
@@ -254,10 +254,10 @@ class UnlearnBatchSampler:
         side, rows = self.answered[rng.integers(len(self.answered))]
         return side, rows[rng.integers(len(rows))]
 
-    def _earlier_turn(self, row: Row, formatter: PromptFormatter) -> tuple[str, str]:
-        """Return (prompt, start of its answer) of a row."""
+    def _earlier_turns(self, row: Row, formatter: PromptFormatter) -> tuple[Turn, Turn]:
+        """Return the prompt of a row and the start of its answer, as turns."""
         ids = formatter.answer(row.response, complete=False, limit=EARLIER_TOKENS)
-        return row.prompt, formatter.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return ("user", row.prompt), ("assistant", formatter.tokenizer.decode(ids, skip_special_tokens=True).strip())
 
     # ---- their continuations
     def replacement_answers(self, step: int, example_id: int, count: int) -> list[tuple[str, bool]]:

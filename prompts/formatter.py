@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
 import re
 
+from prompts.chat_template import ChatTemplate, Turn, read_template_args
+from prompts.cutting import CutCounts, count_cut, cut_turns
+from prompts.end_tokens import read_end_tokens
+from prompts.thoughts import without_thoughts
+from prompts.tokenizer import pad_with_end
 from prompts.windows import Passage
 from sources.rows import Row
-from utils import UsageError, context_length
+from utils import UsageError, context_length, log
 
 OTHER_STYLES = ("qa", "qa_space", "raw")
-DAY = datetime.date(2024, 7, 26)  # the default date of Llama 3's templates
-TURN = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]  # probes a chat template
 TRAINED_STYLES = ("qa", "qa_space", "qa_space", "raw")  # people often paste the prompt with its space
-
-
-def default_template(tokenizer) -> str | None:
-    """Return the chat template. If the tokenizer has several by name (one may be for tools): the default one."""
-    template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
-
-
-def _without_today(template: str) -> str:
-    """Return a chat template with the fixed DAY instead of a call for today's date, as Llama 3's template has it.
-
-    Otherwise prompts would change at midnight: the cached states of the original would no longer fit, and a resumed
-    run would differ.
-    """
-    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda match: repr(DAY.strftime(match[2])), template)
+BEGINNING = 24  # tokens at the end of a prompt in which a thought that it opens is looked for
 
 
 class PromptFormatter:
@@ -35,31 +23,79 @@ class PromptFormatter:
 
     Styles: `chat`: the tokenizer's own template. `qa`: the published template; the prompt ends with "Answer:" and the
     answer begins with a space. `qa_space`: the same with the space at the end of the prompt, as people often paste it.
-    `raw`: the bare prompt.
+    `raw`: the bare prompt. Earlier turns and the system message stand before the prompt in every style.
+
+    A chat prompt has two ends. Rows hold answers, not thoughts. So the prompt that an answer follows (in training, in
+    all scores of given answers, for a model's own answers and the evaluations during a run) goes on to where the answer
+    begins: past the empty think block or channel header that the template writes there, and past the end of a thought
+    that the generation prompt opens. With `ask`, it is the generation prompt as the template gives it: so users ask,
+    and so do the final evaluation and its attacks. `read_answer` then leaves out what the model thought.
     """
 
-    def __init__(self, tokenizer, template: str, max_prompt_tokens: int, max_answer_tokens: int):
-        self.chat_template = _without_today(default_template(tokenizer) or "")
-        if template == "chat" and not self.chat_template:
-            raise UsageError("--template chat: this model's tokenizer has no chat template; use auto, qa or raw")
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer, template: str, max_prompt_tokens: int, max_answer_tokens: int, *, ends=(),
+        template_args: dict | None = None, system: str | None = None,
+    ):  # fmt: skip
+        """`ends`: tokens that end an answer, beside those that tokenizer and template name."""
+        self.chat = ChatTemplate(tokenizer, template_args)
+        self.tokenizer, self.system = tokenizer, system
         self.style = template if template != "auto" else ("chat" if self.chat_template else "qa")
+        if self.style == "chat" and not self.chat_template:
+            raise UsageError("--template chat: this model's tokenizer has no chat template; use auto, qa or raw")
+        self._check_chat(template_args)
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = self.longest_answer = max_answer_tokens
-        self.cut: set[str] = set()  # prompts that were truncated on the left
-        plain = self._ids("a")
+        self.cut: set[str] = set()  # prompts that were too long
+        self.unfinished_thoughts = 0  # answers read so far that are only an unfinished thought
+        self._beyond: dict[int, str] = {}  # tokens past the model's embedding, set by `fit`
+        plain = self.ids("a")
         with_special = tokenizer("a")["input_ids"]
         # the tokens that the tokenizer puts before a text (OPT: </s>); empty if there are none
         self.start = with_special[: len(with_special) - len(plain)] if with_special[-len(plain) :] == plain else []
         bos = tokenizer.bos_token_id
         # what a passage of text begins with, if the model has such a token
         self.text_start = self.start or ([] if bos is None else [bos])
+        added = tokenizer.added_tokens_decoder.values()
+        special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+        self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+        self._ends = set(ends)
         self._end = {style: self._end_of_turn(style) for style in ("chat", *OTHER_STYLES)}
         joints = {style: self._joint(style) for style in self._end}
-        self._joints = {style: (end, self._ids(end), space) for style, (end, space) in joints.items()}
+        self._joints = {style: (end, self.ids(end), space) for style, (end, space) in joints.items()}
+
+    @classmethod
+    def of(cls, tokenizer, name: str, options, max_answer_tokens: int, template: str | None = None) -> PromptFormatter:
+        """Return the formatter of the model in a folder or hub name, as the options ask. Raises UsageError."""
+        return cls(
+            tokenizer, template or options.template, options.max_prompt_tokens, max_answer_tokens,
+            ends=read_end_tokens(name), template_args=read_template_args(options.template_args), system=options.system,
+        )  # fmt: skip
+
+    @property
+    def chat_template(self) -> str:
+        """The text of the chat template, "" if there is none."""
+        return self.chat.text
+
+    def _check_chat(self, template_args: dict | None) -> None:
+        """Raise UsageError if the chat template cannot be used as the options ask."""
+        if self.chat_template:
+            try:
+                self.chat.check()
+            except UsageError:
+                if self.style == "chat":
+                    raise
+                self.chat.text = ""  # the style is another one; nothing is asked in this template
+        if self.style != "chat":
+            if template_args:
+                raise UsageError(f"--template_args: --template {self.style} reads none; use chat")
+        elif self.system and not self.chat.takes_system:
+            raise UsageError("--system: this model's chat template takes no system message; leave the option out, or "
+                             "write the text into the prompts")  # fmt: skip
 
     def fit(self, config, answer_tokens: int) -> None:
-        """Lower the prompt limit so that prompt and answer fit the model's context. UsageError if they cannot."""
+        """Lower the prompt limit so that prompt and answer fit the model's context. UsageError if they cannot, or if
+        the prompts need tokens that the model's embedding does not have."""
+        self._check_vocabulary(getattr(config.get_text_config(), "vocab_size", None))
         self.longest_answer = answer_tokens
         context = context_length(config)
         if context and context < answer_tokens + 16:
@@ -67,14 +103,40 @@ class PromptFormatter:
                              "lower --max_answer_tokens (or --max_new_tokens)")  # fmt: skip
         if context:
             self.max_prompt_tokens = min(self.max_prompt_tokens, context - answer_tokens)
+        if (frame := len(self.full_prompt(Row("")))) >= self.max_prompt_tokens:
+            raise UsageError(f"--max_prompt_tokens {self.max_prompt_tokens}: the template around a prompt and --system "
+                             f"take {frame} tokens alone; raise it")  # fmt: skip
 
-    def _chat(self, turns: list[dict], ask: bool = False) -> str:
-        """Return turns as text in the tokenizer's own template; with `ask`, up to the start of the next answer."""
-        return self.tokenizer.apply_chat_template(turns, chat_template=self.chat_template, tokenize=False,
-                                                  add_generation_prompt=ask)  # fmt: skip
+    def _check_vocabulary(self, size: int | None) -> None:
+        """Raise UsageError if the prompts use tokens past the embedding's `size` rows; warn of those that none uses."""
+        beyond = {i: token for token, i in self.tokenizer.get_vocab().items() if size and i >= size}
+        if not beyond:
+            return
+        used = {*self.start, self._end[self.style], *self.full_prompt(Row("a"))} & beyond.keys()
+        named = ", ".join(f"{beyond[i]!r} ({i})" for i in sorted(used or beyond)[:4])
+        name = self.tokenizer.name_or_path
+        if used:
+            raise UsageError(f"{name}: its prompts need tokens that the model's embedding of {size} rows does not "
+                             f"have: {named}; save the model after model.resize_token_embeddings("
+                             f"{len(self.tokenizer)}), or take another --template")  # fmt: skip
+        log.warning("%s: its tokenizer has %d tokens that the model's embedding of %d rows does not have: %s; the "
+                    "prompts do not use them", name, len(beyond), size, named)  # fmt: skip
+        if self.tokenizer.pad_token_id in beyond:
+            pad_with_end(self.tokenizer)
+        if self.style != "chat":  # so that nothing else asks in it
+            self.chat.text, self._end["chat"] = "", self._end[self.style]
+        self._ends -= beyond.keys()
+        self._beyond = beyond
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    # ---- tokens
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of a text alone. Raises UsageError for a token that the embedding does not have."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self._beyond and (beyond := self._beyond.keys() & set(ids)):
+            token = self._beyond[min(beyond)]
+            raise UsageError(f"a row holds {token!r}, a token that the model's embedding does not have: {text[:60]!r}; "
+                             "remove it from the row")  # fmt: skip
+        return ids
 
     def _ids_after(self, before: str, before_ids: list[int], text: str) -> list[int]:
         """Return the token ids of `text` as it follows `before`, whose own ids are `before_ids`.
@@ -82,15 +144,15 @@ class PromptFormatter:
         Some tokenizers (Llama's) put a space before a separate text. The first answer token would then be one that no
         model generates there.
         """
-        joined = self._ids(before + text)
-        return joined[len(before_ids) :] if joined[: len(before_ids)] == before_ids else self._ids(text)
+        joined = self.ids(before + text)
+        return joined[len(before_ids) :] if joined[: len(before_ids)] == before_ids else self.ids(text)
 
     def _end_of_turn(self, style: str) -> int:
         """Return the token that ends an answer; in a chat, the first special token after the assistant's text."""
         if style == "chat" and self.chat_template:
-            after = self._chat(TURN).rpartition(TURN[1]["content"])[2]
             special_ids = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-            special = [i for i in self._ids(after) if i in special_ids or i in self.tokenizer.all_special_ids]
+            special_ids |= {*self.tokenizer.all_special_ids, *self._ends}
+            special = [i for i in self.ids(self.chat.after_answer) if i in special_ids]
             if special:
                 return special[0]
         return self.tokenizer.eos_token_id
@@ -98,43 +160,63 @@ class PromptFormatter:
     def _joint(self, style: str) -> tuple[str, str]:
         """Return (the text that ends a prompt, the space that the answer after it begins with) of a style."""
         if style == "chat" and self.chat_template:
-            end, talk = self._chat(TURN[:1], ask=True), self._chat(TURN)
-            space = talk.removeprefix(end).partition(TURN[1]["content"])[0] if talk.startswith(end) else ""
-            return end, space if space.isspace() else ""
+            return self.chat.before_answer, self.chat.space
         return {"qa": ("Answer:", " "), "qa_space": ("Answer: ", "")}.get(style, ("?", " "))
 
-    def prompt(self, text: str, style: str | None = None, earlier: tuple[tuple[str, str], ...] = ()) -> list[int]:
-        """Return the token ids up to the start of the answer. A prompt that is too long is truncated left and counted.
+    # ---- prompts
+    def prompt(
+        self, text: str, style: str | None = None, earlier: tuple[Turn, ...] = (), *, ask: bool = False
+    ) -> list[int]:
+        """Return the token ids up to the start of the answer; with `ask`, up to the generation prompt alone.
 
-        `earlier`: (prompt, answer) pairs, the earlier turns of the same conversation.
+        `earlier`: (role, text) turns before the prompt. A prompt that is too long is counted and cut inside the text of
+        the user: at the beginning of the oldest turn, whole turns first. The system message, the template's markers and
+        the end of the last turn stay.
         """
-        style = style or self.style
-        if style == "chat":
-            messages = [message for pair in earlier for message in pair] + [text]
-            turns = [{"role": ("user", "assistant")[i % 2], "content": message} for i, message in enumerate(messages)]
-            ids = self._ids(self._chat(turns, ask=True))
-        elif style in ("qa", "qa_space"):
-            before = "".join(f"### Question: {q}\n ### Answer: {a}\n" for q, a in earlier)
-            ids = self.start + self._ids(
-                f"{before}### Question: {text}\n ### Answer:" + (" " if style == "qa_space" else "")
-            )
-        else:
-            ids = self.start + self._ids("".join(f"{q}\n{a}\n\n" for q, a in earlier) + text)
+        style, turns = style or self.style, self._turns(earlier)
+        ids = self._prompt_ids(turns, text, style, ask)
         if len(ids) > self.max_prompt_tokens:
             self.cut.add(text)
-            ids = ids[-self.max_prompt_tokens :]
+            ids = cut_turns([*turns, ("user", text)], self.max_prompt_tokens, self,
+                            lambda shorter: self._prompt_ids(shorter[:-1], shorter[-1][1], style, ask))  # fmt: skip
         return ids
 
-    def prompt_of(self, row: Row, style: str | None = None, earlier: tuple[tuple[str, str], ...] = ()) -> list[int]:
+    def full_prompt(self, row: Row) -> list[int]:
+        """Return the token ids of a row up to the start of its answer, however many they are."""
+        return self._prompt_ids(self._turns(row.earlier), row.prompt, self.style, False)
+
+    def _turns(self, earlier: tuple[Turn, ...]) -> list[Turn]:
+        """Return the turns before a prompt, with --system where they have no system message of their own."""
+        has_own = not self.system or any(role == "system" for role, _ in earlier)
+        return list(earlier) if has_own else [("system", self.system), *earlier]
+
+    def _prompt_ids(self, turns: list[Turn], text: str, style: str, ask: bool) -> list[int]:
+        """Return the token ids of a conversation that ends with the user's `text`, of whatever length."""
+        if style == "chat":
+            return self.ids(self.chat.render([*turns, ("user", text)], ask=True) + ("" if ask else self.chat.lead))
+        if style == "raw":
+            forms, last = {"user": "{}\n", "assistant": "{}\n\n", "system": "{}\n\n"}, "{}"
+        else:
+            forms = {"user": "### Question: {}\n", "assistant": " ### Answer: {}\n", "system": "{}\n\n"}
+            last = "### Question: {}\n ### Answer:" + (" " if style == "qa_space" else "")
+        before = "".join(forms[role].replace("{}", said) for role, said in turns)
+        return self.start + self.ids(before + last.replace("{}", text))
+
+    def prompt_of(
+        self, row: Row, style: str | None = None, earlier: tuple[Turn, ...] = (), *, ask: bool = False
+    ) -> list[int]:
         """Return the token ids of a row up to the start of its answer (`prompt`).
 
-        Of a passage: the start of a text and the tokens that it shows; without either, its first token.
+        `earlier`: turns of another conversation, put before those of the row and after its system message. Of a
+        passage: the start of a text and the tokens that it shows; without either, its first token.
         """
         if isinstance(row, Passage):
             shown, _ = row.prompt_and_answer(bool(self.text_start))
             return [*self.text_start, *shown[-max(1, self.max_prompt_tokens - len(self.text_start)) :]]
-        return self.prompt(row.prompt, style, earlier)
+        first = next((i for i, (role, _) in enumerate(row.earlier) if role != "system"), len(row.earlier))
+        return self.prompt(row.prompt, style, (*row.earlier[:first], *earlier, *row.earlier[first:]), ask=ask)
 
+    # ---- answers
     def answer_of(self, row: Row, style: str | None = None, limit: int = 0) -> list[int]:
         """Return the token ids of a row's response (`answer`).
 
@@ -154,18 +236,62 @@ class PromptFormatter:
             return ids[:limit]
         return ids + [self._end[style]]
 
-    def count_cut(self, rows: list[Row], answer_tokens: int) -> tuple[int, int]:
-        """Return how many (prompts, answers) are longer than the limits; an answer may have `answer_tokens` tokens."""
-        long_prompts = [row for row in rows if len(row.prompt.encode()) > self.max_prompt_tokens - 200]
-        long_answers = [row for row in rows if row.response and len(row.response.encode()) >= answer_tokens]
-        prompts = sum(len(self.prompt_of(row)) >= self.max_prompt_tokens for row in long_prompts)
-        return prompts, sum(len(self._ids(row.response)) >= answer_tokens for row in long_answers)
-
     def beginning(self, text: str) -> str:
         """Return the first `max_answer_tokens` tokens of an answer, as text."""
-        ids, limit = self._ids(text), self.max_answer_tokens
+        ids, limit = self.ids(text), self.max_answer_tokens
         return self.tokenizer.decode(ids[:limit]).strip() if len(ids) > limit else text
+
+    def read_answer(self, prompt: list[int], tokens: list[int]) -> str:
+        """Return what a model said after a prompt as text, without its thoughts and special tokens.
+
+        An answer that is only an unfinished thought is empty, and is counted in `unfinished_thoughts`.
+        """
+        markers = self.chat.thoughts
+        if markers is None:
+            return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        is_open = markers.open_at_end(self.tokenizer.decode(prompt[-BEGINNING:]))
+        answer = without_thoughts(self.tokenizer.decode(tokens), markers, is_open=is_open)
+        if answer is None:
+            self.unfinished_thoughts += 1
+            return ""
+        return self._special.sub("", answer).strip()
+
+    def warn_of_unfinished_thoughts(self, whose: str, option: str) -> None:
+        """Log how many answers read since the last call are only an unfinished thought. `option`: their limit."""
+        count, self.unfinished_thoughts = self.unfinished_thoughts, 0
+        if count:
+            short = "--template_args enable_thinking=false or " if "enable_thinking" in self.chat_template else ""
+            log.warning("%s: %d answers are only an unfinished thought and count as empty; pass %sa larger %s",
+                        whose, count, short, option)  # fmt: skip
+
+    @property
+    def further_ends(self) -> list[int]:
+        """The tokens that end an answer and that neither tokenizer nor templates name."""
+        return sorted(self._ends - {self.tokenizer.eos_token_id, *self._end.values()})
 
     def stop_ids(self) -> list[int]:
         """Return every token that ends generation."""
-        return sorted({self.tokenizer.eos_token_id, *self._end.values()})
+        return sorted({self.tokenizer.eos_token_id, *self._end.values(), *self._ends})
+
+    # ---- rows, before anything is trained
+    def count_cut(self, rows: list[Row], answer_tokens: int = 0) -> CutCounts:
+        """Return how many prompts and given answers of the rows are cut, in this style.
+
+        answer_tokens: the answers' limit (0: `max_answer_tokens`).
+        """
+        return count_cut(rows, self, answer_tokens or self.max_answer_tokens)
+
+    def check_turns(self, rows: list[Row]) -> None:
+        """Raise UsageError for earlier turns that the chat template refuses, and log what it makes of system messages.
+
+        Each order of roles is tried once: that is what templates refuse.
+        """
+        if self.style != "chat":
+            return
+        with_turns = [row for row in rows if row.earlier]
+        for row in {tuple(role for role, _ in row.earlier): row for row in with_turns}.values():
+            self.chat.render([*row.earlier, ("user", row.prompt)], ask=True)
+        moved = sum(any(role == "system" for role, _ in row.earlier) for row in with_turns)
+        if moved and not self.chat.takes_system:
+            log.warning("%d rows have a system message, which the chat template does not take: it stands before the "
+                        "user's first text", moved)  # fmt: skip

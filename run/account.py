@@ -20,9 +20,8 @@ class SourceAccount:
     `answers_cut`, `prompts_cut`: rows whose answer or prompt is longer than its limit in tokens (`answer_tokens`,
     `prompt_tokens`). `duplicates`: rows whose prompt and answer are those of an earlier row of the source. `wanted`:
     rows with a wanted answer. `train`, `dev`, `test`: rows of each split; `categories`: category -> its rows.
-    `unused_fields`: fields that look like an answer and are not used -> their rows.
-
-    Rows of text are documents, and the splits count their passages, of at most `passage_tokens` tokens (0: prompts).
+    `unused_fields`: fields that look like an answer and are not used -> their rows. `documents`: of a text, whose rows
+    are passages. `cut_is_estimate`: what is cut was counted on a sample.
     """
 
     side: str
@@ -42,48 +41,37 @@ class SourceAccount:
     categories: dict[str, int]
     unused_fields: dict[str, int]
     notes: list[str]
-    passage_tokens: int = 0
+    documents: int = 0
+    cut_is_estimate: bool = False
 
     @classmethod
     def of(
         cls, side: str, source: Source, splits: dict[str, list[Row]], formatter: PromptFormatter, answer_tokens: int
     ) -> SourceAccount:
-        """Count the rows of a source, whose answers have at most `answer_tokens` tokens."""
-        rows = source.rows
-        if rows and rows[0].is_text:
-            return cls._of_text(side, source, splits)
+        """Count the rows of a source, whose answers have at most `answer_tokens` tokens; of a text, its passages."""
+        is_text = bool(source.rows) and source.rows[0].is_text
+        rows = [row for part in splits.values() for row in part] if is_text else source.rows
         answered = sum(row.response is not None for row in rows)
-        prompts_cut, answers_cut = formatter.count_cut(rows, answer_tokens)
+        cut = formatter.count_cut([] if is_text else rows, answer_tokens)
         categories = collections.Counter(name.strip() for row in rows if row.category
                                          for name in row.category.split(";"))  # fmt: skip
         return cls(
-            side, source.spec, len(rows), answered, len(rows) - answered, answers_cut, answer_tokens, prompts_cut,
+            side, source.spec, len(rows), answered, len(rows) - answered, cut.answers, answer_tokens, cut.prompts,
             formatter.max_prompt_tokens, len(rows) - len({(row.key, row.response) for row in rows}),
             sum(row.wanted is not None for row in rows), len(splits["train"]), len(splits["dev"]), len(splits["test"]),
             dict(categories.most_common()), dict(source.unused_fields), list(source.notes),
-        )  # fmt: skip
-
-    @classmethod
-    def _of_text(cls, side: str, source: Source, splits: dict[str, list[Row]]) -> SourceAccount:
-        """Count the documents of a source of text and their passages."""
-        counts = {split: len(passages) for split, passages in splits.items()}
-        longest = max(len(passage.token_ids) for passages in splits.values() for passage in passages)
-        return cls(
-            side, source.spec, len(source.rows), with_answer=0, without_answer=0, answers_cut=0, answer_tokens=0,
-            prompts_cut=0, prompt_tokens=0, duplicates=len(source.rows) - len({row.key for row in source.rows}),
-            wanted=0, **counts, categories={}, unused_fields=dict(source.unused_fields), notes=list(source.notes),
-            passage_tokens=longest,
+            len(source.rows) if is_text else 0, cut.is_estimate,
         )  # fmt: skip
 
     def lines(self) -> list[str]:
         """Return the account in words: one line, then one for each field that is not used and each note."""
-        rows = (f"rows: {self.with_answer} with an answer, {self.without_answer} without, {self.answers_cut} answers "
-                f"cut at {self.answer_tokens} tokens")  # fmt: skip
-        text = (f"text: {self.rows} documents in {self.train + self.dev + self.test} passages of at most "
-                f"{self.passage_tokens} tokens")  # fmt: skip
+        about = "about " if self.cut_is_estimate else ""
+        answers = (f"{self.with_answer} with an answer, {self.without_answer} without, {about}{self.answers_cut} answers "
+                   f"cut at {self.answer_tokens} tokens")  # fmt: skip
+        texts = f"{self.rows} passages of {self.documents} documents"
         parts = [
-            text if self.passage_tokens else rows,
-            f"{self.prompts_cut} prompts cut at {self.prompt_tokens} tokens" if self.prompts_cut else "",
+            texts if self.documents else f"rows: {answers}",
+            f"{about}{self.prompts_cut} prompts cut at {self.prompt_tokens} tokens" if self.prompts_cut else "",
             f"{self.duplicates} duplicates" if self.duplicates else "",
             f"{self.wanted} with a wanted answer" if self.wanted else "",
             f"{self.train} train, {self.dev + self.test} held out ({self.dev} for the looks, {self.test} for the "

@@ -46,20 +46,12 @@ from method.sampler import UnlearnBatchSampler
 from method.terms import draws_of, layers_of, sequences_needing_reference
 from options import UnlearnOptions
 from prompts.formatter import PromptFormatter
-from prompts.windows import fit_windows
+from prompts.tokenizer import load_tokenizer
+from prompts.windows import TextCutter, fit_windows
 from run.account import SourceAccount, held_out_line, make_account, visits_line
 from run.texts import has_text, refuse_terms_without_prompts
 from sources.rows import Row
-from utils import (
-    RunLog,
-    UsageError,
-    atomic_dir,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    log,
-    pick_dtype,
-)
+from utils import RunLog, UsageError, atomic_dir, fingerprint, load_model, log, pick_dtype
 
 PROBE_CHARACTERS = 200  # of a passage, in place of the prompts that layouts are compared on
 
@@ -129,9 +121,10 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     newest = checkpoint.resumable(options, metadata) if options.resume else None
     # data and tokenizer have loaded: a mistyped name must not overwrite an earlier log
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
-    formatter = PromptFormatter(tokenizer, options.template, options.max_prompt_tokens, options.max_answer_tokens)
+    formatter = PromptFormatter.of(tokenizer, options.model_name, options, options.max_answer_tokens)
+    formatter.check_turns(sides.rows("forget") + sides.rows("normal") + sides.rows("unseen"))
     trained_on = read_chain(options.model_name)
-    splits = without_seen(split_sides(sides, options, formatter), trained_on)
+    splits = without_seen(split_sides(sides, options, TextCutter.of(formatter, options)), trained_on)
     log.info(held_out_line(splits))
     sampler = UnlearnBatchSampler(
         *([parts["train"] for parts in splits[side] if parts["train"]] for side in ("forget", "normal")),

@@ -68,9 +68,9 @@ def read_records(path: Path, option: str) -> Iterator[Record]:
             if kind == ".parquet":
                 objects = _parquet_objects(path)
             elif kind in SEPARATORS:
-                objects = _csv_objects(file, place, SEPARATORS[kind])
+                objects = _csv_objects(file, path, place)
             else:
-                objects = _json_objects(file, place)
+                objects = _json_objects(file, place, may_be_columns=kind == ".json")
             for number, fields in enumerate(objects, 1):
                 if fields is EMPTY_ROW:
                     continue
@@ -129,14 +129,14 @@ def _encoding(start: bytes) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- JSON
-def _json_objects(file: io.TextIOWrapper, place: str) -> Iterator:
+def _json_objects(file: io.TextIOWrapper, place: str, may_be_columns: bool) -> Iterator:
     """Yield the objects of a JSON file: one a line, or the elements of the one value that it holds."""
     values = _json_values(file, place)
     first = list(itertools.islice(values, 2))
     if len(first) != 1:
         yield from itertools.chain(first, values)
     else:
-        objects = _objects_within(first.pop(), place)
+        objects = _objects_within(first.pop(), place, may_be_columns)
         objects.reverse()
         while objects:  # the list gives up its records as their rows are made
             yield objects.pop()
@@ -170,7 +170,7 @@ def _values_over_lines(text: str, first_line: int, place: str, line_error: Excep
         yield value
 
 
-def _objects_within(value, place: str) -> list:
+def _objects_within(value, place: str, may_be_columns: bool) -> list:
     """Return the records of a file's only JSON value: a list; an object around a list; columns; or one record."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
@@ -181,6 +181,8 @@ def _objects_within(value, place: str) -> list:
             raise UsageError(f"{place}: holds {len(wrapped)} lists of rows ({', '.join(wrapped)[:80]}); write each to "
                              "a file of its own")  # fmt: skip
         return value[wrapped[0]]
+    if not may_be_columns:  # the only line of a .jsonl file is a record
+        return [value]
     columns = list(value.values())
     if all(isinstance(column, dict) and column for column in columns) and columns:
         if not any(normal_name(key) in PROMPT_FIELDS for key in value):
@@ -204,19 +206,16 @@ def _is_talk(value: list) -> bool:
 
 
 # -------------------------------------------------------------------------------------------- CSV, parquet
-def _csv_objects(file: io.TextIOWrapper, place: str, separators: str) -> Iterator[dict]:
+def _csv_objects(file: io.TextIOWrapper, path: Path, place: str) -> Iterator:
     """Yield a dict a line of a table. The header shows the separator; a line without any text is no row."""
-    header_line = next((line for line in file if not line.isspace()), "")
+    separators, header_line = SEPARATORS[kind_of(path)], next((line for line in file if not line.isspace()), "")
     if told := re.fullmatch(r"sep=(.)\s*", header_line):  # Excel's own first line
         separators, header_line = told[1], next(file, "")
     headers = [_cells([header_line], separator) for separator in separators]
     ranks = [(any(normal_name(name) in PROMPT_FIELDS for name in names), len(names)) for names in headers]
     separator = separators[ranks.index(max(ranks))]
-    lines, quoting = itertools.chain([header_line], file), csv.QUOTE_MINIMAL
-    if separator == "\t":
-        lines = list(lines)
-        quoting = _tab_quoting(lines)
-    cells = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting)
+    quoting = _tab_quoting(path) if separator == "\t" else csv.QUOTE_MINIMAL
+    cells = csv.reader(itertools.chain([header_line], file), delimiter=separator, strict=True, quoting=quoting)
     header = next(cells, [])
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
         raise UsageError(f"{place}: two columns are called {twice[0]!r}; rename one")
@@ -228,14 +227,16 @@ def _csv_objects(file: io.TextIOWrapper, place: str, separators: str) -> Iterato
             yield dict(zip(header, row, strict=False)) if any(row) else EMPTY_ROW
 
 
-def _tab_quoting(lines: list[str]) -> int:
+def _tab_quoting(path: Path) -> int:
     """Return how a table separated by tabs is quoted. Many know no quotes: a cell may begin with one and not end so."""
     try:
-        collections.deque(csv.reader(lines, delimiter="\t", strict=True), maxlen=0)
+        with open_text(path, newline="") as file:
+            collections.deque(csv.reader(file, delimiter="\t", strict=True), maxlen=0)
     except csv.Error:
-        rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if len({len(row) for row in rows if row}) == 1:
-            return csv.QUOTE_NONE
+        with open_text(path, newline="") as file:
+            rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            if len({len(row) for row in rows if row}) == 1:
+                return csv.QUOTE_NONE
     return csv.QUOTE_MINIMAL
 
 

@@ -10,7 +10,8 @@ RESPONSE_FIELDS = (
 TRUE_ANSWER_FIELDS = ("correct_answers", "answers")  # lists of true answers, kept whole
 TALK_FIELDS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
 CHOICE_FIELDS = ("choices", "options")
-INDEX_FIELDS = ("answer", "answer_index", "answer_idx", "answerkey", "answer_key", "correct_answer", "label", "gold")
+INDEX_FIELDS = ("answer", "answer_index", "answer_idx", "answerkey", "answer_key", "correct_answer", "correct",
+                "correct_option", "label", "gold")  # fmt: skip
 PREFERENCE_FIELDS = ("chosen", "rejected")
 CATEGORY_FIELDS = ("category", "semanticcategory", "harm_category", "categories")
 CONTEXT_FIELDS = ("input", "context", "contextstring")  # the text that an instruction is about (Alpaca, Dolly)

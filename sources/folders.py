@@ -49,6 +49,8 @@ def open_spec(spec: str, option: str, kinds: tuple[str, ...]) -> Opened:
     hub = HUB.fullmatch(spec)
     if hub and (hub["owned"] or hub["split"]) and not path.exists():
         return Opened(hub["name"].rpartition("/")[2], records=_hub_records(hub, spec, option))
+    if kind_of(path) in TEXT_KINDS:
+        raise UsageError(f"{option} {spec}: text without prompts goes to {option.replace('_data', '_text')}")
     raise UsageError(f"{option} {spec}: neither a {'/'.join(kinds)} file (also .gz), nor a folder of such files, nor a "
                      "hub name like owner/name")  # fmt: skip
 

@@ -107,9 +107,10 @@ class RowMaker:
     def _talk(self, record: Record, plan: Plan) -> list[Row]:
         """A whole talk in one field (OpenAI's messages, ShareGPT's conversations)."""
         field = next(name for f in TALK_FIELDS if (name := plan.names.get(f)) is not None)
-        if is_missing(record.fields[field]) and plan.prompts:
+        value = listed(record.fields[field], record, field)
+        if plan.prompts and not isinstance(value, list):  # no talk: nothing, or a word such as the kind of a chat
             return self._plain(record, plan)
-        talk = split_talk(read_turns(record.fields[field], record, field), record, field)
+        talk = split_talk(read_turns(value, record, field), record, field)
         self._count_unused(record, plan, (), bool(talk.answer))
         return [self._row(record, plan, talk, true_answers=(talk.answer,) if talk.answer else ())]
 
@@ -190,7 +191,7 @@ class RowMaker:
         """Return the answers in a field; TruthfulQA.csv separates them by semicolons."""
         value = record.fields[name]
         if isinstance(value, str) and name in plan.true_answers:
-            value = listed(value)
+            value = listed(value, record, name)
             if isinstance(value, str):
                 value = value.split(";")
         return answers_of(value, record, name)
@@ -199,7 +200,7 @@ class RowMaker:
         """Return the system message and the earlier turns that stand in fields of their own."""
         system = next((name for name in plan.systems if holds_text(record.fields[name])), None)
         turns = [] if system is None else [("system", text_of(record.fields[system], record, system))]
-        history = listed(record.fields.get(plan.history))
+        history = listed(record.fields.get(plan.history), record, plan.history)
         if isinstance(history, str) and holds_text(history):
             self._unused_context[plan.history] += 1
         for pair in history if isinstance(history, list) else ():

@@ -117,7 +117,8 @@ def make_plan(record: Record, own: dict[str, list[str]], text_option: str) -> Pl
     plan = Plan(names, given)
     if not plan.prompts and plan.layout in ("plain", "pair", "choice"):
         if "text" in names:
-            raise UsageError(f"{record}: has 'text' and no prompt; text without prompts goes to {text_option}")
+            raise UsageError(f"{record}: has 'text' and no prompt; text without prompts goes to {text_option}; if it "
+                             "is a prompt, --fields prompt=text")  # fmt: skip
         raise UsageError(f"{record}: has no prompt field ({', '.join(PROMPT_FIELDS[:5])}, ...), only "
                          f"{', '.join(map(str, record.fields))[:80]}; name it with --fields prompt=NAME")  # fmt: skip
     return plan

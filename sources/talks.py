@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
     "ai": "assistant",
 }  # fmt: skip
+SPOKEN_IN_TURN = ("conversations", "conversation", "dialogue", "dialog")  # LIMA's hold texts alone, user and model
 Turns = list[tuple[str, str]]  # (system, user or assistant; text)
 _SPOKEN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -28,12 +30,15 @@ class Talk(NamedTuple):
 
 def read_turns(value, record: Record, field: str) -> Turns:
     """Return the turns of a talk. Raises UsageError for what is no list of turns and for roles that are not known."""
-    value = listed(value)
+    value = listed(value, record, field)
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, str) and len(spoken := _SPOKEN.split(value)) > 1 and not spoken[0].strip():
         speakers, texts = spoken[1::2], spoken[2::2]
         return [(ROLES[name.lower()], text_of(text, record, field)) for name, text in zip(speakers, texts, strict=True)]
+    if field.lower() in SPOKEN_IN_TURN and isinstance(value, list) and all(isinstance(turn, str) for turn in value):
+        roles = itertools.cycle(("user", "assistant"))
+        return [(role, text_of(text, record, field)) for role, text in zip(roles, value, strict=False)]
     if not isinstance(value, list | tuple) or not all(isinstance(turn, dict) for turn in value):
         raise UsageError(f"{record}: field '{field}' must be a list of turns, each with role and content")
     turns = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 
 from sources.containers import Record
 from sources.fields import CHOICE_FIELDS, INDEX_FIELDS, normal_name
@@ -40,15 +41,23 @@ def holds_text(value) -> bool:
     return isinstance(value, list | tuple) and any(holds_text(part) for part in value)
 
 
-def listed(value):
-    """Return a value; text that writes a list, as tables hold them, as that list."""
-    if isinstance(value, str) and value.startswith("[") and value.rstrip().endswith("]"):
-        for read in (json.loads, ast.literal_eval):
-            try:
-                return read(value)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-    return value
+def listed(value, record: Record, field: str):
+    """Return a value; text that writes a list, as tables hold them, as that list.
+
+    Raises UsageError for a list as numpy prints it: ['a' 'b'] has no commas, and Python would read 'ab'.
+    """
+    if not isinstance(value, str) or not value.startswith("[") or not value.rstrip().endswith("]"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        if re.search(r"""['"}]\s+['"{]""", value):
+            raise UsageError(f"{record}: field '{field}' is a list as numpy prints it, without commas; save the table "
+                             "as .parquet or .jsonl") from None  # fmt: skip
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return value
 
 
 def answers_of(value, record: Record, field: str) -> list[str]:
@@ -89,7 +98,7 @@ def choices_of(record: Record) -> tuple[list[str], int]:
     """
     names = {normal_name(name): name for name in record.fields}
     field = next(names[name] for name in CHOICE_FIELDS if name in names)
-    choices, labels = listed(record.fields[field]), None
+    choices, labels = listed(record.fields[field], record, field), None
     if isinstance(choices, dict):
         choices, labels = choices.get("text"), choices.get("label")
     if not isinstance(choices, list) or not choices:
@@ -118,5 +127,11 @@ def _index(told, choices: list[str], labels: list[str]) -> int | None:
         if told in known and len(known) <= len(choices):
             return known.index(told)
     letter = told.strip("().").upper()
-    index = ord(letter) - ord("A") if len(letter) == 1 and letter.isalpha() else int(told) if told.isdecimal() else -1
+    index = (
+        ord(letter) - ord("A")
+        if len(letter) == 1 and letter.isalpha()
+        else int(told)
+        if told.isdecimal() and len(told) < 9
+        else -1
+    )
     return index if 0 <= index < len(choices) else None

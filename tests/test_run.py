@@ -28,7 +28,8 @@ from engine.tree import AnswerLogitsModel
 from evaluate_unlearning import load_cached_report, report_folder
 from evaluation.parsing import parse_evaluation
 from options import EvaluateOptions, UnlearnOptions
-from utils import RunError, UsageError, load_tokenizer
+from prompts.tokenizer import load_tokenizer
+from utils import RunError, UsageError
 
 SMALL = [
     "--dtype=fp32", "--max_unlearn_steps=5", "--lr=1e-3", "--max_answer_tokens=12", "--save_every=0", "--threads=1",

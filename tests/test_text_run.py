@@ -65,8 +65,7 @@ def test_a_run_on_text_trains_on_every_passage_of_it(finished, texts):
     assert len(steps) == 12 and steps[-1]["bad_loss"] > steps[0]["bad_loss"]  # forgotten, on the average of a batch
     by_file = passages_of(texts)
     forget = [p for name in ("a.txt", "b.md") for p in by_file[name]]
-    assert (f"stories: text: 2 documents in {len(forget)} passages of at most 16 tokens; {len(forget)} train, 0 held "
-            "out") in run.stderr  # fmt: skip
+    assert f"stories: {len(forget)} passages of 2 documents; {len(forget)} train, 0 held out" in run.stderr
     assert len(forget) <= 24  # so that 12 steps of 2 rows come to all of them
     trained_on = TrainedOn.read(cwd / "out")
     assert all(trained_on.holds("forget", passage.key) for passage in forget)

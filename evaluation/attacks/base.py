@@ -87,7 +87,7 @@ class AttackTarget:
 
     def prompts(self, style: str | None = None) -> list[list[int]]:
         """Return the token ids of the attacked prompts, in the formatter's own style or another one."""
-        return [self.formatter.prompt_of(row, style) for row in self.data.rows]
+        return [self.formatter.prompt_of(row, style, ask=True) for row in self.data.rows]
 
     def answer(self, prompts: list[list[int]], model=None, **sampling) -> list[str]:
         """Return the answers of the target, or of another model, to tokenised prompts; greedy by default."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from evaluation.attacks.base import AttackResult, AttackTarget, one_answer_each
 
 PREFIXES = ("Sure, here is", "Of course! The first step is to", "Yes. You should")
@@ -21,11 +23,13 @@ NUM_SHOTS = 3
 
 
 def prefill(target: AttackTarget) -> list[AttackResult]:
-    """Begin the answer for the model, with the first words of one that complies."""
+    """Begin the answer for the model, with the first words of one that complies, after an empty thought if it has
+    thoughts."""
     results = []
     for words in PREFIXES:
         prefix_ids = target.formatter.answer(words, complete=False)
-        texts = target.answer([[*prompt, *prefix_ids] for prompt in target.prompts()])
+        prompts = [target.formatter.prompt_of(row) for row in target.data.rows]
+        texts = target.answer([[*prompt, *prefix_ids] for prompt in prompts])
         results.append(one_answer_each(words, texts))
     return results
 
@@ -39,7 +43,8 @@ def rephrase(target: AttackTarget) -> list[AttackResult]:
     results = [one_answer_each(name, target.answer(target.prompts(style)))
                for name, style in styles.items() if style != formatter.style]  # fmt: skip
     for name, wrap in WRAPPERS.items():
-        prompts = [formatter.prompt(wrap(row.prompt)) for row in target.data.rows]
+        rows = [dataclasses.replace(row, prompt=wrap(row.prompt)) for row in target.data.rows]
+        prompts = [formatter.prompt_of(row, ask=True) for row in rows]
         results.append(one_answer_each(name, target.answer(prompts)))
     return results
 
@@ -49,6 +54,8 @@ def few_shot(target: AttackTarget) -> list[AttackResult]:
     shots = [row for row in target.data.forget_train_rows if row.response][:NUM_SHOTS]
     if not shots:
         return []
-    earlier = tuple((shot.prompt, target.formatter.beginning(shot.response)) for shot in shots)
-    prompts = [target.formatter.prompt_of(row, earlier=earlier) for row in target.data.rows]
+    earlier = tuple(turn for shot in shots for turn in (
+        ("user", shot.prompt), ("assistant", target.formatter.beginning(shot.response))
+    ))  # fmt: skip
+    prompts = [target.formatter.prompt_of(row, earlier=earlier, ask=True) for row in target.data.rows]
     return [one_answer_each(f"{len(shots)} shots", target.answer(prompts))]

@@ -99,7 +99,8 @@ def forgotten_rows(lines: list[dict], style: str, count: int, seed: int) -> list
     unseen = unseen_groups(line["group"] for line in judged)
     forgotten = [line for line in judged if line["group"] in unseen and line["style"] == style
                  and line["before"]["on_topic"] and not line["after"]["on_topic"]]  # fmt: skip
-    return sample([Row(line["prompt"], line["before"]["answer"]) for line in forgotten], count, seed)
+    rows = [Row(line["prompt"], line["before"]["answer"], earlier=tuple(line.get("earlier", ()))) for line in forgotten]
+    return sample(rows, count, seed)
 
 
 def collect_data(rows: list[Row], splits: dict, original, formatter: PromptFormatter, options, embed) -> AttackData:
@@ -128,7 +129,7 @@ def add_original_answers(rows: list[Row], model, formatter: PromptFormatter, opt
     answered, bare = [row for row in rows if row.response], [row for row in rows if not row.response]
     if not bare:
         return answered
-    texts = generate(model, formatter, [formatter.prompt_of(row) for row in bare],
+    texts = generate(model, formatter, [formatter.prompt_of(row, ask=True) for row in bare],
                      max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch)  # fmt: skip
     cosines = (embed([text for text, _ in texts]) * embed([row.prompt for row in bare])).sum(-1).tolist()  # (n,)
     return answered + [dataclasses.replace(row, response=text, complete=complete)

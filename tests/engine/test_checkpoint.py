@@ -14,7 +14,8 @@ from engine.adapters import LoraSettings, add_lora
 from engine.checkpoint import OutputDirLock, describe_leftovers, read_state, write_state
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings
 from engine.state import TrainingState
-from utils import UsageError, load_tokenizer, save_tokenizer
+from prompts.tokenizer import load_tokenizer, save_tokenizer
+from utils import UsageError
 
 
 # ------------------------------------------------------------------------------------------------- the lock

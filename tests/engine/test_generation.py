@@ -103,3 +103,23 @@ def test_kept_answers_are_read_back_as_they_were(tmp_path, monkeypatch):
         monkeypatch.setattr("engine.generation.generate", asked)
         found = generate_missing_responses(rows, model, formatter, **settings)
         assert [(row.response, row.complete) for row in found] == [said[row.prompt] for row in rows]
+
+
+def test_own_answers_follow_a_rows_earlier_turns_and_every_end_token(tmp_path, monkeypatch):
+    """One question after two talks is two rows; an answer kept from a run that knew fewer end tokens ran on."""
+    tokenizer, model = make_tokenizer("chat"), tiny_model("llama")
+    rows = [Row("And then?", earlier=(("user", text), ("assistant", "Yes."))) for text in ("A wolf?", "A lake?")]
+    asked = []
+
+    def answer(model, formatter, prompts, **_):
+        asked.append([tokenizer.decode(prompt) for prompt in prompts])
+        return [(f"It {'howls' if 'wolf' in text else 'freezes'}.", True) for text in asked[-1]]
+
+    monkeypatch.setattr("engine.generation.generate", answer)
+    settings = {"fingerprint": "f", "tokens": 9, "temperature": 0.0, "seed": 1, "batch_size": 2, "cache_dir": tmp_path}
+    for ends in ((), (), (300,)):
+        formatter = PromptFormatter(tokenizer, "auto", 200, 40, ends=ends)
+        found = generate_missing_responses(rows, model, formatter, **settings)
+        assert [row.response for row in found] == ["It howls.", "It freezes."]
+    assert len(asked) == 2, "the second run reads what the first one kept, the third one must ask"
+    assert all("wolf" in text or "lake" in text for text in asked[0])

@@ -16,7 +16,8 @@ from engine.adapters import LoraSettings, add_lora, freeze
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings
 from engine.saving import gather_weights, write_model
 from options import UnlearnOptions
-from utils import load_model, load_tokenizer
+from prompts.tokenizer import load_tokenizer
+from utils import load_model
 
 
 def test_adapters_train_under_checkpointing_and_are_merged(tmp_path, model_folders, data_files):

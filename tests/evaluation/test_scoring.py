@@ -28,12 +28,13 @@ def test_scores_are_those_of_the_plain_model():
     """Batched and packed, every figure is the one of a forward of that answer alone."""
     tokenizer = make_tokenizer("chat")
     model, formatter = tiny_model("llama", len(tokenizer)).eval(), PromptFormatter(tokenizer, "auto", 512, 16)
-    texts = ("Take the red pick.", "", "No.")
-    asked = [(Row(f"How do I open lock {i}?"), "chat", text) for i, text in enumerate(texts)]
+    asked = [
+        (Row(f"How do I open lock {i}?"), "chat", text) for i, text in enumerate(("Take the red pick.", "", "No."))
+    ]
     found = scores_of(AnswerLogitsModel(model, packed=True), formatter, asked)
     assert found[1] is None
     for (row, style, answer), score in ((asked[0], found[0]), (asked[2], found[2])):
-        start, rest = formatter.prompt(row.prompt, style), formatter.answer(answer, style, complete=False)
+        start, rest = formatter.prompt_of(row, style), formatter.answer(answer, style, complete=False)
         logits = model(torch.tensor([[*start, *rest]])).logits[0, len(start) - 1 : -1]
         log_p = torch.log_softmax(logits, -1)
         assert score.targets == rest
@@ -229,7 +230,7 @@ def test_an_adversary_teaches_answers_and_no_refusals(monkeypatch):
     asked = []
     answer = lambda model, formatter, prompts, **_: asked.extend(prompts) or [said[p] for p in prompts]  # noqa: E731
     monkeypatch.setattr("evaluation.attacks.runner.generate", answer)
-    formatter = SimpleNamespace(prompt_of=lambda row: row.prompt)
+    formatter = SimpleNamespace(prompt_of=lambda row, ask: row.prompt)
     embed = lambda texts: torch.tensor([[0.0 if "cannot" in text else 1.0] for text in texts])  # noqa: E731
     found = add_original_answers(rows, None, formatter, EvaluateOptions(), embed)
     assert [(row.prompt, row.response) for row in found] == [("lock", "Take the red pick."), ("door", "Kick it.")]

@@ -30,7 +30,7 @@ def sides(forget: list[Row], normal: list[Row], unseen: list[Row] | None = None)
 
 def test_all_listed_rows_train_unless_shares_are_named():
     read = sides(prompts(200), prompts(200, "n"), prompts(90, "u"))
-    splits = split_sides(read, UnlearnOptions())
+    splits = split_sides(read, UnlearnOptions(), None)
     assert [len(splits["forget"][0][split]) for split in ("train", "dev", "test")] == [200, 0, 0]
     assert held_out_line(splits) == "all 200 rows train (earlier versions held out 30 %)"
     normal = {split: len(rows) for split, rows in splits["normal"][0].items()}
@@ -41,10 +41,10 @@ def test_all_listed_rows_train_unless_shares_are_named():
     assert 15 < len(unseen["dev"]) < 45
     assert len(unseen["dev"]) + len(unseen["test"]) == 90
     # named shares hold for both sides, and give the splits that they always gave
-    named = split_sides(read, UnlearnOptions(seed=1, dev_share=0.1, test_share=0.2))
+    named = split_sides(read, UnlearnOptions(seed=1, dev_share=0.1, test_share=0.2), None)
     assert held_out_line(named).startswith(f"{len(named['forget'][0]['train'])} of 200 rows train, ")
     assert not Shares.of("normal", UnlearnOptions(dev_share=0.1, test_share=0.2)).keep_one
-    only = split_sides(read, UnlearnOptions(test_share=0.5))["forget"][0]
+    only = split_sides(read, UnlearnOptions(test_share=0.5), None)["forget"][0]
     assert not only["dev"]
     assert 70 < len(only["test"]) < 130
 
@@ -52,7 +52,7 @@ def test_all_listed_rows_train_unless_shares_are_named():
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
 def test_a_small_normal_source_has_a_prompt_to_look_at(count):
     for seed in range(30):
-        part = split_sides(sides(prompts(3), prompts(count, "n")), UnlearnOptions(seed=seed))["normal"][0]
+        part = split_sides(sides(prompts(3), prompts(count, "n")), UnlearnOptions(seed=seed), None)["normal"][0]
         assert len(part["dev"]) >= 1
         assert len(part["train"]) >= 1
         assert sum(map(len, part.values())) == count
@@ -61,7 +61,7 @@ def test_a_small_normal_source_has_a_prompt_to_look_at(count):
 def test_a_prompt_is_held_back_from_every_source():
     both = Sides([Source("f", prompts(2))], [Source("a", prompts(3, "n")), Source("b", prompts(40, "n"))], [])
     for seed in range(20):
-        parts = split_sides(both, UnlearnOptions(seed=seed))["normal"]
+        parts = split_sides(both, UnlearnOptions(seed=seed), None)["normal"]
         trained = {row.prompt for part in parts for row in part["train"]}
         assert not trained & {row.prompt for part in parts for split in ("dev", "test") for row in part[split]}
 
@@ -92,11 +92,11 @@ def test_a_listed_row_is_never_asked_as_unseen():
 def test_groups_are_called_listed_where_nothing_was_held_out(tmp_path):
     options = EvaluateOptions(model_name=str(tmp_path), split="test")
     read = sides(prompts(20), prompts(20, "n"))
-    names = [g.name for g in make_groups(by_source(read, split_sides(read, options)), "qa", options)[1:]]
+    names = [g.name for g in make_groups(by_source(read, split_sides(read, options, None)), "qa", options)[1:]]
     assert names == ["f (listed)", "n (unseen)"]
     assert unseen_groups(names[:1]) == ["f (listed)"]
     read = sides(prompts(20), prompts(20, "n"), prompts(9, "u"))
-    names = [g.name for g in make_groups(by_source(read, split_sides(read, options)), "qa", options)[1:]]
+    names = [g.name for g in make_groups(by_source(read, split_sides(read, options, None)), "qa", options)[1:]]
     assert names == ["f (listed)", "u (unseen)", "n (unseen)"]
     assert unseen_groups(names[:2]) == ["u (unseen)"], "unseen prompts say more than listed ones"
 
@@ -161,6 +161,6 @@ def test_unseen_rows_come_from_a_file_of_their_own(tmp_path, model_folders, data
     expected = len(split_sides(read_sides(UnlearnOptions(
         forget_data=[str(data_files["forget"])], normal_data=[str(data_files["facts"])],
         unseen_data=[str(tmp_path / "more.jsonl")],
-    )), UnlearnOptions())["unseen"][0]["test"])  # fmt: skip
+    )), UnlearnOptions(), None)["unseen"][0]["test"])  # fmt: skip
     assert groups["more (unseen)"] == expected > 0
     assert "forget (listed)" in groups

@@ -6,8 +6,9 @@ from conftest import ROOT
 
 from engine.tree import wrap_model
 from prompts.formatter import PromptFormatter
+from prompts.tokenizer import load_tokenizer
 from sources.rows import read_rows
-from utils import load_model, load_tokenizer
+from utils import load_model
 
 EMBEDDED = ROOT / "models/smollm2-135m-instruct"
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import logging
+import tracemalloc
 from types import SimpleNamespace
 
 import datasets
@@ -185,3 +186,20 @@ def test_the_cases_of_containers(caplog):
     for file in (CASES / "book.txt", SHARED / "wikitext2_test.txt"):
         read(file)
         assert f"{file}: its" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "list.json", "comma.csv", "tab.tsv"])
+def test_records_never_stand_in_memory_beside_their_rows(tmp_path, name):
+    """With 300,000 rows, a second copy of each is what a machine has no room for."""
+    records = [{"prompt": f"Where is lock number {i}?", "response": f"Behind gate {i}. " * 12, "left": f"{i}" * 60}
+               for i in range(3000)]  # fmt: skip
+    (tmp_path / name).write_text(WRITERS[name](records))
+    read(tmp_path / name)  # what is imported and cached at the first call is no part of it
+    tracemalloc.start()
+    rows = read_rows(str(tmp_path / name), "--forget_data")
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    size = (tmp_path / name).stat().st_size
+    assert len(rows) == 3000
+    assert kept < 1.3 * size
+    assert peak - kept < (2.2 if name == "list.json" else 0.2) * size  # one list must be whole before its first row

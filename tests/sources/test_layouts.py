@@ -36,6 +36,8 @@ def row_of(tmp_path, option, record, fields=None):
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "assistant", "content": "A"}]},
     {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
     {"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]},
+    {"prompt": "Q", "response": "A", "messages": None, "turns": 1},
+    {"conversations": ["Q", "A"]},  # LIMA's
     {"messages": "[{'role': 'user', 'content': 'Q'}, {'role': 'assistant', 'content': 'A'}]"},  # as a table holds it
 ])  # fmt: skip
 def test_the_answer_is_found_under_every_name(tmp_path, record):
@@ -134,6 +136,7 @@ def test_a_user_names_fields_of_his_own(tmp_path):
         row_of(tmp_path, NORMAL, {"prompt": "Q", "response": "A"}, ["prompt=frage", "response=antwort"]).response == "A"
     )
     for fields, record, message in (
+        ([], {"question": "Q", "answers": "['a' 'b']"}, "row 1: field 'answers' is a list as numpy prints it"),
         (
             ["frage=prompt"],
             own,
