@@ -156,8 +156,12 @@ def read_sides(options) -> Sides:
     forget = read_sources(options.forget_data, "--forget_data", options.harm_categories, options.fields)
     normal = read_sources(options.normal_data, "--normal_data", fields=options.fields)
     unseen = read_sources(options.unseen_data, "--unseen_data", fields=options.fields)
-    forget += read_texts(options.forget_text, "--forget_text", options.fields)
-    normal += read_texts(options.normal_text, "--normal_text", options.fields)
+    for of_side, side in ((forget, "forget"), (normal, "normal")):
+        prompts = {source.spec for source in of_side}
+        for text in read_texts(getattr(options, f"{side}_text"), f"--{side}_text", options.fields):
+            if text.spec in prompts:  # its prompts are read too: a source of their own, which the figures tell apart
+                text.spec += " (text)"
+            of_side.append(text)
     sides = Sides([source for source in forget if source.rows], normal, unseen)
     give_wanted_answers(sides)
     refuse_overlap(sides.rows("forget"), sides.rows("normal"))

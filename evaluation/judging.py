@@ -59,14 +59,15 @@ def judge_groups(inputs: EvaluationInputs, runs: dict[str, ModelRun], embed, opt
 def judge_group(group: Group, before: list[str], after: list[str], embed) -> tuple[dict, list[dict]]:
     """Return one group's figures and lines: every measure of `evaluation.measures`, of both models' answers."""
     pairs = pair_answers(group, before, after, embed)
-    of_group = {"side": group.side, "counts": group.counts, "style": group.style, "text": group.is_text}
-    lines = [{"group": group.name, **of_group, "prompt": row.prompt, "before": {"answer": pair.before.text},
-              "after": {"answer": pair.after.text}}
+    is_text = {"text": True} if group.is_text else {}
+    lines = [{"group": group.name, "side": group.side, "counts": group.counts, "style": group.style, **is_text,
+              "prompt": row.prompt, "before": {"answer": pair.before.text}, "after": {"answer": pair.after.text}}
              for row, pair in zip(group.rows, pairs, strict=True)]  # fmt: skip
     for row, line in zip(group.rows, lines, strict=True):
         if row.earlier:
             line["earlier"] = row.earlier
-    figures = {"name": group.name, **of_group, "n": len(lines)}
+    figures = {"name": group.name, "side": group.side, "style": group.style, "n": len(lines), "counts": group.counts,
+               **is_text}  # fmt: skip
     for measure in MEASURES:
         section = figures.setdefault(measure.section, {}) if measure.section else figures
         for label, values in measure.values(group.side, pairs).items():

@@ -207,7 +207,7 @@ class UnlearnBatchSampler:
             self.replacement_pool = given + self._own_answers()
         if len(self.replacement_pool) < needed:
             name = max(self.draws, key=lambda draw: draw.replacements).name
-            if all(rows[0].is_text for rows in self.rows["normal"]):
+            if all(rows[0].is_text for rows in sources):
                 raise UsageError(f"{name}.answers {needed}: replacement answers are those of normal prompts, and "
                                  "--normal_text has none: name some with --normal_data")  # fmt: skip
             raise UsageError(
@@ -242,11 +242,11 @@ class UnlearnBatchSampler:
         return tuple(formatter.prompt_of(row, style, earlier)), style
 
     def _earlier_row(self, example: Example, step: int) -> tuple[str, Row] | None:
-        """Return (side, row) of the turn before an example; None if it is the first turn of its talk.
+        """Return (side, row) of the turn before an example; None if it is the first turn of its talk, or text.
 
         The row may be any of either side, so that it does not hint at the next turn.
         """
-        if not self.answered or not self.wording.multi_turn_fraction:
+        if not self.answered or not self.wording.multi_turn_fraction or self.row(example).is_text:
             return None
         rng = np.random.default_rng([self.seed, Stream.TURNS, example.stream, step, example.example_id])
         if rng.random() >= self.wording.multi_turn_fraction:

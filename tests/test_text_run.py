@@ -7,7 +7,7 @@ import torch
 from conftest import make_tokenizer, one_line_error, run_cli, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_module import prompt_hash
+from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
 from evaluation.groups import Group
 from evaluation.scoring import score_forget_answers
@@ -59,15 +59,17 @@ def passages_of(texts, kind="opt") -> dict[str, list]:
 
 
 def test_a_run_on_text_trains_on_every_passage_of_it(finished, texts):
-    cwd, _, _ = finished
+    cwd, run, _ = finished
     events = [json.loads(line) for line in (cwd / "out.jsonl").read_text().splitlines()]
     steps = [e for e in events if e["event"] == "step"]
     assert len(steps) == 12 and steps[-1]["bad_loss"] > steps[0]["bad_loss"]  # forgotten, on the average of a batch
     by_file = passages_of(texts)
     forget = [p for name in ("a.txt", "b.md") for p in by_file[name]]
+    assert f"stories: {len(forget)} passages of 2 documents; {len(forget)} train, 0 held out" in run.stderr
     assert len(forget) <= 24  # so that 12 steps of 2 rows come to all of them
-    trained = json.loads((cwd / "out/trained_on.json").read_text())["forget"]
-    assert set(trained) == {prompt_hash(passage.key) for passage in forget}
+    trained_on = TrainedOn.read(cwd / "out")
+    assert all(trained_on.holds("forget", passage.key) for passage in forget)
+    assert len(trained_on.runs[-1].forget) == len({passage.key for passage in forget})
     looks = [e for e in events if e["event"] == "eval"]
     assert looks[0]["dev_kl"] == pytest.approx(0, abs=1e-6) and looks[-1]["dev_kl"] > 0
     assert "dev_normal_on_topic" not in looks[-1] or looks[-1]["dev_normal_on_topic"] is None
@@ -142,7 +144,6 @@ def test_a_model_without_a_start_token_learns_on_both_kinds_of_rows(tmp_path, te
     ("words", "says"),
     [
         ([], "the term mismatch of --method yao needs prompts, and text has none: leave it out with --random_weight 0"),
-        (["--method=selective"], "the term stop of --method selective needs prompts"),
         (["--random_weight=0", "--text_window=512"], "--text_window 512: the model reads at most 512 tokens; give at "
                                                      "most 511"),
     ],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_module import Shares, split_sources, split_text
+from data_module import Shares, read_sides, split_sources, split_text
 from method.recipe import read_recipe
 from method.sampler import UnlearnBatchSampler
 from method.terms import draws_of
@@ -222,11 +222,25 @@ def test_terms_that_need_a_prompt_are_refused_where_there_is_none():
     options, recipe, sampler = make_sampler([cutter.cut(text(40))], both_kinds()[2], "--set=mismatch.answers=2")
     with pytest.raises(UsageError, match=r"the term mismatch of --method yao needs prompts.*--random_weight 0"):
         refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
+    options, recipe, sampler = make_sampler([cutter.cut(text(40))], both_kinds()[2], "--method=selective")
+    with pytest.raises(UsageError, match=r"the term stop of --method selective needs prompts.*--random_weight 0"):
+        refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
     options, recipe, sampler = make_sampler([cutter.cut(text(40))], both_kinds()[2], "--random_weight=0")
     refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
     keys = {p.key for p in sampler.rows["forget"][0]}
-    assert sampler.trained_prompts(20) == keys and len(keys) == 10
+    assert sampler.trained_keys(20)["forget"] == keys and len(keys) == 10
     assert dataclasses.replace(sampler.rows["forget"][0][0], shown=2).key in keys
+
+
+def test_one_file_may_hold_prompts_and_text(tmp_path):
+    """Each is a source of its own, so none takes the other's place in the figures."""
+    rows, normal = tmp_path / "both.jsonl", tmp_path / "normal.jsonl"
+    rows.write_text('{"prompt": "w1", "response": "w2", "text": "w3 w4 w5"}\n')
+    normal.write_text('{"prompt": "w6"}\n')
+    sides = read_sides(UnlearnOptions(forget_data=[str(rows)], forget_text=[str(rows)], normal_data=[str(normal)]))
+    assert [(source.spec, source.rows[0].key) for source in sides.forget] == [
+        (str(rows), "w1"), (f"{rows} (text)", "w3 w4 w5")
+    ]  # fmt: skip
 
 
 def test_passages_are_no_replacement_answers():
