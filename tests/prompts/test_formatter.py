@@ -134,9 +134,10 @@ def test_a_pad_token_past_the_embedding_is_not_needed(caplog, monkeypatch, tmp_p
     tokenizer = make_tokenizer("chat")
     size = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    e = PromptFormatter(tokenizer, "auto", 64, 16)
+    e = PromptFormatter(tokenizer, "qa", 64, 16)
     e.fit(tiny_model("llama", size).config, 16)
     assert tokenizer.pad_token_id < size
+    assert e.chat_template  # which needs none of them
     assert f"1 tokens that the model's embedding of {size} rows does not have: '[PAD]' ({size})" in caplog.text
     assert tokenizer.as_loaded.pad_token_id == size  # and it is saved as it was
     with pytest.raises(UsageError, match=r"a row holds '\[PAD\]', a token that the model's embedding does not have"):
