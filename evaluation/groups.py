@@ -64,8 +64,12 @@ def make_groups(splits: dict, style: str, options) -> list[Group]:
                 log.warning("%s: no development rows, and the others are not to be looked at: it has no group", spec)
                 continue
             if not chosen and side == "forget" and options.split in ("test", "dev"):
-                trained = trained_rows(parts["train"], trained_on)
-                split, rows = (LISTED, trained) if trained else (UNSEEN, parts["train"])  # a file that no run has seen
+                split, rows = LISTED, trained_rows(parts["train"], trained_on)
+                if not rows:  # a file that no run has trained on
+                    split, rows = UNSEEN, [row for row in parts["train"] if not trained_on.has_seen(row.key)]
+                if not rows:
+                    log.warning("%s: earlier runs trained on its rows, on the other side: it has no group", spec)
+                    continue
                 groups.append(Group(source, split, side, style, sample(rows, options.prompts_per_group, options.seed)))
                 continue
             split = (UNSEEN if options.split == "test" else options.split) if chosen else ""

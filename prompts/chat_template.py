@@ -140,7 +140,7 @@ class ChatTemplate:
             lead = "" if between.isspace() else between.rstrip(" ")
             return prompt, lead, between[len(lead) :], after
         if self.thoughts and self.thoughts.open_at_end(prompt):
-            return prompt, self.thoughts.closing(prompt), "", after
+            return prompt, self.thoughts.closing(prompt, before), "", after
         return prompt, "", "", after
 
     @property

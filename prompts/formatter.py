@@ -123,8 +123,8 @@ class PromptFormatter:
                     "prompts do not use them", name, len(beyond), size, named)  # fmt: skip
         if self.tokenizer.pad_token_id in beyond:
             pad_with_end(self.tokenizer)
-        if self.style != "chat":  # so that nothing else asks in it
-            self.chat.text, self._end["chat"] = "", self._end[self.style]
+        if self.style != "chat" and {self._end["chat"], *self._joints["chat"][1]} & beyond.keys():
+            self.chat.text, self._end["chat"] = "", self._end[self.style]  # so that nothing else asks in it
         self._ends -= beyond.keys()
         self._beyond = beyond
 

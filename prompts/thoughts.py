@@ -17,9 +17,16 @@ class Markers:
         """Return whether a text, such as a generation prompt, ends inside a thought that holds nothing yet."""
         return text.rstrip().endswith(self.begin)
 
-    def closing(self, text: str) -> str:
-        """Return what closes the empty thought at the end of `text`, as Qwen's templates write it."""
-        return "\n</think>\n\n".replace("</think>", self.end) if text.endswith("\n") else f"\n\n{self.end}\n\n"
+    def closing(self, text: str, before_answer: str) -> str:
+        """Return what closes the empty thought at the end of `text`.
+
+        before_answer: what the template writes up to an answer. If it ends a thought there (DeepSeek V3.1), its own way
+        is taken, else that of Qwen's templates.
+        """
+        _, ended, after = before_answer[len(text.rstrip()) - len(self.begin) :].partition(self.end)
+        if ended:
+            return ("\n" if text.endswith("\n") else "") + self.end + after
+        return f"\n{self.end}\n\n" if text.endswith("\n") else f"\n\n{self.end}\n\n"
 
 
 MARKERS = (

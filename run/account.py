@@ -66,8 +66,8 @@ class SourceAccount:
     def lines(self) -> list[str]:
         """Return the account in words: one line, then one for each field that is not used and each note."""
         about = "about " if self.cut_is_estimate else ""
-        answers = (f"{self.with_answer} with an answer, {self.without_answer} without, {about}{self.answers_cut} answers "
-                   f"cut at {self.answer_tokens} tokens")  # fmt: skip
+        answers = (f"{self.with_answer} with an answer, {self.without_answer} without, "
+                   f"{about}{self.answers_cut} answers cut at {self.answer_tokens} tokens")  # fmt: skip
         texts = f"{self.rows} passages of {self.documents} documents"
         parts = [
             texts if self.documents else f"rows: {answers}",

@@ -147,12 +147,13 @@ def test_no_number_is_taken_that_is_none(options_class, capsys):
         assert found == default
 
 
-def test_a_prompt_longer_than_the_context_is_cut_at_its_beginning():
+def test_a_prompt_longer_than_the_context_is_cut_inside_the_users_text():
     e = formatter("opt")
     config = tiny_model("opt").config  # 512 places
     e.fit(config, 100)
     ids = e.prompt("word " * 2000 + "the end?")
-    assert len(ids) == 412
+    assert 408 < len(ids) <= 412  # the beginning of what is left may be other tokens than before
+    assert e.tokenizer.decode(ids).startswith("</s>### Question: ")
     assert e.tokenizer.decode(ids).endswith("the end?\n ### Answer:")
     assert len(e.cut) == 1
     with pytest.raises(UsageError, match="leave no room in the model's context of 512"):

@@ -115,7 +115,7 @@ def test_a_model_that_is_silent_is_not_pushed_away_from_silence():
     assert asked["stop"] == {"bad 1<|im_end|>"}
 
 
-def test_a_long_prompt_loses_its_beginning_and_is_counted():
+def test_a_prompt_whose_markers_alone_are_too_long_loses_its_beginning_and_is_counted():
     e = formatter(prompt_tokens=6)
     assert (
         e.prompt("one two three four five six seven eight")

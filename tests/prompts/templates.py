@@ -19,6 +19,11 @@ OPENED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
+# DeepSeek V3.1 with thinking=true: the generation prompt opens a thought, a past answer stands behind its end alone
+ENDED = (
+    "{% for m in messages %}{{ ('<|im_start|>' if m['role'] == 'user' else '<|im_end|></think>') + m['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|><think>' }}{% endif %}"
+)
 # gpt-oss: every message has a channel, the answer's is "final"
 GPT_OSS = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}"

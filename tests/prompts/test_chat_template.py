@@ -6,6 +6,7 @@ import logging
 import pytest
 from conftest import SHARED
 from templates import (
+    ENDED,
     GEMMA,
     GEMMA_TOKENS,
     GPT_OSS,
@@ -31,6 +32,7 @@ TALK = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."))
 @pytest.mark.parametrize(("template", "tokens", "asked", "before_answer", "end"), [
     (QWEN3, (), "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n", "<|im_end|>"),
     (OPENED, (), "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n", "\n</think>\n\n", "<|im_end|>"),
+    (ENDED, (), "<|im_start|>Why?<|im_end|><think>", "</think>", "<|im_end|>"),
     (GPT_OSS, GPT_OSS_TOKENS, "<|start|>user<|message|>Why?<|end|><|start|>assistant",
      "<|channel|>final<|message|>", "<|return|>"),
     (GEMMA, GEMMA_TOKENS, "<|im_start|><start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n", "",
@@ -49,7 +51,7 @@ def test_an_answer_follows_what_the_template_writes_before_it(template, tokens, 
     assert decode(e.answer("Yes.")[-1:]) == end
     # a trained row is the template's own text of the conversation, but where the template opens a thought and hides it
     talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Yes."}]
-    if template not in (OPENED, PARTS):
+    if template not in (OPENED, ENDED, PARTS):
         written = e.tokenizer.apply_chat_template(talk, tokenize=False)
         assert written.startswith(decode(e.prompt("Why?") + e.answer("Yes.")))
 

@@ -5,7 +5,7 @@ import logging
 import shutil
 
 import pytest
-from conftest import make_tokenizer, tiny_model
+from conftest import SHARED, make_tokenizer, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import LLAMA3, LLAMA3_TOKENS, QWEN3, with_template
@@ -17,6 +17,7 @@ from prompts.tokenizer import load_tokenizer
 from sources.rows import Row
 from utils import UsageError
 
+CASE = SHARED.parent / "cases" / "long_prompt.jsonl"
 LONG = "Once there was a keeper of the gate. " * 40 + "What did he write down at the end?"
 TALK = (("system", "Be brief."), ("user", "Tell me a long story. " * 30), ("assistant", "Once."))
 
@@ -84,6 +85,17 @@ def test_cut_rows_are_counted_as_they_are_cut():
     assert e.count_cut(rows, answer_tokens=500).answers == 0
 
 
+@pytest.mark.skipif(not CASE.is_file(), reason="no shared cases here")
+def test_shared_long_prompts_keep_markers_and_their_end():
+    e = with_template(QWEN3, prompt_tokens=300, system="Be brief.")
+    rows = [Row(json.loads(line)["prompt"]) for line in CASE.read_text().splitlines()]
+    assert e.count_cut(rows).prompts == len(rows)
+    for row in rows:
+        text = e.tokenizer.decode(e.prompt_of(row))
+        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+        assert f"{row.prompt[-200:]}<|im_end|>\n<|im_start|>assistant\n" in text
+
+
 # --------------------------------------------------------------------------------------------- end tokens
 @pytest.fixture
 def folder(tmp_path, model_folders):
@@ -134,9 +146,10 @@ def test_a_pad_token_past_the_embedding_is_not_needed(caplog, monkeypatch, tmp_p
     tokenizer = make_tokenizer("chat")
     size = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    e = PromptFormatter(tokenizer, "auto", 64, 16)
+    e = PromptFormatter(tokenizer, "qa", 64, 16)
     e.fit(tiny_model("llama", size).config, 16)
     assert tokenizer.pad_token_id < size
+    assert e.chat_template  # which needs none of them
     assert f"1 tokens that the model's embedding of {size} rows does not have: '[PAD]' ({size})" in caplog.text
     assert tokenizer.as_loaded.pad_token_id == size  # and it is saved as it was
     with pytest.raises(UsageError, match=r"a row holds '\[PAD\]', a token that the model's embedding does not have"):
