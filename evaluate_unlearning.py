@@ -13,6 +13,7 @@ import json
 import time
 from pathlib import Path
 
+from engine.loading import load_causal_model
 from engine.processes import join_processes
 from evaluation import verdict
 from evaluation.attacks.runner import run_attacks
@@ -25,7 +26,6 @@ from options import EvaluateOptions, parse
 from utils import (
     UsageError,
     fingerprint,
-    load_model,
     pick_dtype,
     read_json_lines,
     run_script,
@@ -108,7 +108,9 @@ def load_for(name: str, options):
     """Load a model for evaluation, on this process's device. Dropout and the like are off."""
     device = join_processes().device
     dtype = pick_dtype(options.dtype, device)
-    return load_model(name, dtype=dtype, **options.trust()).to(device).eval()  # Phi-3.5-MoE draws its experts else
+    return (
+        load_causal_model(name, dtype=dtype, **options.trust()).to(device).eval()
+    )  # Phi-3.5-MoE draws its experts else
 
 
 def load_cached_report(folder: Path, options, inputs_hash: str) -> tuple[dict, list[dict]] | None:

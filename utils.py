@@ -289,13 +289,14 @@ def save_tokenizer(tokenizer, folder: str | Path) -> None:
 
 def load_model(
     name: str, *, kind=AutoModelForCausalLM, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
-    allow_pickle: bool = False,
+    allow_pickle: bool = False, **settings,
 ):  # fmt: skip
     """Load a causal language model (or another `kind` of auto class) in `dtype`, in training mode, without dropout.
 
     Dropout is off because the KL is measured against an original without it: an unchanged model would have a loss.
     A local folder that holds its weights as a pickle is refused unless `allow_pickle`; hub models are read as
     transformers reads them (safetensors if there are any, else with the weights-only unpickler).
+    settings: further arguments of from_pretrained, such as a quantisation.
     Raises UsageError if the model cannot be loaded, or lacks tensors, or holds weights that are not finite.
     """
     folder = Path(name)
@@ -305,15 +306,28 @@ def load_model(
             raise UsageError(f"{name}: holds its weights as a pickle ({pickles[0]}), which can carry code; convert it "
                              "to safetensors, or pass --allow_pickle")  # fmt: skip
     model, found = _from_pretrained(kind, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code,
-                                    output_loading_info=True, ignore_mismatched_sizes=True)  # named below  # fmt: skip
+                                    output_loading_info=True, ignore_mismatched_sizes=True, **settings)  # fmt: skip
     wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if wrong:  # transformers initialises them at random: the model would look as if it had forgotten
         raise UsageError(f"{name}: {len(wrong)} tensors of {type(model).__name__} are missing or of another shape (the "
                          f"first: {wrong[0]}); save the whole model under its own names")  # fmt: skip
-    broken = next((n for n, tensor in model.named_parameters() if not torch.isfinite(tensor).all()), None)
+    broken = next((n for n, tensor in model.named_parameters()
+                   if tensor.is_floating_point() and not torch.isfinite(tensor).all()), None)  # fmt: skip
     if broken:
         raise UsageError(f"{name}: holds weights that are not finite ({broken}); take a copy that is whole")
     return without_dropout(model).train()
+
+
+def adapter_base(name: str) -> str | None:
+    """Return the base that an adapter's folder names; None for a model. Raises UsageError if the base is missing."""
+    file = Path(name) / "adapter_config.json"
+    if not file.is_file() or (Path(name) / "config.json").is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or (_looks_local(base) and not Path(base).is_dir()):
+        raise UsageError(f"model {name}: is an adapter of {base or 'no named base'}, and there is no such folder; "
+                         f"write the base's folder into {file} (base_model_name_or_path)")  # fmt: skip
+    return base
 
 
 def load_config(name: str, *, trust_remote_code: bool = False):
@@ -344,11 +358,17 @@ def without_dropout(model):
     return model
 
 
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~", "models/")) or os.path.sep in name.strip("/").replace("/", "", 1)
+
+
 def _from_pretrained(auto_class, name: str, **kwargs):
-    looks_local = name.startswith((".", "/", "~", "models/")) or os.path.sep in name.strip("/").replace("/", "", 1)
-    if looks_local and not Path(name).is_dir():
+    if _looks_local(name) and not Path(name).is_dir():
         raise UsageError(f"model {name}: no such folder")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if base := adapter_base(name):
+        is_saved_beside = auto_class is AutoTokenizer and (Path(name) / "tokenizer_config.json").is_file()
+        name = name if is_saved_beside else base
+    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UsageError(f"model {name}: not a model folder (it has no config.json)")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

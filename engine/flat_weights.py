@@ -56,6 +56,16 @@ class FlatWeights:
             split_fp32(values.float(), self.weights[place], self.residuals[place])
         parameter.data = self.weights[place].view(parameter.shape)
 
+    def link(self, number: int) -> None:
+        """Make a parameter a view of its place again, if something gave it other memory: a wrapper for several
+        processes does when it moves the model from "cpu" to "cpu:0"."""
+        parameter, view = self.parameters[number], self.weights[self.place(number)]
+        if self.sharded:
+            self.weights = local_shard(parameter.detach()).view(-1)
+        elif parameter.data_ptr() != view.data_ptr():
+            view.copy_(parameter.detach().reshape(-1))
+            parameter.data = view.view(parameter.shape)
+
     def reset_moments(self) -> None:
         """Forget all moments; they are made again by the next update."""
         self.moments: dict[str, torch.Tensor] = {}
@@ -141,6 +151,7 @@ class FlatWeights:
 
     def set_master(self, number: int, master: torch.Tensor) -> None:
         """Set the fp32 master of a parameter (split like the parameter)."""
+        self.link(number)
         place, values = self.place(number), local_shard(master).reshape(-1)
         if self.residuals is None:
             self.weights[place].copy_(values)

@@ -114,6 +114,8 @@ class MasterWeightAdamW:
         scale, lr = min(1.0, self.settings.max_grad_norm / (norm + 1e-6)), self.lr
         if math.isfinite(norm):
             for flat in self.flats:
+                for place in range(len(flat.parameters)):
+                    flat.link(place)
                 if flat in self._fused:
                     self._fused[flat].update(scale=scale, lr=lr, weight_decay=self.settings.weight_decay, betas=BETAS,
                                              epsilon=EPSILON)  # fmt: skip

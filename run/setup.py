@@ -23,6 +23,7 @@ from engine.adapters import (
     restrict_trainable,
 )
 from engine.generation import generate_missing_responses
+from engine.loading import load_for_training, refuse_bad_quantisation
 from engine.optimizer import MasterWeightAdamW, refuse_missing_8bit
 from engine.processes import (
     gather_to_main_cpu,
@@ -33,7 +34,7 @@ from engine.processes import (
 )
 from engine.reference import ReferenceCache
 from engine.run_metadata import RunMetadata
-from engine.saving import gather_weights, lock_output_dir, write_model
+from engine.saving import SaveForm, came_rounded, choose_save_form, gather_weights, lock_output_dir, write_model
 from engine.state import TrainingState
 from engine.tree import AnswerLogitsModel, wrap_model
 from evaluation.dev_evaluator import DevEvaluator
@@ -48,7 +49,6 @@ from utils import (
     UsageError,
     atomic_dir,
     fingerprint,
-    load_model,
     load_tokenizer,
     log,
     pick_dtype,
@@ -77,6 +77,7 @@ class Setup:
     answer_model: AnswerLogitsModel | None = None
     layout_line: str = ""
     adapters: object = None
+    save_form: SaveForm | None = None
     optimizer: MasterWeightAdamW | None = None
     reference: ReferenceCache | None = None
     evaluator: DevEvaluator | None = None
@@ -106,6 +107,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     started = time.time()
     accelerator = start_processes(options)
     refuse_missing_8bit(options)
+    refuse_bad_quantisation(options)
     held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
     recipe = read_recipe(options)
     sources = read_both_sides(options)
@@ -195,10 +197,9 @@ def development_rows(splits: dict, options: UnlearnOptions, count: int) -> dict[
 def load_weights(setup: Setup) -> None:
     """Load the model, add its adapters, shard it, and build its optimizer."""
     options, recipe, accelerator, formatter = setup.options, setup.recipe, setup.accelerator, setup.formatter
-    model = load_model(options.model_name, **options.trust())
-    if not options.shard:  # a sharded model need not fit on one device
-        model.to(accelerator.device)
     dtype = pick_dtype(options.dtype, accelerator.device)
+    model = load_for_training(options, accelerator.device, dtype)
+    setup.save_form = choose_save_form(options, model, dtype)
     setup.metadata.set_base_model(fingerprint(model), dtype)
     answer_tokens = max(options.max_answer_tokens, setup.sampler.answer_tokens("normal"), recipe.dev.tokens)
     formatter.fit(model.config, answer_tokens)
@@ -226,6 +227,9 @@ def load_weights(setup: Setup) -> None:
         f"{setup.layout_line}; {count} process{'es, the model sharded over them' if options.shard else ''}",
         packed=answer_model.packed, dtype=name, processes=count, shard=options.shard,
     )  # fmt: skip
+    log.info(setup.save_form.line())
+    if came_rounded(options.model_name):
+        log.info("%s was saved in bf16: the fp32 rests of that run's weights are not in it", options.model_name)
 
 
 def ask_original(setup: Setup) -> None:
@@ -288,7 +292,7 @@ def save_checkpoint(setup: Setup, state: TrainingState) -> None:
         folder = checkpoint.folder_of(setup.save_dir)
         path = folder / f"step-{state.step:06d}"
         with atomic_dir(path) as partial:
-            write_model(partial, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options, merged=False)
+            write_model(partial, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options)
             checkpoint.write_state(partial, saved, tensors, optimizer.progress(), setup.metadata.identity(),
                                    weights=weights, names=optimizer.names)  # fmt: skip
         checkpoint.prune_checkpoints(folder, setup.recipe.checkpoints.keep, path)
