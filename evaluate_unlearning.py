@@ -41,7 +41,7 @@ PRINT_ONLY = {"reuse", "examples"}  # options that change what is printed, not w
 def main() -> None:
     # ------------------------------------------------------------------------------------- options and prompts
     options = parse(EvaluateOptions)
-    seed_everything(options.seed, options.threads)
+    seed_everything(options.seed, options.threads, deterministic=options.deterministic)
     processes = join_processes()  # each answers its share of the prompts; the main one writes
     started = time.time()
     inputs = read_inputs(options)  # refuses whatever cannot work, before a model is loaded

@@ -122,6 +122,10 @@ class CommonOptions:
     max_prompt_tokens: POSITIVE = option(512, "tokens of a prompt at most; longer prompts are truncated on the left")
     seed: COUNT = option(8888, "seed of all random choices: splits, order, replacement answers, sampling")
     threads: COUNT = option(0, "CPU threads (0: torch's default)")
+    deterministic: bool = option(
+        False, "give the same bits in every run on one GPU, where torch can, at some cost in time (a CPU does so "
+        "anyway, with one number of threads)"
+    )  # fmt: skip
     trust_remote_code: bool = option(False, "allow code from the model's repository to run")
     allow_pickle: bool = option(False, "allow a local folder's weights to be a pickle (.bin, .pt), which can run code")
 

@@ -46,7 +46,7 @@ COLLAPSE_FACTOR = 5  # times --kl_budget; with a larger dev KL the retain side h
 def main() -> None:
     """Run the command line: prepare, train, finish."""
     options = parse_run()
-    seed_everything(options.seed, options.threads)
+    seed_everything(options.seed, options.threads, deterministic=options.deterministic)
     stop = StopSignals()
     with contextlib.ExitStack() as held:
         setup = prepare(options, held)

@@ -51,10 +51,9 @@ def run_script(main) -> None:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError as error:
-        print(f"{name}: {' '.join(str(error).split())[:200]} Use --use_lora, --gradient_checkpointing, "
+        print(f"{name}: {' '.join(str(error).split())[:200]} Use --gradient_checkpointing, --use_lora, --load_in_4bit, "
               "--gradient_accumulation or smaller batches of answers (--set own_answers.batch_size=8; in an evaluation "
-              "--generation_batch); --dry_run estimates what a run takes",
-              file=sys.stderr)  # fmt: skip
+              "--generation_batch 8); --dry_run says what a run takes", file=sys.stderr)  # fmt: skip
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
@@ -224,14 +223,10 @@ def trim_cpu_heap() -> None:
         _trim(0)
 
 
-def _malloc_trim():
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # not glibc (musl, macOS, Windows)
-        return None
-
-
-_trim = _malloc_trim()
+try:
+    _trim = ctypes.CDLL(None).malloc_trim
+except (OSError, AttributeError, TypeError):  # not glibc (musl, macOS, Windows)
+    _trim = None
 
 
 def _proc_gib(file: str, field: str) -> float:
@@ -244,8 +239,12 @@ def _proc_gib(file: str, field: str) -> float:
 
 
 # ------------------------------------------------------------------------------------------------- seeds
-def seed_everything(seed: int, threads: int = 0) -> None:
-    """Seed Python, numpy and torch; set torch's CPU threads (0: leave them)."""
+def seed_everything(seed: int, threads: int = 0, *, deterministic: bool = False) -> None:
+    """Seed Python, numpy and torch; set torch's CPU threads (0: leave them). deterministic: take torch's kernels that
+    give the same bits in every run, where it has them, and warn where not. Call it before a GPU is used."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

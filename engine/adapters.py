@@ -160,12 +160,22 @@ def enable_gradient_checkpointing(model, num_frozen: int = 0) -> None:
     none. transformers makes the embeddings' output need one as well; that is undone here, because the backward would
     cross every frozen layer.
     """
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    _checkpointing_method(model, "enable")({"use_reentrant": False})
     model.disable_input_require_grads()
     for layer in decoder_layers(model)[1][:num_frozen] if num_frozen else ():
         for module in layer.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
+
+
+def disable_gradient_checkpointing(model) -> None:
+    """Keep all activations for the backward again."""
+    _checkpointing_method(model, "disable")()
+
+
+def _checkpointing_method(model, name: str):
+    """Return a method of transformers by its name: newer versions say activation, older ones gradient."""
+    return getattr(model, f"activation_checkpointing_{name}", None) or getattr(model, f"gradient_checkpointing_{name}")
 
 
 def add_lora(model, settings: LoraSettings, frozen: str | None):

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from engine.adapters import decoder_layers, enable_gradient_checkpointing
+from engine.adapters import disable_gradient_checkpointing, enable_gradient_checkpointing
 from engine.processes import local_shard
 
 BYTES_IN_4_BIT = 0.52  # a weight in NF4 with its quantised scales (arXiv 2305.14314, section 3)
@@ -63,7 +63,7 @@ class SavedBytes:
 
 
 def measure_saved_bytes(model, forward, places: int, *, num_frozen: int, checkpointing: bool) -> SavedBytes:
-    """Run `forward` (it returns a loss) on `places` places, plain and with checkpointing; return bytes a place.
+    """Run `forward` (with or without its backward) plain and with checkpointing; return bytes a place of its `places`.
 
     checkpointing: whether the model has it on now, which is restored. A family that has none counts as plain.
     """
@@ -84,7 +84,7 @@ def _set_checkpointing(model, on: bool, num_frozen: int) -> None:
         if on:
             enable_gradient_checkpointing(model, num_frozen)
         else:
-            model.activation_checkpointing_disable()
+            disable_gradient_checkpointing(model)
 
 
 def run_measured(device: torch.device, work) -> tuple[float, float]:
@@ -129,7 +129,8 @@ def estimate_parts(model, options, saved: SavedBytes, places: int) -> MemoryPart
     rounded = sum(local_shard(p).numel() for p in trained if p.dtype == torch.bfloat16)
     head = model.get_output_embeddings()
     copied = head is not None and head.weight.requires_grad
-    activations = saved.activations(places, len(decoder_layers(model)[1]), checkpointing=options.gradient_checkpointing)
+    layers = model.config.get_text_config().num_hidden_layers
+    activations = saved.activations(places, layers, checkpointing=options.gradient_checkpointing)
     return MemoryParts(
         weights=weights, residuals=2 * rounded, gradients=sum(map(_bytes, trained)),
         moments={"adamw": 8, "adamw8bit": 2.03}[options.optimizer] * count,
@@ -142,9 +143,8 @@ def estimate_parts(model, options, saved: SavedBytes, places: int) -> MemoryPart
 def switch_that_fits(model, options, rank: int, saved: SavedBytes, places: int, available: float) -> list[str]:
     """Return the options, cheapest first, that bring a run below `available` bytes; [] if none of these does."""
     parts = estimate_parts(model, options, saved, places)
-    layers = decoder_layers(model)[1]
-    checkpointed = saved.activations(places, len(layers), checkpointing=True)
-    linears = [m for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    checkpointed = saved.activations(places, model.config.get_text_config().num_hidden_layers, checkpointing=True)
+    linears = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
     adapters = sum(rank * (m.in_features + m.out_features) for m in linears)
     in_linears = sum(m.weight.numel() * m.weight.element_size() for m in linears)
 

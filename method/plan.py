@@ -14,7 +14,7 @@ from engine.reference import ReferenceCache
 from engine.tree import AnswerLogitsModel, Batch
 from method.recipe import Recipe
 from method.sampler import UnlearnBatchSampler
-from method.terms import compute_losses, count_draws, layers_of, sequences_needing_reference
+from method.terms import compute_losses, count_draws, draws_of, layers_of, sequences_needing_reference
 from utils import current_memory_gib, free_memory_gib, peak_memory_gib, trim_cpu_heap
 
 NUM_SAMPLED_STEPS = 100  # their sizes are compared; they are spread evenly over the run
@@ -73,18 +73,20 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     needed = sequences_needing_reference(scheduled, recipe.terms)
     reference = ReferenceCache(answer_model, needed, pack_tokens, pad_id, layers=layers)
 
-    def loss_of(batch: Batch, whole_step: list[Sequence]):
+    def loss_of(sequences: list[Sequence], whole_step: list[Sequence]):
+        batch = answer_model.layout(sequences, pack_tokens, pad_id).to(device)
         out = answer_model(batch, layers=layers)
         logits, states = out if layers else (out, {})
         losses = compute_losses(recipe.terms, batch, logits, states, reference, count_draws(whole_step))
         return sum(term.loss for term in losses)
 
     few, whole_step = _first_tokens(tried[-1][0]), tried[-1][1]
-    probe = answer_model.layout(few, pack_tokens, pad_id).to(device)
+    places = answer_model.layout(few, pack_tokens, pad_id).input_ids.numel()
     saved = measure_saved_bytes(
-        model, lambda: loss_of(probe, whole_step), probe.input_ids.numel(), num_frozen=recipe.trainable.frozen_layers,
+        model, lambda: loss_of(few, whole_step).backward(), places, num_frozen=recipe.trainable.frozen_layers,
         checkpointing=options.gradient_checkpointing,
     )  # fmt: skip
+    answer_model.zero_grad(set_to_none=True)
     largest = answer_model.layout(tried[-1][0], pack_tokens, pad_id)
     parts = estimate_parts(model, options, saved, largest.input_ids.numel())
     loaded = peak_memory_gib(device)
@@ -95,10 +97,7 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
         before = current_memory_gib(device)
         for sequences, whole_step in tried:
             seconds, step_bytes = run_measured(
-                device,
-                lambda sequences=sequences, whole_step=whole_step: loss_of(
-                    answer_model.layout(sequences, pack_tokens, pad_id).to(device), whole_step
-                ).backward(),
+                device, lambda sequences=sequences, whole=whole_step: loss_of(sequences, whole).backward()
             )
             answer_model.zero_grad(set_to_none=True)
         seconds *= options.gradient_accumulation * first.num_tokens / largest.num_tokens
@@ -126,16 +125,25 @@ def _cpu_extras(options, recipe, sampler, answer_model, parts: MemoryParts, need
     """Return the GiB that a run on a CPU holds beyond a step that was measured: the optimizer's state, the original's
     states, what a checkpoint copies, and memory lost between blocks."""
     model, steps = answer_model.model, options.max_unlearn_steps
-    unique = {(s.prompt_ids, s.answer_ids): len(s.answer_ids) for s in needed}
-    answered = sum(len(sampler.answered_rows(side)) for side in sampler.rows)  # each row's states are kept once
-    number = min(len(unique) * steps / NUM_TRIED_STEPS, max(answered, len(unique)))
-    tokens = number * sum(unique.values()) / max(len(unique), 1)
+    sides = {draw.side for draw in draws_of(recipe.terms) if draw.name in {s.draw for s in needed}}
+    rows = sum(len(sampler.answered_rows(side)) for side in sides)
     width = model.config.get_text_config().hidden_size * next(model.parameters()).element_size()
-    cached = tokens * width * (1 + len(layers_of(recipe.terms)))
+    cached = reference_tokens(needed, steps / NUM_TRIED_STEPS, rows) * width * (1 + len(layers_of(recipe.terms)))
     fragmented = FRAGMENTATION_FRACTION * math.log10(steps) * step_gib
     saves = 0 < options.save_every < steps and not options.use_lora
     copies = 4 * sum(p.numel() for p in model.parameters()) if saves else 0  # the masters, in fp32
     return fragmented + (parts.moments + parts.best_state + cached + copies) / 2**30
+
+
+def reference_tokens(needed: list[Sequence], times: float, rows: int) -> float:
+    """Return the answer tokens whose states are cached in a run.
+
+    needed: the sequences of some steps; times: how many times as many steps the run has; rows: the rows that they come
+    from. A sequence that comes again is cached once, so there are no more than rows, or than came in these steps.
+    """
+    unique = {(s.prompt_ids, s.answer_ids): len(s.answer_ids) for s in needed}
+    number = min(len(unique) * times, max(rows, len(unique)))
+    return number * sum(unique.values()) / max(len(unique), 1)
 
 
 def _plan_lines(options, recipe, formatter, sampler, answer_model, layout_line, estimate: PlanEstimate) -> list[str]:

@@ -107,11 +107,11 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     started = time.time()
     accelerator = start_processes(options)
     refuse_missing_8bit(options)
-    refuse_bad_quantisation(options)
     held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
     recipe = read_recipe(options)
     sources = read_both_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
+    refuse_bad_quantisation(options)
     metadata = RunMetadata(
         options, {side: [row for rows in of_side for row in rows] for side, of_side in sources.items()}
     )
@@ -228,6 +228,11 @@ def load_weights(setup: Setup) -> None:
         packed=answer_model.packed, dtype=name, processes=count, shard=options.shard,
     )  # fmt: skip
     log.info(setup.save_form.line())
+    if setup.optimizer.not_fused and accelerator.device.type == "cuda":
+        log.info("the update goes through the weights in parts: %s", setup.optimizer.not_fused)
+    if options.deterministic and accelerator.device.type == "cuda":
+        log.info("deterministic: torch's kernels give the same bits on this GPU and these packages; it warns of those "
+                 "that do not, and another GPU, batch layout or number of processes rounds otherwise")  # fmt: skip
     if came_rounded(options.model_name):
         log.info("%s was saved in bf16: the fp32 rests of that run's weights are not in it", options.model_name)
 
