@@ -44,6 +44,7 @@ class FlatWeights:
                 self.residuals = torch.zeros(end, dtype=torch.int16, device=device)
             for number, parameter in enumerate(parameters):
                 self._take_in(number, parameter)
+        self._address = self.weights.data_ptr()
         self.reset_moments()
         self._segments: dict[tuple[int, int], list[tuple[int, slice, slice]]] = {}
 
@@ -59,10 +60,11 @@ class FlatWeights:
     def link(self, number: int) -> None:
         """Make a parameter a view of its place again, if something gave it other memory: a wrapper for several
         processes does when it moves the model from "cpu" to "cpu:0"."""
-        parameter, view = self.parameters[number], self.weights[self.place(number)]
+        parameter = self.parameters[number]
         if self.sharded:
             self.weights = local_shard(parameter.detach()).view(-1)
-        elif parameter.data_ptr() != view.data_ptr():
+        elif parameter.data_ptr() != self._address + self.starts[number] * self.weights.element_size():
+            view = self.weights[self.place(number)]
             view.copy_(parameter.detach().reshape(-1))
             parameter.data = view.view(parameter.shape)
 
