@@ -90,6 +90,8 @@ def generate(
             end = next((t for t, token in enumerate(tokens) if token in stop), None)
             answers[i] = (tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is not None)
     model.train(was_training)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the batches' blocks have sizes that a training step has no use for
     return answers
 
 

@@ -160,7 +160,7 @@ def test_what_an_evaluation_refuses(finished, monkeypatch):
     """Each before a model is loaded."""
     _, cwd, _, _ = finished
     monkeypatch.chdir(cwd)
-    monkeypatch.setattr(evaluate_unlearning, "load_model", None)
+    monkeypatch.setattr(evaluate_unlearning, "load_causal_model", None)
     for bad, message in (
         ("--require=x=3", "--require 'x=3': must look like"),
         ("--require=forget.ontopic<=1", "forget.ontopic is not measured; measured with these options"),
