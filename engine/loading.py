@@ -10,29 +10,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig
 
-from utils import UsageError, adapter_base, load_config, load_model
+from utils import UsageError, adapter_base, fingerprint, load_config, load_model
 
 QUANTISED_CLASSES = {"Params4bit", "Int8Params"}  # bitsandbytes' own parameter classes
 
 
-def load_for_training(options, device: torch.device, dtype: torch.dtype):
-    """Load --model_name for a run in `dtype`, on `device`; with --shard on the CPU, where it is split.
+def load_for_training(options, device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, str]:
+    """Load --model_name for a run in `dtype`, on `device`, or with --shard on the CPU, where it is split; return (the
+    model, the fingerprint of its weights as they are stored).
 
     Weights that are stored in bf16 are read in bf16 if the run is. They stay in pages of the file until they are moved,
     and processes of one machine share those: with --shard, each makes copies of its own part alone. What is stored
-    otherwise is read in fp32, which the optimizer rounds; a GPU's frozen base under adapters is rounded on reading.
+    otherwise is read in fp32, which the optimizer rounds; under adapters, a GPU gets its frozen base rounded.
     Raises UsageError for a quantised base that cannot be trained.
     """
     name = options.model_name
     if options.load_in_4bit or stored_quantisation(options):
-        return _load_quantised(options, device, dtype)
-    stored, read = stored_dtype(name), torch.float32
-    if options.shard:
-        read = stored or torch.float32
-    elif dtype == torch.bfloat16 and (stored == dtype or (options.use_lora and device.type == "cuda")):
-        read = dtype
-    model = load_causal_model(name, dtype=read, **options.trust())
-    return model if options.shard else model.to(device)
+        model = _load_quantised(options, device, dtype)
+        return model, fingerprint(model)
+    stored = stored_dtype(name) or torch.float32
+    rounds = dtype == torch.bfloat16 and options.use_lora and device.type == "cuda" and not options.shard
+    as_stored = options.shard or rounds or stored == dtype == torch.bfloat16
+    model = load_causal_model(name, dtype=stored if as_stored else torch.float32, **options.trust())
+    weights = fingerprint(model)
+    if rounds:
+        for parameter in model.parameters():  # buffers, such as rotary frequencies, stay as they are
+            parameter.data = parameter.data.to(dtype)
+    return (model if options.shard else model.to(device)), weights
 
 
 def load_causal_model(name: str, *, dtype: torch.dtype, dequantise: bool = False, **trust: bool):

@@ -9,6 +9,7 @@ forms of gradient and weight exist only for one part, which stays in the cache.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -264,11 +265,19 @@ def adamw_8bit(master, grad, flat: FlatWeights, part: slice, done: int, *, lr: f
 
     flat.make_moments()
     moments, blocks = flat.moments, slice(part.start // ALIGN, -(-part.stop // ALIGN))
-    maps = [functional.create_dynamic_map(signed=signed).to(master.device) for signed in (True, False)]
+    maps = [_dynamic_map(signed, master.device) for signed in (True, False)]
     functional.optimizer_update_8bit_blockwise(
         "adam", grad, master, moments["state1"][part], moments["state2"][part], *BETAS, 0.0, 0.0, EPSILON, done + 1,
         lr, *maps, moments["absmax1"][blocks], moments["absmax2"][blocks], weight_decay,
     )  # fmt: skip
+
+
+@functools.cache
+def _dynamic_map(signed: bool, device: torch.device) -> torch.Tensor:
+    """Return the 256 values that codes of 8-bit moments stand for."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=signed).to(device)
 
 
 def refuse_missing_8bit(options) -> None:

@@ -48,7 +48,6 @@ from utils import (
     RunLog,
     UsageError,
     atomic_dir,
-    fingerprint,
     load_tokenizer,
     log,
     pick_dtype,
@@ -198,9 +197,9 @@ def load_weights(setup: Setup) -> None:
     """Load the model, add its adapters, shard it, and build its optimizer."""
     options, recipe, accelerator, formatter = setup.options, setup.recipe, setup.accelerator, setup.formatter
     dtype = pick_dtype(options.dtype, accelerator.device)
-    model = load_for_training(options, accelerator.device, dtype)
+    model, base_fingerprint = load_for_training(options, accelerator.device, dtype)
     setup.save_form = choose_save_form(options, model, dtype)
-    setup.metadata.set_base_model(fingerprint(model), dtype)
+    setup.metadata.set_base_model(base_fingerprint, dtype)
     answer_tokens = max(options.max_answer_tokens, setup.sampler.answer_tokens("normal"), recipe.dev.tokens)
     formatter.fit(model.config, answer_tokens)
     prompts = [source[0].prompt for sources in setup.sampler.rows.values() for source in sources]

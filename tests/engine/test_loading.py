@@ -60,6 +60,16 @@ def test_a_bf16_base_is_read_and_saved_in_bf16_and_answers_as_the_run_measured(t
     assert begun == ended
 
 
+def test_a_base_has_one_fingerprint_however_it_is_read(in_bf16):
+    """A run's manifest names it, and the run may be repeated in another type or on another device."""
+    options, cpu = UnlearnOptions(model_name=str(in_bf16)), torch.device("cpu")
+    (as_stored, one), (widened, other) = (
+        load_for_training(options, cpu, kind) for kind in (torch.bfloat16, torch.float32)
+    )
+    assert (as_stored.dtype, widened.dtype) == (torch.bfloat16, torch.float32)
+    assert one == other
+
+
 def test_fp32_on_request_keeps_the_masters(tmp_path, in_bf16, data_files):
     unlearn(tmp_path, data_files, f"--model_name={in_bf16}", "--model_save_dir=out", "--save_dtype=fp32")
     saved = weights(tmp_path / "out")
@@ -118,7 +128,7 @@ def test_a_base_in_4_bits_trains_adapters_that_merge_into_the_full_base(tmp_path
 def test_a_base_that_is_stored_in_4_bits_is_trained_the_same_way(tmp_path, in_bf16, data_files):
     shutil.copytree(in_bf16, tmp_path / "four")
     options = UnlearnOptions(model_name=str(in_bf16), use_lora=True, load_in_4bit=True)
-    load_for_training(options, torch.device("cpu"), torch.bfloat16).save_pretrained(tmp_path / "four")
+    load_for_training(options, torch.device("cpu"), torch.bfloat16)[0].save_pretrained(tmp_path / "four")
     words = ["--use_lora", "--set=lora.rank=4", "--model_name=four"]
     unlearn(tmp_path, data_files, *words, "--model_save_dir=out")
     assert (tmp_path / "out/adapter_config.json").is_file()
