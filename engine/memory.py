@@ -44,7 +44,7 @@ class MemoryParts:
         """Return the parts in GiB, the largest first."""
         named = {f.name: getattr(self, f.name) / 2**30 for f in dataclasses.fields(self) if f.name != "in_parts"}
         return ", ".join(f"{name.replace('_', ' ')} {gib:.2f}"
-                         for name, gib in sorted(named.items(), key=lambda item: -item[1]) if gib >= 0.005)  # fmt: skip
+                         for name, gib in sorted(named.items(), key=lambda item: -item[1]) if gib)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +105,14 @@ def run_measured(device: torch.device, work) -> tuple[float, float]:
 @contextlib.contextmanager
 def count_saved_bytes(model):
     """Inside, count in a list's one number the bytes that autograd saves, without the model's own weights."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.Tensor] = {}  # by address; what is kept cannot be freed, so no address comes twice
+    own = {local_shard(t).untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}  # by address; what is kept is not freed, so no address comes twice
     counted = [0]
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
+        storage, root = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
+        if isinstance(root, torch.nn.Parameter):  # of a split model: a layer's weights, gathered
+            return tensor
         if storage.data_ptr() not in own and storage.data_ptr() not in kept:
             kept[storage.data_ptr()] = tensor
             counted[0] += storage.nbytes()

@@ -161,7 +161,7 @@ def _plan_lines(options, recipe, formatter, sampler, answer_model, layout_line, 
         f"rows visited   {answered['forget']:,} forget of {rows['forget']:,}, {answered['normal']:,} normal of "
         f"{rows['normal']:,}; {len(sampler.replacement_pool):,} replacement answers to draw from",
         f"{part:14s} {_size(estimate.first)}; the largest: {_size(estimate.largest)}",
-        f"memory         {estimate.peak_gib:.2f} GiB at most ({estimate.parts.line()}); {_advice(estimate)}",
+        f"memory         {estimate.peak_gib:.2f} GiB at most, of it {estimate.parts.line()}; {_advice(estimate)}",
         f"time           {_time(estimate.step_seconds, options.max_unlearn_steps)}",
         "",
         "first batch: each prompt, then in [..] the continuation that a term trains on:",
