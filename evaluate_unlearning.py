@@ -15,6 +15,7 @@ import os
 import time
 from pathlib import Path
 
+from engine.loading import load_causal_model
 from engine.paths import refuse_folder, refuse_no_folder
 from engine.processes import join_processes
 from evaluation import verdict
@@ -27,7 +28,6 @@ from evaluation.parsing import parse_evaluation
 from evaluation.report import print_report, write_model_card, write_report
 from utils import (
     fingerprint,
-    load_model,
     log,
     pick_dtype,
     read_json_lines,
@@ -45,7 +45,7 @@ PRINT_ONLY = {"reuse", "examples"}  # options that change what is printed, not w
 def main() -> None:
     # ------------------------------------------------------------------------------------- options and prompts
     options = parse_evaluation()
-    seed_everything(options.seed, options.threads)
+    seed_everything(options.seed, options.threads, deterministic=options.deterministic)
     processes = join_processes()  # each answers its share of the prompts; the main one writes
     started = time.time()
     for name in ("perplexity_text", "mc_data", "train_log"):
@@ -155,7 +155,9 @@ def load_for(name: str, options):
     """Load a model for evaluation, on this process's device. Dropout and the like are off."""
     device = join_processes().device
     dtype = pick_dtype(options.dtype, device)
-    return load_model(name, dtype=dtype, **options.trust()).to(device).eval()  # Phi-3.5-MoE draws its experts else
+    return (
+        load_causal_model(name, dtype=dtype, **options.trust()).to(device).eval()
+    )  # Phi-3.5-MoE draws its experts else
 
 
 def load_cached_report(folder: Path, options, inputs_hash: str) -> tuple[dict, list[dict]] | None:

@@ -164,6 +164,10 @@ class CommonOptions(DataOptions):
     )
     seed: COUNT = option(8888, "seed of all random choices: splits, order, replacement answers, sampling")
     threads: COUNT = option(0, "CPU threads (0: torch's default)")
+    deterministic: bool = option(
+        False, "give the same bits in every run on one GPU, where torch can, at some cost in time (a CPU does so "
+        "anyway, with one number of threads)"
+    )  # fmt: skip
     trust_remote_code: bool = option(False, "allow code from the model's repository to run")
     allow_pickle: bool = option(False, "allow a local folder's weights to be a pickle (.bin, .pt), which can run code")
 
@@ -211,6 +215,9 @@ class UnlearnOptions(CommonOptions):
 
     # ---- memory
     use_lora: bool = option(False, "train low-rank adapters; they are saved, and merged into the saved model")
+    load_in_4bit: bool = option(
+        False, "quantise the base to 4 bits and train adapters on it (QLoRA; needs --use_lora and bitsandbytes)"
+    )
     optimizer: Literal["adamw", "adamw8bit"] = option(
         "adamw", "adamw8bit: 8-bit AdamW moments, 2 bytes per weight instead of 8 (needs bitsandbytes)"
     )
@@ -221,6 +228,16 @@ class UnlearnOptions(CommonOptions):
         1, "number of parts that a step's rows are processed in, one after the other: less memory, same update"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+
+    # ---- what is saved
+    save_dtype: Literal["auto", "fp32", "bf16"] = option(
+        "auto",
+        "type of the saved weights; auto: bf16 if the run is in bf16 and its base is stored in 16 bits, else fp32",
+    )
+    adapter_only: bool = option(False, "save the adapters alone; their folder and the base together make the model")
+    merge_into_base: bool = option(
+        False, "merge adapters trained on a quantised base into its full weights (if unset: they are saved alone)"
+    )
 
     # ---- evaluation and checkpoints during the run
     eval_every: COUNT = option(0, "steps between evaluations on the dev split (0: only at start and end)")
@@ -254,7 +271,9 @@ class EvaluateOptions(CommonOptions):
         "model made by unlearn_harm.py, else all)"
     )  # fmt: skip
     prompts_per_group: POSITIVE = option(64, "maximum prompts per group, drawn with the seed")
-    generation_batch: POSITIVE = option(64, "prompts per generation batch")
+    generation_batch: COUNT = option(
+        0, "prompts per generation batch (0: on a GPU as many as memory takes, on a CPU 64)"
+    )
     max_new_tokens: POSITIVE = option(48, "maximum tokens per answer (greedy decoding)")
     perplexity_text: str | None = option(None, "text file; both models' perplexity on it is reported")
     mc_data: str | None = option(

@@ -45,7 +45,7 @@ COLLAPSE_FACTOR = 5  # times --kl_budget; with a larger dev KL the retain side h
 def main() -> None:
     """Run the command line: prepare, train, finish."""
     options = parse_run()
-    seed_everything(options.seed, options.threads)
+    seed_everything(options.seed, options.threads, deterministic=options.deterministic)
     stop = StopSignals()
     with contextlib.ExitStack() as held:
         setup = prepare(options, held)
@@ -200,10 +200,11 @@ def finish(setup: Setup, state: TrainingState, reason: str) -> None:
         log.warning("%d prompts were longer than %d tokens and were cut at the beginning of the user's text", cut,
                     setup.formatter.max_prompt_tokens)  # fmt: skip
     trim_cpu_heap()
-    weights = gather_weights(setup.model, optimizer, setup.adapters)
+    weights = gather_weights(setup.model, optimizer, setup.adapters, setup.save_form.dtype)
     if accelerator.is_main_process:
         with atomic_dir(setup.save_dir) as beside:
-            write_model(beside, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options)
+            write_model(beside, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options,
+                        setup.save_form)  # fmt: skip
             terms = [term.describe() for term in setup.recipe.terms]
             write_json(beside / "unlearn_args.json",
                        {"options": dataclasses.asdict(options), "run": summary, "terms": terms,

@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger("unlearning")
@@ -51,10 +51,9 @@ def run_script(main) -> None:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError as error:
-        print(f"{name}: {' '.join(str(error).split())[:200]} Use --use_lora, --gradient_checkpointing, "
+        print(f"{name}: {' '.join(str(error).split())[:200]} Use --gradient_checkpointing, --use_lora, --load_in_4bit, "
               "--gradient_accumulation or smaller batches of answers (--set own_answers.batch_size=8; in an evaluation "
-              "--generation_batch); --dry_run estimates what a run takes",
-              file=sys.stderr)  # fmt: skip
+              "--generation_batch 8); --dry_run says what a run takes", file=sys.stderr)  # fmt: skip
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
@@ -228,14 +227,10 @@ def trim_cpu_heap() -> None:
         _trim(0)
 
 
-def _malloc_trim():
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # not glibc (musl, macOS, Windows)
-        return None
-
-
-_trim = _malloc_trim()
+try:
+    _trim = ctypes.CDLL(None).malloc_trim
+except (OSError, AttributeError, TypeError):  # not glibc (musl, macOS, Windows)
+    _trim = None
 
 
 def _proc_gib(file: str, field: str) -> float:
@@ -248,8 +243,12 @@ def _proc_gib(file: str, field: str) -> float:
 
 
 # ------------------------------------------------------------------------------------------------- seeds
-def seed_everything(seed: int, threads: int = 0) -> None:
-    """Seed Python, numpy and torch; set torch's CPU threads (0: leave them)."""
+def seed_everything(seed: int, threads: int = 0, *, deterministic: bool = False) -> None:
+    """Seed Python, numpy and torch; set torch's CPU threads (0: leave them). deterministic: take torch's kernels that
+    give the same bits in every run, where it has them, and warn where not. Call it before a GPU is used."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -271,13 +270,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_model(
     name: str, *, kind=AutoModelForCausalLM, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
-    allow_pickle: bool = False,
+    allow_pickle: bool = False, **settings,
 ):  # fmt: skip
     """Load a causal language model (or another `kind` of auto class) in `dtype`, in training mode, without dropout.
 
     Dropout is off because the KL is measured against an original without it: an unchanged model would have a loss.
     A local folder that holds its weights as a pickle is refused unless `allow_pickle`; hub models are read as
     transformers reads them (safetensors if there are any, else with the weights-only unpickler).
+    settings: further arguments of from_pretrained, such as a quantisation.
     Raises UsageError if the model cannot be loaded, or lacks tensors, or holds weights that are not finite.
     """
     folder = Path(name)
@@ -289,12 +289,13 @@ def load_model(
     if kind is AutoModelForCausalLM:
         kind = _text_model_class(name, trust_remote_code)
     model, found = from_pretrained(kind, name, dtype=dtype, use_safetensors=None, trust_remote_code=trust_remote_code,
-                                    output_loading_info=True, ignore_mismatched_sizes=True)  # named below  # fmt: skip
+                                   output_loading_info=True, ignore_mismatched_sizes=True, **settings)  # fmt: skip
     wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if wrong:  # transformers initialises them at random: the model would look as if it had forgotten
         raise UsageError(f"{name}: {len(wrong)} tensors of {type(model).__name__} are missing or of another shape (the "
                          f"first: {wrong[0]}); save the whole model under its own names")  # fmt: skip
-    broken = next((n for n, tensor in model.named_parameters() if not torch.isfinite(tensor).all()), None)
+    broken = next((n for n, tensor in model.named_parameters()
+                   if tensor.is_floating_point() and not torch.isfinite(tensor).all()), None)  # fmt: skip
     if broken:
         raise UsageError(f"{name}: holds weights that are not finite ({broken}); take a copy that is whole")
     return without_dropout(model).train()
@@ -303,12 +304,20 @@ def load_model(
 def _text_model_class(name: str, trust_remote_code: bool):
     """Return the auto class of a model that writes text; models with a vision tower may have one of their own."""
     config = type(load_config(name, trust_remote_code=trust_remote_code))
-    has_vision = config in AutoModelForImageTextToText._model_mapping
-    return (
-        AutoModelForImageTextToText
-        if has_vision and config not in AutoModelForCausalLM._model_mapping
-        else (AutoModelForCausalLM)
-    )
+    is_plain = config in AutoModelForCausalLM._model_mapping or config not in AutoModelForImageTextToText._model_mapping
+    return AutoModelForCausalLM if is_plain else AutoModelForImageTextToText
+
+
+def adapter_base(name: str) -> str | None:
+    """Return the base that an adapter's folder names; None for a model. Raises UsageError if the base is missing."""
+    file = Path(name) / "adapter_config.json"
+    if not file.is_file() or (Path(name) / "config.json").is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or (_looks_local(base) and not Path(base).is_dir()):
+        raise UsageError(f"model {name}: is an adapter of {base or 'no named base'}, and there is no such folder; "
+                         f"write the base's folder into {file} (base_model_name_or_path)")  # fmt: skip
+    return base
 
 
 def load_config(name: str, *, trust_remote_code: bool = False):
@@ -317,7 +326,8 @@ def load_config(name: str, *, trust_remote_code: bool = False):
 
 
 def model_folder(name: str) -> Path | None:
-    """Return the folder of a local model, or the cached snapshot of a hub model; None if there is neither."""
+    """Return the folder of a local model (of an adapter, its base's), or the cached snapshot of a hub model, or None."""
+    name = adapter_base(name) or name
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -350,12 +360,18 @@ def without_dropout(model):
     return model
 
 
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~", "models/")) or os.path.sep in name.strip("/").replace("/", "", 1)
+
+
 def from_pretrained(auto_class, name: str, **kwargs):
     """Load a config, tokenizer or model with an auto class. Raises UsageError if the folder or hub name fails."""
-    looks_local = name.startswith((".", "/", "~", "models/")) or os.path.sep in name.strip("/").replace("/", "", 1)
-    if looks_local and not Path(name).is_dir():
+    if _looks_local(name) and not Path(name).is_dir():
         raise UsageError(f"model {name}: no such folder")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if base := adapter_base(name):
+        is_saved_beside = auto_class is AutoTokenizer and (Path(name) / "tokenizer_config.json").is_file()
+        name = name if is_saved_beside else base
+    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UsageError(f"model {name}: not a model folder (it has no config.json)")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

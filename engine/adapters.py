@@ -11,14 +11,16 @@ import warnings
 
 import torch
 
+from engine.loading import is_quantised
 from options import POSITIVE, option
 from utils import UsageError
 
 # Their kernels read the weights of some layers past the module: peft refuses adapters there, or they learn nothing.
 WITH_FUSED_KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
-QUANTISED_CLASSES = {"Params4bit", "Int8Params"}  # bitsandbytes' own parameter classes
-PROBE_SCALE = 0.02  # spread of the values that `check_save_path` gives the adapters: a few percent of a weight
-SAVE_TOLERANCE = 1e-3  # of the logits' spread, in fp32: rounding gives 1e-6, a merge into a tied weight 1e-1
+# Spread of the values that `check_save_path` gives the adapters, and the largest difference of the logits, in units of
+# their spread. In fp32, rounding gives 1e-6, and a merge into a tied weight 1e-1. In bf16, rounding gives up to 0.1; so
+# the adapters are as large as the weights, and a merge into a tied weight gives about 1.
+PROBE = {torch.float32: (0.02, 1e-3), torch.bfloat16: (0.1, 0.3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +160,22 @@ def enable_gradient_checkpointing(model, num_frozen: int = 0) -> None:
     none. transformers makes the embeddings' output need one as well; that is undone here, because the backward would
     cross every frozen layer.
     """
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    _checkpointing_method(model, "enable")({"use_reentrant": False})
     model.disable_input_require_grads()
     for layer in decoder_layers(model)[1][:num_frozen] if num_frozen else ():
         for module in layer.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
+
+
+def disable_gradient_checkpointing(model) -> None:
+    """Keep all activations for the backward again."""
+    _checkpointing_method(model, "disable")()
+
+
+def _checkpointing_method(model, name: str):
+    """Return a method of transformers by its name: newer versions say activation, older ones gradient."""
+    return getattr(model, f"activation_checkpointing_{name}", None) or getattr(model, f"gradient_checkpointing_{name}")
 
 
 def add_lora(model, settings: LoraSettings, frozen: str | None):
@@ -211,16 +223,18 @@ def check_save_path(model, adapters, ids: torch.Tensor, targets: tuple[str, ...]
     """Check, before the first step, that the model which a run saves will be the model that it trains.
 
     adapters: what `add_lora` returned, or None for a run on whole weights; ids (R, T): a few token ids;
-    targets: lora.targets, for the message. Call it while the model is in fp32 and whole on its device.
+    targets: lora.targets, for the message. Call it while the model is whole on its device.
 
-    Weights stored as codes (bitsandbytes and the like) are refused: nothing can be merged into them or saved from
-    them. Then the adapters get small values, and for each kind of adapted module (a name without its layer number)
-    one module is merged in place: the logits must stay the same. They change, for instance, if a target shares its
-    weight with another module. Adapters and weights are put back bit for bit. Cost: one forward of `ids` and one more
-    a kind (about eight), and a copy of one module and of the adapters. Raises UsageError in one line.
+    The adapters get values of their own, and for each kind of adapted module (a name without its layer number) one
+    module is merged in place: the logits must stay the same. They change, for instance, if a target shares its weight
+    with another module. Of a quantised module, which is merged into weights that are loaded later, only that is asked.
+    Adapters and weights are put back bit for bit. Cost: one forward of `ids` and one more a kind (about eight), and a
+    copy of one module and of the adapters. Raises UsageError in one line.
     """
-    refuse_quantised(model)
     if adapters is None:
+        if is_quantised(model):
+            raise UsageError(f"{type(model).__name__}: holds codes of a quantisation, so its whole weights cannot be "
+                             "trained; take the model in fp32, bf16 or fp16")  # fmt: skip
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -229,6 +243,7 @@ def check_save_path(model, adapters, ids: torch.Tensor, targets: tuple[str, ...]
         if isinstance(module, BaseTunerLayer) and any(p.requires_grad for p in module.parameters()):
             kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), (name, module))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scale, tolerance = PROBE.get(model.dtype, PROBE[torch.bfloat16])
     kept = [parameter.detach().clone() for parameter in trained]
     was_training = model.training
     model.eval()
@@ -236,11 +251,15 @@ def check_save_path(model, adapters, ids: torch.Tensor, targets: tuple[str, ...]
     try:
         with torch.no_grad():
             for parameter in trained:
-                parameter.add_(PROBE_SCALE * torch.randn(parameter.shape, generator=draw).to(parameter))
+                parameter.add_(scale * torch.randn(parameter.shape, generator=draw).to(parameter))
             expected = model(input_ids=ids, use_cache=False).logits.float()  # (R, T, V)
             for name, module in kinds.values():
-                difference = _merged_logits(model, module, ids) - expected
-                if not difference.square().mean().sqrt() <= SAVE_TOLERANCE * expected.std():
+                if is_quantised(module):
+                    merges = not _shared_names(model, module)
+                else:
+                    difference = _merged_logits(model, module, ids) - expected
+                    merges = difference.square().mean().sqrt() <= tolerance * expected.std()
+                if not merges:
                     raise UsageError(f"lora.targets {' '.join(targets) or name}: the adapter of {name} cannot be "
                                      f"merged and saved ({_why_not(model, module)}); leave it out")  # fmt: skip
     finally:
@@ -263,24 +282,16 @@ def _merged_logits(model, module, ids: torch.Tensor) -> torch.Tensor:
             weight.copy_(value)
 
 
-def _why_not(model, module) -> str:
+def _shared_names(model, module) -> set[str]:
+    """Return the names of all modules that hold one of a module's weights, if they are several."""
     own = {id(weight) for weight in module.parameters()}
     uses: dict[int, set[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         if id(weight) in own:
             uses.setdefault(id(weight), set()).add(name.replace(".base_layer", "").rpartition(".")[0])
-    shared = next((names for names in uses.values() if len(names) > 1), None)
+    return next((names for names in uses.values() if len(names) > 1), set())
+
+
+def _why_not(model, module) -> str:
+    shared = _shared_names(model, module)
     return f"{' and '.join(sorted(shared))} share one weight" if shared else "merging changes the logits"
-
-
-def refuse_quantised(model) -> None:
-    """Raise UsageError if the model's weights are codes of a quantisation: they cannot be trained, merged or saved."""
-    settings = getattr(model.config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    codes = next((type(p).__name__ if type(p).__name__ in QUANTISED_CLASSES else str(p.dtype)
-                  for p in model.parameters()
-                  if type(p).__name__ in QUANTISED_CLASSES or not p.is_floating_point()), None)  # fmt: skip
-    if settings is not None or codes or getattr(model, "is_quantized", False):
-        name, kind = model.config._name_or_path or type(model).__name__, getattr(method, "value", method) or codes
-        raise UsageError(f"--model_name {name}: its weights are quantised ({kind}), so what is trained cannot be "
-                         "merged or saved; take the model in fp32, bf16 or fp16")  # fmt: skip

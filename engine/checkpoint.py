@@ -36,6 +36,8 @@ FREE = {
     "cache_dir",  # where answers are kept; the answers themselves are compared
     "recipe.own_answers.batch_size",  # how many prompts share a forward: an answer depends on its own prompt
     "gradient_checkpointing",  # the same activations, computed twice
+    "save_dtype", "adapter_only", "merge_into_base",  # the form of what is saved at the end
+    "deterministic",  # rounding alone
     "threads",  # rounding alone, and 0 leaves the number to the machine anyway
     "allow_pickle",  # how weights may be read; the weights themselves are compared
 }  # fmt: skip

@@ -20,7 +20,10 @@ from transformers.cache_utils import DynamicLayer
 from engine.processes import broadcast_from_main, is_sharded, parallel_map
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
-from utils import attention_window, log, read_json_lines, write_json_lines
+from utils import attention_window, free_memory_gib, log, read_json_lines, write_json_lines
+
+BATCH_SIZE = 64  # prompts at once on a CPU
+ANSWER_MEMORY = 0.6  # share of a GPU's free memory that a batch of answers may take, by its estimate
 
 
 @torch.no_grad()
@@ -30,7 +33,8 @@ def generate(
 ) -> list[tuple[str, bool]]:  # fmt: skip
     """Return one (text, complete) a prompt, in the prompts' order; complete: the model ended the answer by itself.
 
-    prompts: token ids; max_new_tokens: tokens of an answer at most; batch_size: prompts answered at once.
+    prompts: token ids; max_new_tokens: tokens of an answer at most; batch_size: prompts answered at once (0: on a GPU
+    as many as its memory takes, on a CPU 64).
     Greedy at temperature 0, else sampled. A sampled answer depends on `seed`, its prompt, and how often the prompt
     stands before it in `prompts`; it does not depend, but for rounding, on the prompts that share its batch.
     The model's generation_config.json (a repetition penalty, beams) is ignored, so that two models are asked alike.
@@ -43,16 +47,23 @@ def generate(
     settings = {}
     draws = _row_draws(prompts, seed, max_new_tokens) if temperature else None  # (P, new tokens)
     answers: list[tuple[str, bool]] = [("", True)] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     split = is_sharded(model)
-    if not split:  # no answer depends on who is asked together: a share for every process
-        batch_size = min(batch_size, max(1, -(-len(prompts) // PartialState().num_processes)))
-    chunks = _chunks(order, prompts, batch_size)
+    chunks = _chunks(model, prompts, max_new_tokens, batch_size)
     was_training = model.training
     model.eval()  # gradient checkpointing, active in training mode, would switch the key-value cache off
     shared, cache = (0, None) if split else _shared_prefix_cache(model, prompts)
 
     def answer(number: int, chunk: list[int]) -> list[list[int]]:
+        try:
+            return answer_at_once(chunk)
+        except torch.OutOfMemoryError:
+            if len(chunk) == 1 or split:  # processes of a split model must all ask the same chunk
+                raise
+        torch.cuda.empty_cache()
+        half = len(chunk) // 2
+        return answer(number, chunk[:half]) + answer(number, chunk[half:])
+
+    def answer_at_once(chunk: list[int]) -> list[list[int]]:
         width = max(len(prompts[i]) for i in chunk)
         ids = torch.full((len(chunk), width), tokenizer.pad_token_id)  # (R, T): shared beginning, padding, the rest
         mask = torch.zeros_like(ids)
@@ -79,6 +90,8 @@ def generate(
             end = next((t for t, token in enumerate(tokens) if token in stop), None)
             answers[i] = (formatter.read_answer(prompts[i], tokens[:end]), end is not None)
     model.train(was_training)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the batches' blocks have sizes that a training step has no use for
     return answers
 
 
@@ -127,15 +140,55 @@ def _row_draws(prompts: list[list[int]], seed: int, count: int) -> torch.Tensor:
     return torch.from_numpy(rows)
 
 
-def _chunks(order: list[int], prompts: list[list[int]], batch_size: int) -> list[list[int]]:
-    """Group prompts to be answered together: `batch_size` short ones, fewer long ones (memory: number x length)."""
+def _chunks(model, prompts: list[list[int]], max_new_tokens: int, batch_size: int) -> list[list[int]]:
+    """Group the prompts' numbers into batches to be answered together, the shortest prompts first.
+
+    With a `batch_size`, that many short ones or fewer long ones (memory: number x length). Without one, a GPU gets as
+    many as its free memory takes: a step of a small model costs the host about 25 ms whatever the batch, so that 900
+    prompts in one batch take little longer than 64. No answer depends on who is asked together, so every process gets a
+    share. A static cache would save the copy of the keys and values in each step, but not the host's time, unless a
+    graph is captured for each batch size, which takes longer than the answers.
+    """
+    device, share = next(model.parameters()).device, len(prompts)
+    if not is_sharded(model):
+        share = max(1, -(-len(prompts) // PartialState().num_processes))
+    by_memory = batch_size == 0 and device.type == "cuda"
+    batch_size = min(batch_size or BATCH_SIZE, share)
+    budget = ANSWER_MEMORY * (free_memory_gib(device) * 2**30 + _unused_bytes(device)) if by_memory else 0
     chunks: list[list[int]] = []
-    for i in order:  # shortest first, so the last of a chunk is its longest
-        if chunks and len(chunks[-1]) < batch_size and (len(chunks[-1]) + 1) * len(prompts[i]) <= 64 * batch_size:
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):  # the last of a chunk is its longest
+        number = len(chunks[-1]) + 1 if chunks else 1
+        if by_memory:
+            fits = number <= share and number * answer_bytes(model, len(prompts[i]), max_new_tokens) <= budget
+        else:
+            fits = number <= batch_size and number * len(prompts[i]) <= 64 * batch_size
+        if chunks and fits:
             chunks[-1].append(i)
         else:
             chunks.append([i])
     return chunks
+
+
+def answer_bytes(model, width: int, max_new_tokens: int) -> int:
+    """Return the bytes that one prompt of `width` tokens takes while it is answered: keys and values (a layer's are
+    copied in each step), the states of one layer while the prompt is read, and a row of logits as it is sampled."""
+    config, size = (
+        model.config.get_text_config(),
+        next(p for p in model.parameters() if p.is_floating_point()).element_size(),
+    )
+    heads = getattr(config, "num_attention_heads", 1)
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    a_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_width
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = inner if isinstance(inner, int) else max(inner)
+    in_fp32 = 4 * 6  # logits, softmax, its sums, and what is drawn
+    return int(1.2 * size * a_token * (width + max_new_tokens) + size * width * (6 * config.hidden_size + 3 * inner)
+               + config.vocab_size * (size + in_fp32))  # fmt: skip
+
+
+def _unused_bytes(device: torch.device) -> int:
+    """Return what torch holds of a GPU's memory without using it."""
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _shared_prefix_cache(model, prompts: list[list[int]]):

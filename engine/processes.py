@@ -142,12 +142,16 @@ def shard(forward, dtype: torch.dtype, device_type: str) -> None:
     """Split the parameters of `forward` (an AnswerLogitsModel) over all processes, layer by layer (FSDP2, in place).
 
     The parts are the optimizer's fp32 master weights; a layer is gathered in `dtype` while it runs, and gradients are
-    summed in fp32. Source: torch.distributed.fsdp.fully_shard.
+    summed in fp32. A process copies its own parts of the model, which may lie in a file's pages, and no more than one
+    layer is ever whole in fp32. Source: torch.distributed.fsdp.fully_shard.
     """
     mesh = init_device_mesh(device_type, (PartialState().num_processes,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in decoder_layers(forward.model)[1]:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer.float(), mesh=mesh, mp_policy=policy)
+    for parameter in forward.parameters():  # what lies outside the layers
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.float()
     # by default the outermost module stays gathered after a forward, and would not see the weights of a resume
     fully_shard(forward, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     forward.dtype = dtype

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 
 from accelerate import PartialState
 
 from data_module import Sequence
-from engine.processes import local_microbatches, local_shard
+from engine.memory import MemoryParts, estimate_parts, measure_saved_bytes, run_measured, switch_that_fits
+from engine.processes import local_microbatches
 from engine.reference import ReferenceCache
 from engine.tree import AnswerLogitsModel, Batch
 from method.recipe import Recipe
 from method.sampler import UnlearnBatchSampler
-from method.terms import compute_losses, count_draws, layers_of, sequences_needing_reference
+from method.terms import compute_losses, count_draws, draws_of, layers_of, sequences_needing_reference
 from prompts.formatter import PromptFormatter
 from utils import current_memory_gib, free_memory_gib, peak_memory_gib, trim_cpu_heap
 
 NUM_SAMPLED_STEPS = 100  # their sizes are compared; they are spread evenly over the run
+PROBE_TOKENS = 256  # at least; what autograd saves for them gives the activations of a whole step
 NUM_TRIED_STEPS = 3  # the largest sampled steps are run; the first one warms up
 # On a CPU, fragmentation grows by this fraction of a step's memory for each tenfold number of steps. Measured over
 # 12, 60 and 300 steps (docs/LOG.md, "Memory that grows").
@@ -27,14 +28,18 @@ FRAGMENTATION_FRACTION = 1 / 3
 
 @dataclasses.dataclass
 class PlanEstimate:
-    """Estimates of a run: its first and its largest batch, memory in GiB, seconds a step."""
+    """Estimates of a run: its first and its largest batch, memory in GiB, seconds a step (None if it was not tried).
+
+    switches: options that make it fit, where it does not.
+    """
 
     first: Batch
     largest: Batch
+    parts: MemoryParts
     peak_gib: float
-    optimizer_gib: float
     available_gib: float
-    step_seconds: float
+    step_seconds: float | None
+    switches: list[str]
 
 
 def print_plan(
@@ -48,9 +53,12 @@ def print_plan(
 
 
 def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: AnswerLogitsModel) -> PlanEstimate:
-    """Run forward and backward of the largest sampled steps, the largest last; return the estimates."""
+    """Run forward and backward of the largest sampled steps, the largest last; return the estimates.
+
+    On a GPU that these steps would not fit, they are not run, and the estimate is all there is.
+    """
     device, pad_id = next(answer_model.parameters()).device, formatter.tokenizer.pad_token_id
-    pack_tokens, layers = recipe.layout.pack_tokens, layers_of(recipe.terms)
+    pack_tokens, layers, model = recipe.layout.pack_tokens, layers_of(recipe.terms), answer_model.model
 
     def largest_part(step: int) -> tuple[list[Sequence], list[Sequence]]:
         sequences = sampler.sequences(step, formatter)
@@ -65,38 +73,78 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     scheduled = [s for sequences, _ in tried for s in sequences]
     needed = sequences_needing_reference(scheduled, recipe.terms)
     reference = ReferenceCache(answer_model, needed, pack_tokens, pad_id, layers=layers)
-    trim_cpu_heap()
-    before = current_memory_gib(device)
-    for sequences, whole_step in tried:
-        start = time.perf_counter()
-        largest = answer_model.layout(sequences, pack_tokens, pad_id).to(device)
-        out = answer_model(largest, layers=layers)
-        logits, states = out if layers else (out, {})
-        losses = compute_losses(recipe.terms, largest, logits, states, reference, count_draws(whole_step))
-        sum(term.loss for term in losses).backward()
-        answer_model.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - start
 
-    weights = list(answer_model.parameters())
-    trained = sum(
-        local_shard(p).numel() for p in weights if p.requires_grad
-    )  # of this process, if the model is sharded
-    # the measured peak has weights, activations, logits and gradients; the optimizer and the cache come on top
-    cached = sum(len(s.answer_ids) for s in sequences_needing_reference(largest.sequences, recipe.terms))
-    cached *= options.max_unlearn_steps * (1 + len(layers))
-    width = answer_model.model.config.get_text_config().hidden_size * weights[0].element_size()
-    kept = {"adamw": 8, "adamw8bit": 2}[options.optimizer] + 4 * bool(options.kl_budget)  # moments; best state
-    tenfolds = math.log10(options.max_unlearn_steps) if device.type == "cpu" else 0.0
-    fragmented = FRAGMENTATION_FRACTION * tenfolds * (peak_memory_gib(device) - before)
-    saves = 0 < options.save_every < options.max_unlearn_steps and not options.use_lora
-    copies = 4 * sum(p.numel() for p in weights) if saves and device.type == "cpu" else 0  # the masters, in fp32
-    return PlanEstimate(
-        first, largest,
-        peak_gib=peak_memory_gib(device) + fragmented + (kept * trained + cached * width + copies) / 2**30,
-        optimizer_gib=kept * trained / 2**30,
-        available_gib=peak_memory_gib(device) + free_memory_gib(device),
-        step_seconds=seconds * options.gradient_accumulation * first.num_tokens / largest.num_tokens,
+    def loss_of(sequences: list[Sequence], whole_step: list[Sequence]):
+        batch = answer_model.layout(sequences, pack_tokens, pad_id).to(device)
+        out = answer_model(batch, layers=layers)
+        logits, states = out if layers else (out, {})
+        losses = compute_losses(recipe.terms, batch, logits, states, reference, count_draws(whole_step))
+        return sum(term.loss for term in losses)
+
+    few, whole_step = _first_tokens(tried[-1][0]), tried[-1][1]
+    places = answer_model.layout(few, pack_tokens, pad_id).input_ids.numel()
+    saved = measure_saved_bytes(
+        model, lambda: loss_of(few, whole_step).backward(), places, num_frozen=recipe.trainable.frozen_layers,
+        checkpointing=options.gradient_checkpointing,
     )  # fmt: skip
+    answer_model.zero_grad(set_to_none=True)
+    largest = answer_model.layout(tried[-1][0], pack_tokens, pad_id)
+    parts = estimate_parts(model, options, saved, largest.input_ids.numel())
+    loaded = peak_memory_gib(device)
+    available = free_memory_gib(device) + (current_memory_gib(device) if device.type == "cuda" else loaded)
+    seconds, peak = None, parts.total / 2**30
+    if device.type != "cuda" or peak <= available:
+        trim_cpu_heap()
+        before = current_memory_gib(device)
+        for sequences, whole_step in tried:
+            seconds, step_bytes = run_measured(
+                device, lambda sequences=sequences, whole=whole_step: loss_of(sequences, whole).backward()
+            )
+            answer_model.zero_grad(set_to_none=True)
+        seconds *= options.gradient_accumulation * first.num_tokens / largest.num_tokens
+        if device.type == "cuda":  # what the step took in truth, in place of its estimate
+            parts = dataclasses.replace(parts, activations=step_bytes)
+            peak = max(loaded, parts.total / 2**30)
+        else:
+            step_peak = peak_memory_gib(device)
+            peak = step_peak + _cpu_extras(options, recipe, sampler, answer_model, parts, needed, step_peak - before)
+    fits_in = 0.9 * available * 2**30
+    switches = switch_that_fits(model, options, recipe.lora.rank, saved, largest.input_ids.numel(), fits_in)
+    return PlanEstimate(first, largest, parts, peak, available, seconds, switches if peak > 0.9 * available else [])
+
+
+def _first_tokens(sequences: list[Sequence]) -> list[Sequence]:
+    """Return the first sequences, as many as have PROBE_TOKENS tokens together."""
+    few: list[Sequence] = []
+    for sequence in sequences:
+        if _num_tokens(few) < PROBE_TOKENS:
+            few.append(sequence)
+    return few
+
+
+def _cpu_extras(options, recipe, sampler, answer_model, parts: MemoryParts, needed, step_gib: float) -> float:
+    """Return the GiB that a run on a CPU holds beyond a step that was measured: the optimizer's state, the original's
+    states, what a checkpoint copies, and memory lost between blocks."""
+    model, steps = answer_model.model, options.max_unlearn_steps
+    sides = {draw.side for draw in draws_of(recipe.terms) if draw.name in {s.draw for s in needed}}
+    rows = sum(len(sampler.answered_rows(side)) for side in sides)
+    width = model.config.get_text_config().hidden_size * next(model.parameters()).element_size()
+    cached = reference_tokens(needed, steps / NUM_TRIED_STEPS, rows) * width * (1 + len(layers_of(recipe.terms)))
+    fragmented = FRAGMENTATION_FRACTION * math.log10(steps) * step_gib
+    saves = 0 < options.save_every < steps and not options.use_lora
+    copies = 4 * sum(p.numel() for p in model.parameters()) if saves else 0  # the masters, in fp32
+    return fragmented + (parts.moments + parts.best_state + cached + copies) / 2**30
+
+
+def reference_tokens(needed: list[Sequence], times: float, rows: int) -> float:
+    """Return the answer tokens whose states are cached in a run.
+
+    needed: the sequences of some steps; times: how many times as many steps the run has; rows: the rows that they come
+    from. A sequence that comes again is cached once, so there are no more than rows, or than came in these steps.
+    """
+    unique = {(s.prompt_ids, s.answer_ids): len(s.answer_ids) for s in needed}
+    number = min(len(unique) * times, max(rows, len(unique)))
+    return number * sum(unique.values()) / max(len(unique), 1)
 
 
 def _plan_lines(
@@ -117,10 +165,8 @@ def _plan_lines(
         f"rows visited   {answered['forget']:,} forget of {rows['forget']:,}, {answered['normal']:,} normal of "
         f"{rows['normal']:,}; {len(sampler.replacement_pool):,} replacement answers to draw from",
         f"{part:14s} {_size(estimate.first)}; the largest: {_size(estimate.largest)}",
-        f"memory         {estimate.peak_gib:.2f} GiB at most ({estimate.optimizer_gib:.2f} of it the optimizer's "
-        f"state); {_advice(estimate, options)}",
-        f"time           {estimate.step_seconds:.1f} s a step (one probe step), {options.max_unlearn_steps} steps: "
-        f"{estimate.step_seconds * options.max_unlearn_steps / 60:.0f} min",
+        f"memory         {estimate.peak_gib:.2f} GiB at most, of it {estimate.parts.line()}; {_advice(estimate)}",
+        f"time           {_time(estimate.step_seconds, options.max_unlearn_steps)}",
         "",
         "first batch: each prompt, then in [..] the continuation that a term trains on:",
     ]
@@ -143,13 +189,17 @@ def _size(batch: Batch) -> str:
     )
 
 
-def _advice(estimate: PlanEstimate, options) -> str:
+def _time(seconds: float | None, steps: int) -> str:
+    if seconds is None:
+        return "not measured, since a step does not fit"
+    return f"{seconds:.1f} s a step (one probe step), {steps} steps: {seconds * steps / 60:.0f} min"
+
+
+def _advice(estimate: PlanEstimate) -> str:
     """Say whether the run fits into memory and, if not, which options to switch on."""
     if not estimate.peak_gib > 0.9 * estimate.available_gib:
         if estimate.available_gib > 0:
             return f"fits in {estimate.available_gib:.1f} GiB"
         return "the system does not report its memory"
-    switches = [text for text, on in (("--use_lora", options.use_lora),
-                                      ("--gradient_checkpointing", options.gradient_checkpointing))
-                if not on]  # fmt: skip
-    return f"does not fit in {estimate.available_gib:.1f} GiB: use {' and '.join(switches) or 'a larger machine'}"
+    switches = " ".join(estimate.switches) or "a larger machine, or --shard over several GPUs"
+    return f"does not fit in {estimate.available_gib:.1f} GiB: use {switches}"

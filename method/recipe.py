@@ -30,7 +30,7 @@ class OwnAnswers:
     """Generation of the original's answers to rows without a response."""
 
     temperature: WEIGHT = option(0.7, "sampling temperature (0: greedy)")
-    batch_size: POSITIVE = option(64, "prompts per generation batch")
+    batch_size: COUNT = option(0, "prompts per generation batch (0: on a GPU as many as memory takes, on a CPU 64)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from engine.adapters import (
     restrict_trainable,
 )
 from engine.generation import generate_missing_responses
+from engine.loading import load_for_training, refuse_bad_quantisation
 from engine.optimizer import MasterWeightAdamW, refuse_missing_8bit
 from engine.paths import refuse_no_file, refuse_no_folder
 from engine.processes import (
@@ -34,7 +35,7 @@ from engine.processes import (
 )
 from engine.reference import ReferenceCache
 from engine.run_metadata import RunMetadata
-from engine.saving import gather_weights, lock_output_dir, write_model
+from engine.saving import SaveForm, came_rounded, choose_save_form, gather_weights, lock_output_dir, write_model
 from engine.state import TrainingState
 from engine.trained_on import TRAINED_ON, TrainedOn
 from engine.tree import AnswerLogitsModel, wrap_model
@@ -51,7 +52,7 @@ from prompts.windows import TextCutter, fit_windows
 from run.account import SourceAccount, held_out_line, make_account, visits_line
 from run.texts import has_text, refuse_terms_without_prompts
 from sources.rows import Row
-from utils import RunLog, UsageError, atomic_dir, fingerprint, load_model, log, pick_dtype
+from utils import RunLog, UsageError, atomic_dir, log, pick_dtype
 
 PROBE_CHARACTERS = 200  # of a passage, in place of the prompts that layouts are compared on
 
@@ -79,6 +80,7 @@ class Setup:
     answer_model: AnswerLogitsModel | None = None
     layout_line: str = ""
     adapters: object = None
+    save_form: SaveForm | None = None
     optimizer: MasterWeightAdamW | None = None
     reference: ReferenceCache | None = None
     evaluator: DevEvaluator | None = None
@@ -116,6 +118,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     recipe = read_recipe(options)
     sides = read_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
+    refuse_bad_quantisation(options)
     metadata = RunMetadata(options, {side: rows for side in ("forget", "normal", "unseen")
                                       if (rows := sides.rows(side)) or side != "unseen"})  # fmt: skip
     newest = checkpoint.resumable(options, metadata) if options.resume else None
@@ -240,11 +243,10 @@ def development_rows(sides: Sides, splits: dict, options: UnlearnOptions, count:
 def load_weights(setup: Setup) -> None:
     """Load the model, add its adapters, shard it, and build its optimizer."""
     options, recipe, accelerator, formatter = setup.options, setup.recipe, setup.accelerator, setup.formatter
-    model = load_model(options.model_name, **options.trust())
-    if not options.shard:  # a sharded model need not fit on one device
-        model.to(accelerator.device)
     dtype = pick_dtype(options.dtype, accelerator.device)
-    setup.metadata.set_base_model(fingerprint(model), dtype)
+    model, base_fingerprint = load_for_training(options, accelerator.device, dtype)
+    setup.save_form = choose_save_form(options, model, dtype)
+    setup.metadata.set_base_model(base_fingerprint, dtype)
     answer_tokens = max(options.max_answer_tokens, setup.sampler.answer_tokens("normal"), recipe.dev.tokens)
     formatter.fit(model.config, answer_tokens)
     if has_text(setup.sampler.rows):
@@ -274,6 +276,14 @@ def load_weights(setup: Setup) -> None:
         f"{setup.layout_line}; {count} process{'es, the model sharded over them' if options.shard else ''}",
         packed=answer_model.packed, dtype=name, processes=count, shard=options.shard,
     )  # fmt: skip
+    log.info(setup.save_form.line())
+    if setup.optimizer.not_fused and accelerator.device.type == "cuda":
+        log.info("the update goes through the weights in parts: %s", setup.optimizer.not_fused)
+    if options.deterministic and accelerator.device.type == "cuda":
+        log.info("deterministic: torch's kernels give the same bits on this GPU and these packages; it warns of those "
+                 "that do not, and another GPU, batch layout or number of processes rounds otherwise")  # fmt: skip
+    if came_rounded(options.model_name):
+        log.info("%s was saved in bf16: the fp32 rests of that run's weights are not in it", options.model_name)
 
 
 def ask_original(setup: Setup) -> None:
@@ -342,7 +352,7 @@ def save_checkpoint(setup: Setup, state: TrainingState) -> None:
         folder = checkpoint.folder_of(setup.save_dir)
         path = folder / f"step-{state.step:06d}"
         with atomic_dir(path) as partial:
-            write_model(partial, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options, merged=False)
+            write_model(partial, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options)
             setup.trained_on.with_run(setup.sampler.trained_keys(state.step)).write(partial)  # it may become a base
             checkpoint.write_state(partial, saved, tensors, optimizer.progress(), setup.metadata.identity(),
                                    weights=weights, names=optimizer.names)  # fmt: skip

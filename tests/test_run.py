@@ -201,7 +201,7 @@ def test_what_an_evaluation_refuses(finished, monkeypatch):
     """Each before a model is loaded."""
     _, cwd, _, _ = finished
     monkeypatch.chdir(cwd)
-    monkeypatch.setattr(evaluate_unlearning, "load_model", None)
+    monkeypatch.setattr(evaluate_unlearning, "load_causal_model", None)
     for bad, message in (
         ("--require=x=3", "--require 'x=3': must look like"),
         ("--require=forget.ontopic<=1", "forget.ontopic is not measured; measured with these options"),
@@ -390,3 +390,15 @@ def test_files_are_no_wider_than_the_umask(finished):
         assert file.stat().st_mode & 0o777 & mask == 0, file
     assert not list((cwd / "models").rglob("*.bin")), "a pickle"
     assert not list((cwd / "models").rglob("*.pt"))
+
+
+def test_deterministic_takes_torchs_kernels_of_one_order():
+    """In a process of its own: the switch holds for all that follows."""
+    run = run_python("-c", "import os, torch, utils\n"
+                     "utils.seed_everything(1)\n"
+                     "assert not torch.are_deterministic_algorithms_enabled()\n"
+                     "utils.seed_everything(1, deterministic=True)\n"
+                     "assert torch.are_deterministic_algorithms_enabled()\n"
+                     "assert torch.is_deterministic_algorithms_warn_only_enabled(), 'it would end the run'\n"
+                     "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'\n", cwd=ROOT)  # fmt: skip
+    assert run.returncode == 0, run.stderr

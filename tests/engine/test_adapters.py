@@ -206,24 +206,22 @@ def test_check_save_path_codes_are_refused():
     model = tiny_model("llama")
     check_save_path(model, None, IDS)
     model.model.layers[0].codes = torch.nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(UsageError, match=r"its weights are quantised \(torch.uint8\), so what is trained cannot be"):
+    with pytest.raises(UsageError, match="holds codes of a quantisation, so its whole weights cannot be trained"):
         check_save_path(model, None, IDS)
 
 
-@pytest.mark.parametrize("settings", [{"quant_method": "bitsandbytes", "load_in_4bit": True},
-                                      transformers.BitsAndBytesConfig(load_in_8bit=True)])  # fmt: skip
-def test_check_save_path_config_with_quantisation_is_refused(settings):
-    model = tiny_model("llama")
-    model.config.quantization_config = settings
-    with pytest.raises(UsageError, match=r"its weights are quantised \(bitsandbytes\)"):
-        check_save_path(model, None, IDS)
-
-
-def test_check_save_path_real_4_bit_model_is_refused(tmp_path):
+def test_check_save_path_tied_target_of_a_base_in_4_bits_is_refused(tmp_path):
+    """It is merged into the full base, whose head shares its weight with the embeddings."""
     pytest.importorskip("bitsandbytes")
     tiny_model("llama").save_pretrained(tmp_path / "base")
     settings = transformers.BitsAndBytesConfig(load_in_4bit=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
-    model, adapters = with_adapters(model, "q_proj")
-    with pytest.raises(UsageError, match=r"its weights are quantised \(bitsandbytes\)"):
-        check_save_path(model, adapters, IDS, ("q_proj",))
+    for targets, sound in ((("q_proj",), True), (("q_proj", "lm_head"), False)):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
+        for module in model.modules():
+            module.support_avx512bf16_for_cpu = False  # as load_for_training does
+        model, adapters = with_adapters(model, *targets)
+        if sound:
+            check_save_path(model, adapters, IDS, targets)
+            continue
+        with pytest.raises(UsageError, match=r"lm_head and model\.embed_tokens share one weight"):
+            check_save_path(model, adapters, IDS, targets)

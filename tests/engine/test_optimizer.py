@@ -1,9 +1,13 @@
-"""The step on the weights: masters in two halves, parts, and moments in 8 bits, against plain AdamW."""
+"""The step on the weights: masters in two halves, flat buffers, and moments in 8 bits, against plain AdamW."""
+
+import copy
+import importlib.util
 
 import pytest
 import torch
+from conftest import ENVIRONMENT, ROOT, run_python
 
-from engine import optimizer
+from engine import flat_weights
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings, merge_fp32, split_fp32
 
 
@@ -38,7 +42,7 @@ def train(stepper: MasterWeightAdamW, model, steps: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_update_is_adamws_whatever_the_parts(monkeypatch, dtype):
     """An update of 1e-5 is below half of bf16's grid at these weights: without masters nothing would move."""
-    monkeypatch.setitem(optimizer.PART, "cpu", 256)  # several parts a tensor, the last one short
+    monkeypatch.setitem(flat_weights.PART, "cpu", 256)  # several parts a tensor, the last one short
     model, plain = small_model(), small_model()
     stepper = MasterWeightAdamW(
         model, OptimizerSettings(lr=1e-5, total_steps=1000, schedule="constant", weight_decay=0.01), dtype
@@ -54,6 +58,79 @@ def test_the_update_is_adamws_whatever_the_parts(monkeypatch, dtype):
     for got, wanted in zip(model.parameters(), plain.parameters(), strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(stepper.master(got), wanted.detach(), rtol=0, atol=1e-8)
+
+
+AGAINST_TORCH = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/engine"]
+import torch
+from engine import optimizer
+
+optimizer.why_not_fused = lambda flat: None  # the interpreter runs the kernel on a CPU
+from test_optimizer import largest_distance_from_torch
+for dtype in (torch.bfloat16, torch.float32):
+    assert largest_distance_from_torch(dtype) <= 2e-8, dtype
+"""
+
+
+def largest_distance_from_torch(dtype: torch.dtype) -> float:
+    """Train a model by `dtype` and its twin by torch's AdamW; return the largest difference of their fp32 weights.
+
+    Warm-up, decay of weights and rate, clipping, a frozen layer, a tied weight, and a weight that has no gradient in
+    one step, so that its moments count fewer updates than its neighbours'.
+    """
+    torch.manual_seed(3)
+    model = torch.nn.ModuleList([torch.nn.Linear(70, 90), torch.nn.Linear(90, 33), torch.nn.Linear(3, 3),
+                                 torch.nn.Linear(70, 90, bias=False)])  # fmt: skip
+    model[2].requires_grad_(False)
+    model[3].weight = model[0].weight
+    plain = copy.deepcopy(model)
+    frozen = model[2].weight.detach().clone()
+    settings = OptimizerSettings(lr=1e-3, total_steps=10, warmup_steps=3, weight_decay=0.01, max_grad_norm=40.0)
+    stepper = MasterWeightAdamW(model, settings, dtype)
+    assert model[3].weight is model[0].weight and len(stepper.parameters) == 4
+    reference = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
+    draw = torch.Generator().manual_seed(5)
+    for step in range(8):
+        # up to 1/4, 2/4, 3/4 of the rate, then down: 7/7, 6/7, ... of it
+        rate = 1e-3 * ((step + 1) / 4 if step < 3 else (10 - step) / 7)
+        assert stepper.lr == pytest.approx(rate, rel=1e-12)
+        reference.param_groups[0]["lr"] = rate
+        for i, (mine, torchs) in enumerate(zip(stepper.parameters, reference.param_groups[0]["params"], strict=True)):
+            gradient = torch.randn(mine.shape, generator=draw).bfloat16() * (0.1 if step % 2 else 1.0)  # or clipped
+            mine.grad, torchs.grad = (None, None) if (step, i) == (2, 1) else (gradient.to(dtype), gradient.float())
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 40.0)
+        reference.step()
+        assert stepper.step(stepper.grad_norm().item()) == pytest.approx(norm.item(), rel=1e-5)
+        assert (norm > 40) == (step % 2 == 0)
+    assert torch.equal(model[2].weight.float(), frozen.to(dtype).float())
+    masters = map(stepper.master, stepper.parameters)
+    return max((a - b).abs().max().item() for a, b in zip(masters, reference.param_groups[0]["params"], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_steps_equal_torchs_adamw(dtype):
+    assert largest_distance_from_torch(dtype) <= 2e-8
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton comes with torch for CUDA only")
+def test_the_gpus_kernel_equals_torchs_adamw():
+    run = run_python("-c", AGAINST_TORCH.format(root=str(ROOT)), cwd=ROOT, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"})
+    assert run.returncode == 0, run.stderr
+
+
+def test_parameters_are_views_of_one_buffer_and_stay_what_they_were():
+    """A model is tied, copied and saved as before; weights stored in bf16 get residuals of zero."""
+    model = small_model().bfloat16()
+    before = [p.detach().clone() for p in model.parameters()]
+    stepper = MasterWeightAdamW(model, OptimizerSettings(lr=1e-5, total_steps=9), torch.bfloat16)
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == 1
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(stepper.master(p), b.float()) for p, b in zip(model.parameters(), before, strict=True))
+    copied = copy.deepcopy(model)  # as the frozen original is made
+    train(stepper, model, 1)
+    assert all(torch.equal(p, b) for p, b in zip(copied.parameters(), before, strict=True))
+    assert not torch.equal(stepper.master(model[0].weight), before[0].float())
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing():

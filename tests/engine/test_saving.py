@@ -14,7 +14,7 @@ from test_run import SMALL, data_words
 
 from engine.adapters import LoraSettings, add_lora, freeze
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings
-from engine.saving import gather_weights, write_model
+from engine.saving import SaveForm, gather_weights, write_model
 from options import UnlearnOptions
 from prompts.tokenizer import load_tokenizer
 from utils import load_model
@@ -64,7 +64,8 @@ def test_adapters_reach_experts_but_those_of_frozen_layers(tmp_path, model_folde
         model(ids, labels=ids).loss.backward()
         stepper.step()
     (tmp_path / "out").mkdir()
-    write_model(tmp_path / "out", model, gather_weights(model, stepper, adapters), adapters, tokenizer, options)
+    form = SaveForm(torch.float32)
+    write_model(tmp_path / "out", model, gather_weights(model, stepper, adapters), adapters, tokenizer, options, form)
     saved, start = load_model(str(tmp_path / "out")).eval(), dict(load_model(str(tmp_path / "base")).named_parameters())
     torch.testing.assert_close(saved(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     changed = {name for name, weight in saved.named_parameters() if not torch.equal(weight, start[name])}

@@ -10,9 +10,10 @@ from test_run import SMALL
 
 from data_module import Shares
 from engine.trained_on import TrainedOn
+from prompts.tokenizer import load_tokenizer
 from run.setup import read_chain
 from sources.rows import Row
-from utils import UsageError, load_tokenizer
+from utils import UsageError
 
 
 def test_each_run_has_a_salt_of_its_own_and_the_record_grows(tmp_path):
