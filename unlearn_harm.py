@@ -18,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data_module import TRAINED_ON, prompt_hash
 from engine import checkpoint
+from engine.prefetch import Prefetcher
 from engine.saving import gather_weights, write_model
 from engine.state import BestState, TrainingState
 from evaluation.report import write_model_card
@@ -64,7 +65,8 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
     options = setup.options
     first, loop_started, ended = state.step, time.time(), None
     steps = tqdm(range(first, options.max_unlearn_steps), desc="unlearning", disable=None)
-    with logging_redirect_tqdm([log]), stop:
+    prefetcher = Prefetcher(setup.prepare_step, ahead=setup.accelerator.device.type != "cpu")
+    with logging_redirect_tqdm([log]), stop, prefetcher.running():
         for step in steps:
             # ---- save and evaluate the weights after `step` steps
             if setup.accelerator.num_processes == 1:
@@ -81,11 +83,11 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
                 break
             # ---- one step: gradients, the stop rule, the update
             tick = time.perf_counter()
-            stats = compute_gradients(
-                setup.sampler.sequences(step, setup.formatter), setup.recipe.terms, setup.wrapped, setup.layout,
-                setup.reference, setup.accelerator, num_parts=options.gradient_accumulation, sharded=options.shard,
-                signalled=stop.signalled,
-            )  # fmt: skip
+            sums = compute_gradients(prefetcher.get(step), setup.recipe.terms, setup.wrapped, setup.accelerator,
+                                     sharded=options.shard, signalled=stop.signalled)  # fmt: skip
+            if step + 1 < options.max_unlearn_steps:
+                prefetcher.start(step + 1)  # while the device runs what was launched
+            stats = sums.read()
             stop.asked = stats.signals > 0  # all processes stop after the same step
             if ended := reached_max_bad_loss(setup, stats):
                 break

@@ -9,12 +9,13 @@ import time
 from accelerate import PartialState
 
 from data_module import PromptFormatter, Sequence
+from engine.layout import Batch
 from engine.processes import local_microbatches, local_shard
 from engine.reference import ReferenceCache
-from engine.tree import AnswerLogitsModel, Batch
+from engine.tree import AnswerLogitsModel
 from method.recipe import Recipe
 from method.sampler import UnlearnBatchSampler
-from method.terms import compute_losses, count_draws, layers_of, sequences_needing_reference
+from method.terms import compute_losses, count_draws, layers_of, plan_losses, sequences_needing_reference
 from utils import current_memory_gib, free_memory_gib, peak_memory_gib, trim_cpu_heap
 
 NUM_SAMPLED_STEPS = 100  # their sizes are compared; they are spread evenly over the run
@@ -68,11 +69,12 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     before = current_memory_gib(device)
     for sequences, whole_step in tried:
         start = time.perf_counter()
-        largest = answer_model.layout(sequences, pack_tokens, pad_id).to(device)
-        out = answer_model(largest, layers=layers)
-        logits, states = out if layers else (out, {})
-        losses = compute_losses(recipe.terms, largest, logits, states, reference, count_draws(whole_step))
-        sum(term.loss for term in losses).backward()
+        largest, counts = answer_model.layout(sequences, pack_tokens, pad_id), count_draws(whole_step)
+        plan = plan_losses(recipe.terms, largest, reference, counts).to(device)
+        out = answer_model(plan.batch, plan.requests, plan.weights, layers=layers)
+        (total, values), states = out if layers else (out, {})
+        loss = sum(term.loss for term in compute_losses(recipe.terms, plan, values, states, counts))
+        sum(t for t in (total, loss) if t is not None and t.requires_grad).backward()
         answer_model.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
 

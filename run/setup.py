@@ -40,6 +40,7 @@ from evaluation.dev_evaluator import DevEvaluator
 from method.draws import Mismatch, Stop
 from method.recipe import Recipe, read_recipe
 from method.sampler import UnlearnBatchSampler
+from method.step import PreparedStep, prepare_step
 from method.terms import draws_of, layers_of, sequences_needing_reference
 from options import UnlearnOptions
 from sources.rows import Row, read_sources
@@ -91,11 +92,16 @@ class Setup:
         return self.answer_model.model
 
     def layout(self, sequences):
-        """Return the sequences as a Batch on the device."""
-        batch = self.answer_model.layout(
+        """Return the sequences as a Batch in main memory."""
+        return self.answer_model.layout(
             sequences, self.recipe.layout.pack_tokens, self.formatter.tokenizer.pad_token_id
         )
-        return batch.to(self.accelerator.device)
+
+    def prepare_step(self, step: int) -> PreparedStep:
+        """Return a step as the host prepares it: this process's sequences, laid out, and what is asked of them."""
+        sequences = self.sampler.sequences(step, self.formatter)
+        return prepare_step(sequences, self.recipe.terms, self.layout, self.reference, self.accelerator,
+                            num_parts=self.options.gradient_accumulation)  # fmt: skip
 
 
 def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
