@@ -177,6 +177,9 @@ class UnlearnOptions(CommonOptions):
         1, "number of parts that a step's rows are processed in, one after the other: less memory, same update"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "compile the layers on a CUDA GPU; auto: in a run of at least 50 steps, and without it if that fails"
+    )
 
     # ---- evaluation and checkpoints during the run
     eval_every: COUNT = option(0, "steps between evaluations on the dev split (0: only at start and end)")

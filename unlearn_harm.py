@@ -85,9 +85,10 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
             tick = time.perf_counter()
             sums = compute_gradients(prefetcher.get(step), setup.recipe.terms, setup.wrapped, setup.accelerator,
                                      sharded=options.shard, signalled=stop.signalled)  # fmt: skip
+            norm = setup.optimizer.grad_norm() if hasattr(setup.optimizer, "grad_norm") else None
             if step + 1 < options.max_unlearn_steps:
                 prefetcher.start(step + 1)  # while the device runs what was launched
-            stats = sums.read()
+            stats = sums.read(norm)
             stop.asked = stats.signals > 0  # all processes stop after the same step
             if ended := reached_max_bad_loss(setup, stats):
                 break
@@ -121,7 +122,7 @@ def update(setup: Setup, state: TrainingState, stats: StepStats) -> tuple[float,
     optimizer = setup.optimizer
     lr, grad_norm = optimizer.lr, math.nan
     if math.isfinite(stats.loss):
-        grad_norm = optimizer.step()
+        grad_norm = optimizer.step() if stats.grad_norm is None else optimizer.step(stats.grad_norm)
     else:
         optimizer.drop_gradients()
     if math.isfinite(grad_norm):

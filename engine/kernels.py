@@ -38,6 +38,8 @@ def fuse_kernels() -> None:
 
 def _run(function, *tensors: torch.Tensor):
     if tensors[0].device.type == "cuda" and function.__name__ in _compiled:
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # n, so that one kernel serves all chunks
         return _compiled[function.__name__](*tensors)
     return function(*tensors)
 

@@ -52,7 +52,7 @@ class CachedTokens:
     def to(self, device: torch.device) -> CachedTokens:
         """Return them on `device`; what is on the host goes there without the device being waited for."""
         states, places = self.states, self.places
-        if states.device != device:  # only the rows that are needed
+        if states.device.type != device.type:  # only the rows that are needed
             states, places = states[places], torch.arange(len(places))
         return dataclasses.replace(self, states=copy_to(device, states), places=copy_to(device, places))
 

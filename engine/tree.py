@@ -46,7 +46,7 @@ class AnswerLogitsModel(torch.nn.Module):
         body = self.model.base_model
         out = body(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
         states = out[0]  # (R, T, D)
-        return states.flatten(0, 1)[batch.logit_positions]  # (N, D)
+        return states.flatten(0, 1).index_select(0, batch.logit_positions)  # (N, D)
 
     @property
     def generator(self) -> torch.nn.Module:

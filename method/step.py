@@ -20,13 +20,17 @@ from method.terms import DrawCount, Term, compute_losses, count_draws, layers_of
 
 @dataclasses.dataclass
 class StepStats:
-    """Sums of a step over all processes: loss, each term's mean and weighted loss, processes told to stop, tokens."""
+    """Sums of a step over all processes: loss, each term's mean and weighted loss, processes told to stop, tokens.
+
+    grad_norm: the gradient's norm before clipping, if it was read with them.
+    """
 
     loss: float
     means: dict[str, float]
     weighted: dict[str, float]
     signals: float
     tokens: float
+    grad_norm: float | None = None
 
 
 @dataclasses.dataclass
@@ -67,12 +71,14 @@ class StepSums:
     def __init__(self, sums: torch.Tensor, terms: list[Term]):
         self._sums, self._names = sums, [term.name for term in terms]
 
-    def read(self) -> StepStats:
-        """Wait for the device and return the sums."""
-        loss, *term_sums, signals, tokens = self._sums.tolist()
+    def read(self, norm: torch.Tensor | None = None) -> StepStats:
+        """Wait for the device, once, and return the sums; norm: a scalar on the device that is read with them."""
+        read = self._sums if norm is None else torch.cat([self._sums, norm.reshape(1)])
+        *read, norm = read.tolist() + [None] * (norm is None)
+        loss, *term_sums, signals, tokens = read
         names = self._names
         return StepStats(loss, dict(zip(names, term_sums[: len(names)], strict=True)),
-                         dict(zip(names, term_sums[len(names) :], strict=True)), signals, tokens)  # fmt: skip
+                         dict(zip(names, term_sums[len(names) :], strict=True)), signals, tokens, norm)  # fmt: skip
 
 
 def compute_gradients(
