@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from engine.adapters import decoder_layers
 from engine.kernels import fuse_kernels
+from engine.processes import is_sharded
 from engine.speedups import takes_blocks
 
 SHORTEST_RUN = 50  # steps for which the warm-up pays
@@ -21,6 +22,8 @@ def why_not_compiled(model, choice: str, steps: int) -> str | None:
     """Return why the layers of a model stay as they are, or None; choice: auto, on or off; steps: of the run."""
     if choice == "off":
         return "--compile off"
+    if is_sharded(model):
+        return "--shard gathers each layer as it runs"
     if not takes_blocks(model):
         return "that is for packed rows on a CUDA GPU with flex attention"
     if choice == "auto" and steps < SHORTEST_RUN:

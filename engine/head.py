@@ -80,7 +80,7 @@ class OutputHead:
         return grad @ weight
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class FrozenHead:
     """The output head as it was before training: weight (V, D), bias (V,) or None, and the model's config."""
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data_module import Sequence
-from engine.processes import copy_to
+from engine.host_copy import copied
 
 MAX_PADDING = 0.1  # of the places of a packed batch
 SIZES_PER_OCTAVE = 16  # of the widths that a single row is padded to: compiled kernels meet few of them
@@ -45,12 +45,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`."""
-        moved = {
-            field.name: copy_to(device, value)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return copied(self, device)
 
     def tokens_of(self, draw: str) -> torch.Tensor:
         """Return a mask (M,) bool: the answer tokens of one draw's sequences."""

@@ -16,8 +16,9 @@ import torch
 
 from data_module import Sequence
 from engine.head import FrozenHead
+from engine.host_copy import copied
 from engine.layout import Batch, padded_batch
-from engine.processes import copy_to, full_tensor
+from engine.processes import full_tensor
 from engine.tree import AnswerLogitsModel
 
 DEVICE_SHARE = 0.1  # of the device's memory that cached states may take; beyond it they stay in main memory
@@ -49,12 +50,11 @@ class CachedTokens:
         """Return the states (M, D)."""
         return self.states[self.places]
 
-    def to(self, device: torch.device) -> CachedTokens:
-        """Return them on `device`; what is on the host goes there without the device being waited for."""
-        states, places = self.states, self.places
-        if states.device.type != device.type:  # only the rows that are needed
-            states, places = states[places], torch.arange(len(places))
-        return dataclasses.replace(self, states=copy_to(device, states), places=copy_to(device, places))
+    def gathered(self) -> CachedTokens:
+        """Return the same; if all states lie in main memory, with a copy of the rows that are needed."""
+        if self.states.device.type != "cpu":
+            return self
+        return dataclasses.replace(self, states=self.taken(), places=torch.arange(len(self.places)))
 
 
 @dataclasses.dataclass
@@ -88,9 +88,6 @@ class ModelTokens:
         """Return the states (M, D) after `layer`."""
         states = self.model(self.batch, layers=(self.layer,))[1][self.layer]
         return states[self.batch.target_to_logit[self.tokens]]
-
-    def to(self, device: torch.device) -> ModelTokens:
-        return dataclasses.replace(self, batch=self.batch.to(device), tokens=copy_to(device, self.tokens))
 
 
 class ReferenceCache:
@@ -182,7 +179,7 @@ class ReferenceCache:
         """Return the original's logits at each answer token of these sequences, (M, V)."""
         if not sequences:
             return torch.empty(0, self._head.weight.shape[0], device=self.device)
-        return self.original(sequences).to(self.device).logits(slice(None))
+        return copied(self.original(sequences), self.device).logits(slice(None))
 
     def bytes(self) -> int:
         """Return the memory of the cached states, without the head's copy."""

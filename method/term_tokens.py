@@ -10,8 +10,8 @@ import dataclasses
 import numpy as np
 import torch
 
+from engine.host_copy import copied
 from engine.layout import Batch
-from engine.processes import copy_to
 from engine.reference import ReferenceCache
 from engine.token_values import NLL, TokenLoss, TokenRequest, original_nll
 from method.objective import TermTokens
@@ -38,10 +38,6 @@ class TermPlaces:
     original: object = None
     original_states: object = None
     preferred: TermPlaces | None = None
-
-    def to(self, device: torch.device) -> TermPlaces:
-        """Return the same with its tensors on `device`."""
-        return _moved(self, device)
 
     def tokens(self, values: list[torch.Tensor], states: dict[int, torch.Tensor]) -> TermTokens:
         """Return the tokens as an objective gets them; values: of each request, states {layer: (N, D)}."""
@@ -74,21 +70,8 @@ class BatchPlan:
     weights: list[torch.Tensor | None] | None = None
 
     def to(self, device: torch.device) -> BatchPlan:
-        """Return the plan with its tensors on `device`; the copies run while the host goes on."""
-        return BatchPlan(
-            self.batch.to(device),
-            [_moved(request, device) for request in self.requests],
-            [places.to(device) for places in self.terms],
-            self.weights and [weight if weight is None else copy_to(device, weight) for weight in self.weights],
-        )
-
-
-def _moved(thing, device: torch.device):
-    """Return a dataclass with its tensors, and what has a `to` of its own, on `device`."""
-    found = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
-    tensors = {k: copy_to(device, v) for k, v in found.items() if isinstance(v, torch.Tensor)}
-    others = {k: v.to(device) for k, v in found.items() if k not in tensors and hasattr(v, "to")}
-    return dataclasses.replace(thing, **tensors, **others)
+        """Return the plan on `device`, in one copy that runs while the host goes on."""
+        return copied(self, device)
 
 
 def plan_batch(terms: list, batch: Batch, reference: ReferenceCache) -> BatchPlan:

@@ -102,3 +102,22 @@ def test_cached_states_are_taken_by_an_index_made_on_the_host():
     assert len(places) == sum(len(s.answer_ids) for s in chosen)
     alone = torch.cat([reference.original([s]).taken() for s in chosen])
     assert torch.equal(reference.original(chosen).taken(), alone)
+
+
+def test_a_plan_reaches_the_device_in_one_copy(monkeypatch):
+    """The buffer's views are the tensors, of every type and shape; `meta` stands for a device that is no CPU."""
+    batch = packed_batch(some_sequences(1), 100, PAD)
+    buffers = []
+    real = torch.Tensor.to
+
+    def to(tensor, device, **how):
+        buffers.append(tensor)
+        return tensor.clone() if how else real(tensor, device)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    moved = batch.to(torch.device("meta"))
+    assert len(buffers) == 1
+    for name in ("input_ids", "ends", "is_first_token", "target_to_logit"):
+        one, other = getattr(batch, name), getattr(moved, name)
+        assert one.dtype == other.dtype and torch.equal(one, other) and one is not other
+    assert moved.sequences is batch.sequences or moved.sequences == batch.sequences
