@@ -84,6 +84,7 @@ def sample(rows: list[Row], count: int, seed: int) -> list[Row]:
 # -------------------------------------------------------------------------------------------- tokenising
 OTHER_STYLES = ("qa", "qa_space", "raw")
 DAY = datetime.date(2024, 7, 26)  # the default date of Llama 3's templates
+MOST_KNOWN = 50_000  # texts whose tokens are kept: about 50 MB
 TURN = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]  # probes a chat template
 TRAINED_STYLES = ("qa", "qa_space", "qa_space", "raw")  # people often paste the prompt with its space
 
@@ -120,6 +121,7 @@ class PromptFormatter:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = self.longest_answer = max_answer_tokens
         self.cut: set[str] = set()  # prompts that were truncated on the left
+        self._known: dict[str, tuple[int, ...]] = {}  # texts in tokens
         plain = self._ids("a")
         with_special = tokenizer("a")["input_ids"]
         # the tokens that the tokenizer puts before a text (OPT: </s>); empty if there are none
@@ -144,7 +146,13 @@ class PromptFormatter:
                                                   add_generation_prompt=ask)  # fmt: skip
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Return the token ids of a text. They are kept, as tokenising a step's texts takes as long as a GPU's step."""
+        ids = self._known.get(text)
+        if ids is None:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            ids = self._known[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(ids)
 
     def _ids_after(self, before: str, before_ids: list[int], text: str) -> list[int]:
         """Return the token ids of `text` as it follows `before`, whose own ids are `before_ids`.

@@ -36,6 +36,7 @@ FREE = {
     "cache_dir",  # where answers are kept; the answers themselves are compared
     "recipe.own_answers.batch_size",  # how many prompts share a forward: an answer depends on its own prompt
     "gradient_checkpointing",  # the same activations, computed twice
+    "compile",  # rounding alone
     "threads",  # rounding alone, and 0 leaves the number to the machine anyway
     "allow_pickle",  # how weights may be read; the weights themselves are compared
 }  # fmt: skip
