@@ -12,7 +12,7 @@ from bench_inputs import make_rows, model_of, parse_words, tokenizer_of
 
 from data_module import PromptFormatter
 from engine.adapters import add_lora, enable_gradient_checkpointing, freeze, restrict_trainable
-from engine.compiled_layers import compile_layers, why_not_compiled
+from engine.compiled_layers import KnownGraphs, compile_layers, why_not_compiled
 from engine.optimizer import MasterWeightAdamW
 from engine.prefetch import Prefetcher
 from engine.reference import ReferenceCache
@@ -75,6 +75,7 @@ class OurStep:
         self.optimizer = MasterWeightAdamW(model, dataclasses.replace(recipe.optimizer, kind=optimizer), dtype)
         self.answer_model = AnswerLogitsModel(model, packed=True)
         self.compiled = not why_not_compiled(model, run.compile, 1000)
+        self.graphs = KnownGraphs() if self.compiled else None
         if self.compiled:
             compile_layers(model, leave=layers_of(recipe.terms))
         scheduled = [s for step in range(self.sampler.steps) for s in self.sampler.sequences(step, self.formatter)]
@@ -101,8 +102,9 @@ class OurStep:
         prepared = self.prefetcher.get(step)
         got = time.perf_counter()
         sums = compute_gradients(
-            prepared, self.recipe.terms, self.answer_model, self.accelerator, sharded=False, signalled=False
-        )
+            prepared, self.recipe.terms, self.answer_model, self.accelerator, sharded=False, signalled=False,
+            graphs=self.graphs,
+        )  # fmt: skip
         norm = self.optimizer.grad_norm() if hasattr(self.optimizer, "grad_norm") else None
         if step + 1 < self.sampler.steps:
             self.prefetcher.start(step + 1)

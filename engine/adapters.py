@@ -158,7 +158,8 @@ def enable_gradient_checkpointing(model, num_frozen: int = 0) -> None:
     none. transformers makes the embeddings' output need one as well; that is undone here, because the backward would
     cross every frozen layer.
     """
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # < 5.2x
+    enable({"use_reentrant": False})
     model.disable_input_require_grads()
     for layer in decoder_layers(model)[1][:num_frozen] if num_frozen else ():
         for module in layer.modules():

@@ -23,8 +23,8 @@ from data_module import Sequence
 from engine.host_copy import copied
 
 MAX_PADDING = 0.1  # of the places of a packed batch
+MAX_TWICE = 0.02  # of the tokens of a single row: common beginnings that stand more than once in it
 SIZES_PER_OCTAVE = 16  # of the widths that a single row is padded to: compiled kernels meet few of them
-BLOCK = 128  # places; a wide row is a multiple of it, since flex attention works in such blocks
 
 
 @dataclasses.dataclass
@@ -39,7 +39,7 @@ class Batch:
     targets: torch.Tensor  # (M,) the answer tokens
     sequence_ids: torch.Tensor  # (M,) in [0, S): the sequence of each answer token
     is_first_token: torch.Tensor  # (M,) bool: first token of its answer
-    num_tokens: int  # tokens without padding; a shared token counts once
+    num_tokens: int  # tokens without padding and without what stands twice
     ends: torch.Tensor | None = None  # packed: (R, T) int32, the place after the last descendant of each place
     attention_mask: torch.Tensor | None = None  # padded: (R, T), 1 = real token
 
@@ -66,8 +66,13 @@ def packed_batch(sequences: list[Sequence], pack_tokens: int, pad_id: int, *, on
     in one row, whose width is one of few sizes.
     """
     inputs = [_inputs(s) for s in sequences]
-    rows = [list(range(len(sequences)))] if one_row else _assign_rows(sequences, inputs, pack_tokens)
-    forests = [preorder([inputs[s] for s in row]) for row in rows]
+    if one_row:
+        rows = [list(range(len(sequences)))]
+        segments, twice = _segments(sequences, inputs)
+        forests = [_one_after_another(segments, inputs)]
+    else:
+        rows, twice = _assign_rows(sequences, inputs, pack_tokens), 0
+        forests = [preorder([inputs[s] for s in row]) for row in rows]
     longest = max(len(forest.tokens) for forest in forests)
     width = padded_width(longest) if one_row else longest  # T
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)  # (R, T)
@@ -79,16 +84,14 @@ def packed_batch(sequences: list[Sequence], pack_tokens: int, pad_id: int, *, on
         ids[r, :length], positions[r, :length], ends[r, :length] = forest.tokens, forest.depths, forest.ends
         for s, path in zip(row, forest.paths, strict=True):
             places[s] = path + r * width
-    total = sum(len(forest.tokens) for forest in forests)
+    total = sum(len(forest.tokens) for forest in forests) - twice
     return _build_batch(sequences, ids, positions, places, total, ends=torch.from_numpy(ends))
 
 
 def padded_width(tokens: int) -> int:
-    """Return the width of a single row of `tokens` tokens: at most a tenth more, and one of few sizes."""
-    step = 2 ** (tokens.bit_length() - 1) // SIZES_PER_OCTAVE
-    if tokens >= BLOCK / MAX_PADDING:
-        step = max(step, BLOCK)
-    return -(-tokens // max(step, 1)) * max(step, 1)
+    """Return the width of a single row of `tokens` tokens: at most a sixteenth more, and one of few sizes."""
+    step = max(1, 2 ** (tokens.bit_length() - 1) // SIZES_PER_OCTAVE)
+    return -(-tokens // step) * step
 
 
 @dataclasses.dataclass
@@ -127,6 +130,55 @@ def preorder(sequences: list[tuple[int, ...]]) -> Forest:
 def _inputs(sequence: Sequence) -> tuple[int, ...]:
     """Return the tokens of a sequence that go through the model."""
     return sequence.prompt_ids + sequence.answer_ids[:-1]
+
+
+def _segments(sequences: list[Sequence], inputs: list[tuple[int, ...]]) -> tuple[list[list[int]], int]:
+    """Cut the sequences of one row into segments, which share no beginning; return (their numbers, tokens put twice).
+
+    Every chat prompt begins with the same tokens. If these stood once, every token of the row would look at their
+    block, and the backward of attention would wait for the one program that goes through all of them. So they stand
+    once a segment: once a prompt if that costs at most MAX_TWICE more tokens, else in as few segments as that takes.
+    """
+    order = sorted(range(len(sequences)), key=inputs.__getitem__)
+    starts = [i for i, s in enumerate(order) if not i or sequences[s].prompt_ids != sequences[order[i - 1]].prompt_ids]
+    total = len(preorder(inputs).tokens)
+    shared = {i: _common(inputs[order[i - 1]], inputs[order[i]]) for i in starts[1:]}
+    allowed = int(MAX_TWICE * total)
+    smallest = min(shared.values(), default=0)
+    count = len(starts) if sum(shared.values()) <= allowed else allowed // max(smallest, 1) + 1
+    target, filled, segments, twice = total / max(count, 1), 0, [], 0
+    for i, s in enumerate(order):
+        is_start = i in shared
+        if not segments or (is_start and filled >= (0 if count == len(starts) else target)
+                            and twice + shared[i] <= allowed):  # fmt: skip
+            twice += shared[i] if segments else 0
+            segments.append([])
+            filled = 0
+        segments[-1].append(s)
+        filled += len(inputs[s]) - (_common(inputs[order[i - 1]], inputs[s]) if i else 0)
+    return segments, twice
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return i
+    return min(len(one), len(other))
+
+
+def _one_after_another(segments: list[list[int]], inputs: list[tuple[int, ...]]) -> Forest:
+    """Return the forests of some segments as one, without a tree across two of them."""
+    forests = [preorder([inputs[s] for s in segment]) for segment in segments]
+    starts = np.cumsum([0] + [len(forest.tokens) for forest in forests])
+    paths = [None] * len(inputs)
+    for segment, forest, start in zip(segments, forests, starts, strict=False):
+        for s, path in zip(segment, forest.paths, strict=True):
+            paths[s] = path + start
+    return Forest(
+        np.concatenate([forest.tokens for forest in forests]), np.concatenate([forest.depths for forest in forests]),
+        np.concatenate([forest.ends + np.int32(start) for forest, start in zip(forests, starts, strict=False)]), paths,
+    )  # fmt: skip
 
 
 def _assign_rows(sequences: list[Sequence], inputs: list[tuple[int, ...]], pack_tokens: int) -> list[list[int]]:

@@ -21,9 +21,8 @@ from engine.kernels import kl_of_rows, log_partition, scaled_softmax
 
 # Bytes of a chunk's logits, in the model's type: large enough that the head's products run at full speed.
 CHUNK_BYTES = {"cpu": 128 << 20, "gpu": 256 << 20}
-# Bytes of the logit rows that are in fp32 at a time on a CPU: they and their gradient stay in its cache. A GPU takes
-# the whole chunk at once.
-CACHED_BYTES = 3 << 20
+# Bytes of the logit rows that are in fp32 at a time: on a CPU they and their gradient stay in its cache.
+FP32_BYTES = {"cpu": 3 << 20, "gpu": 256 << 20}
 
 
 class TokenLoss:
@@ -113,7 +112,7 @@ def fused_nll_and_kl(
 def original_nll(original, targets: torch.Tensor) -> torch.Tensor:
     """Return the NLL (M,) fp32 of targets (M,) under the original, whose logits are made a chunk at a time."""
     vocabulary = original.shape[-1] if isinstance(original, torch.Tensor) else original.vocabulary
-    size = _chunk_rows(vocabulary, 4, targets.device)
+    size = _rows_of(CHUNK_BYTES, 4 * vocabulary, targets.device)
     parts = [slice(start, start + size) for start in range(0, len(targets), size)]
     chunks = (_original_logits(original, part) for part in parts)
     values = [
@@ -142,9 +141,9 @@ def _original_logits(original, part: slice) -> torch.Tensor:
     return original[part] if isinstance(original, torch.Tensor) else original.logits(part)
 
 
-def _chunk_rows(vocabulary: int, element_bytes: int, device: torch.device) -> int:
-    """Return how many logit rows a chunk has."""
-    return max(1, CHUNK_BYTES["cpu" if device.type == "cpu" else "gpu"] // (vocabulary * element_bytes))
+def _rows_of(limits: dict[str, int], row_bytes: int, device: torch.device) -> int:
+    """Return how many logit rows fit the limit of a device's kind."""
+    return max(1, limits["cpu" if device.type == "cpu" else "gpu"] // row_bytes)
 
 
 # ----------------------------------------------------------------------------------------------- one pass
@@ -157,8 +156,8 @@ class _Pass:
     def __init__(self, head, requests: list[TokenRequest], states: torch.Tensor, weights: list[torch.Tensor]):
         self.head, self.requests, self.states, self.weights = head, requests, states, weights
         device, vocabulary = states.device, head.vocabulary(states)
-        self.size = _chunk_rows(vocabulary, states.element_size(), device)
-        self.inner = self.size if device.type != "cpu" else max(1, CACHED_BYTES // (4 * vocabulary))
+        self.size = _rows_of(CHUNK_BYTES, states.element_size() * vocabulary, device)
+        self.inner = _rows_of(FP32_BYTES, 4 * vocabulary, device)
         self.log_partition: torch.Tensor | None = None
         self.kept = None  # (logits, pull) of the only chunk
 

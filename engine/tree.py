@@ -148,7 +148,9 @@ def check_packing(model, sequences: list[Sequence], pack_tokens: int, pad_id: in
     difference of a single logit grows with the vocabulary.)
     """
     device = next(model.parameters()).device
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
+    tolerance = 0.25
+    if model.dtype == torch.float32:
+        tolerance = 1e-3 if device.type == "cpu" else 0.02  # a GPU's kernels may round products to TF32
     padded = padded_batch(sequences, pad_id).to(device)
     packed = AnswerLogitsModel(model, packed=True).layout(sequences, pack_tokens, pad_id).to(device)
     expected = AnswerLogitsModel(model, packed=False)(padded)[padded.target_to_logit].float()  # (M, V)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from engine.layout import BLOCK
+BLOCK = 128  # places; flex attention skips blocks of such a size
 
 
 def dense_mask(ends: torch.Tensor) -> torch.Tensor:

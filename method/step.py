@@ -12,6 +12,7 @@ import dataclasses
 import torch
 
 from data_module import Sequence
+from engine.compiled_layers import KnownGraphs
 from engine.processes import copy_to, local_microbatches
 from engine.reference import ReferenceCache
 from method.term_tokens import BatchPlan
@@ -82,12 +83,13 @@ class StepSums:
 
 
 def compute_gradients(
-    prepared: PreparedStep, terms: list[Term], wrapped, accelerator, *, sharded: bool, signalled: bool
-) -> StepSums:
+    prepared: PreparedStep, terms: list[Term], wrapped, accelerator, *, sharded: bool, signalled: bool,
+    graphs: KnownGraphs | None = None,
+) -> StepSums:  # fmt: skip
     """Run forward and backward of this process's parts; return the step's sums over all processes.
 
     `wrapped`: the model as several processes call it. `signalled`: this process was asked to stop; the sums tell all
-    processes.
+    processes. `graphs`: of the compiled layers, if they are.
     """
     layers, parts = layers_of(terms), prepared.parts
     sums = torch.zeros(3 + 2 * len(terms), device=accelerator.device)
@@ -97,7 +99,8 @@ def compute_gradients(
         last = number == len(parts) - 1
         plan = part.plan.to(accelerator.device)
         # a sharded model reduces gradients after each part: under no_sync() each GPU would hold the full gradient
-        with contextlib.nullcontext() if last or sharded else accelerator.no_sync(wrapped):
+        checks = graphs.of(plan.batch) if graphs else contextlib.nullcontext()
+        with checks, contextlib.nullcontext() if last or sharded else accelerator.no_sync(wrapped):
             out = wrapped(plan.batch, plan.requests, plan.weights, layers=layers)
             (total, values), states = out if layers else (out, {})  # {layer: (N, D)}
             losses = compute_losses(terms, plan, values, states, prepared.counts)

@@ -22,7 +22,7 @@ from engine.adapters import (
     freeze,
     restrict_trainable,
 )
-from engine.compiled_layers import compile_layers, decompile_layers, why_not_compiled
+from engine.compiled_layers import KnownGraphs, compile_layers, decompile_layers, why_not_compiled
 from engine.generation import generate_missing_responses
 from engine.optimizer import MasterWeightAdamW, refuse_missing_8bit
 from engine.processes import (
@@ -57,6 +57,8 @@ from utils import (
     pick_dtype,
 )
 
+WARM_UP_STEPS = 4  # at most: their gradients are dropped
+
 
 @dataclasses.dataclass
 class Setup:
@@ -64,6 +66,7 @@ class Setup:
 
     `newest`: the checkpoint to resume from, or None. `wrapped`: the model as several processes call it. `started`: the
     start of this process, in seconds since the epoch; a resume moves it back by the seconds already spent.
+    `graphs`: of the compiled layers, if they are compiled.
     """
 
     options: UnlearnOptions
@@ -84,6 +87,7 @@ class Setup:
     reference: ReferenceCache | None = None
     evaluator: DevEvaluator | None = None
     wrapped: torch.nn.Module | None = None
+    graphs: KnownGraphs | None = None
 
     @property
     def save_dir(self) -> Path:
@@ -296,9 +300,11 @@ def warm_up(setup: Setup) -> None:
         return
     compile_layers(setup.model, leave=layers_of(setup.recipe.terms))
     try:
-        for step in range(min(2, options.max_unlearn_steps)):  # of two widths: the second makes the width a variable
-            compute_gradients(setup.prepare_step(step), setup.recipe.terms, setup.wrapped, setup.accelerator,
-                              sharded=options.shard, signalled=False).read()  # fmt: skip
+        setup.graphs = KnownGraphs()
+        for step in range(min(WARM_UP_STEPS, options.max_unlearn_steps)):
+            if len(setup.graphs.widths) < 2:  # the second one makes the width a variable
+                compute_gradients(setup.prepare_step(step), setup.recipe.terms, setup.wrapped, setup.accelerator,
+                                  sharded=options.shard, signalled=False, graphs=setup.graphs).read()  # fmt: skip
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -307,6 +313,7 @@ def warm_up(setup: Setup) -> None:
             raise RunError(f"--compile on: the layers of {type(setup.model).__name__} cannot be compiled ({line}); "
                            "use --compile off") from error  # fmt: skip
         decompile_layers(setup.model)
+        setup.graphs = None
         log.warning("the layers are not compiled, the run goes on without: %s", line)
     setup.optimizer.drop_gradients()
     seconds = time.time() - started

@@ -220,9 +220,9 @@ def test_a_step_is_one_forward_and_a_run_without_a_step_saves_nothing(tmp_path, 
     monkeypatch.chdir(tmp_path)
     forwards, real = [], AnswerLogitsModel.forward
 
-    def counted(self, batch, **settings):
+    def counted(self, *given, **settings):
         forwards.append(torch.is_grad_enabled())
-        return real(self, batch, **settings)
+        return real(self, *given, **settings)
 
     monkeypatch.setattr(AnswerLogitsModel, "forward", counted)
     words = ["unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log",

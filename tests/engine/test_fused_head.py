@@ -37,7 +37,7 @@ def make_head(kind: str):
 def test_fused_equals_whole_logits(kind, chunk, known, monkeypatch):
     model = make_head(kind)
     monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", chunk * 600 * 4)
-    monkeypatch.setattr(fused, "CACHED_BYTES", 3 * 600 * 4)
+    monkeypatch.setitem(fused.FP32_BYTES, "cpu", 3 * 600 * 4)
     module, draw = model.get_output_embeddings(), torch.Generator().manual_seed(0)
     weights = [p for p in module.parameters() if p.requires_grad]
     states = torch.randn(37, 32, generator=draw, requires_grad=True)

@@ -7,7 +7,7 @@ import torch
 import transformers
 from test_layout import step_sequences
 
-from engine.compiled_layers import compile_layers
+from engine.compiled_layers import KnownGraphs, compile_layers
 from engine.head import OutputHead
 from engine.layout import packed_batch, padded_batch
 from engine.speedups import speed_up, takes_blocks
@@ -72,16 +72,21 @@ def test_packed_on_the_gpu_equals_padded(family, heads, compiled):
     plain = model_of(family, heads)
     packed = copy.deepcopy(plain)
     speed_up(packed)
-    assert check_packing(packed, short_steps(1, 5), 256, 1)[0]
+    able, line = check_packing(packed, short_steps(1, 5), 256, 1)
+    assert able, line
     assert takes_blocks(packed)
+    graphs = KnownGraphs()
     if compiled:
         compile_layers(packed)
-    for rows in (1, 2, 3):  # widths differ
+    for rows in (1, 2, 3, 4):  # widths differ; from the third on the graphs are known
         sequences = short_steps(rows, rows)
         wanted, wanted_grad = nll_and_gradients(plain, padded_batch(sequences, 1).to("cuda"), fused=False)
         batch = packed_batch(sequences, 256, 1, one_row=True).to("cuda")
+        with torch.no_grad():  # an evaluation on the way: another graph
+            AnswerLogitsModel(packed, packed=True)(batch)
         for known in (False, True):
-            found, grad = nll_and_gradients(packed, batch, fused=True, known=known)
+            with graphs.of(batch):
+                found, grad = nll_and_gradients(packed, batch, fused=True, known=known)
             assert found == pytest.approx(wanted, rel=1e-4)
             assert (grad - wanted_grad).norm() <= 1e-3 * wanted_grad.norm()
 
