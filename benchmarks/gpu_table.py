@@ -22,15 +22,15 @@ from bench_step import describe
 
 OPT, LLAMA = ("--shape=opt-1.3b",), ("--shape=llama-7b", "--use_lora=True", "--rank=16")
 ROWS = {
-    "OPT-1.3B whole weights, batch-16": (OURS, *OPT, "--batch_size=16", "--steps=12", "--profile=True"),
+    "OPT-1.3B whole weights, batch-16": (OURS, *OPT, "--batch_size=16", "--steps=8", "--profile=True"),
     "OPT-1.3B whole weights, batch-2": (OURS, *OPT, "--batch_size=2", "--steps=20", "--profile=True"),
     "OPT-1.3B published fp32 step, batch-2": (PUBLISHED, *OPT, "--batch_size=2", "--steps=6"),
-    "Llama-7B LoRA rank 16, batch-16": (OURS, *LLAMA, "--batch_size=16", "--steps=6", "--profile=True"),
+    "Llama-7B LoRA rank 16, batch-16": (OURS, *LLAMA, "--batch_size=16", "--steps=4", "--profile=True"),
     "Llama-7B LoRA rank 16, batch-16, checkpointing": (
-        OURS, *LLAMA, "--batch_size=16", "--steps=6", "--gradient_checkpointing=True"
+        OURS, *LLAMA, "--batch_size=16", "--steps=4", "--gradient_checkpointing=True"
     ),
     "the demo's recipe, SmolLM2-135M's shape": (
-        OURS, "--shape=smollm2-135m", "--config=configs/demo.yaml", "--steps=30", "--profile=True"
+        OURS, "--shape=smollm2-135m", "--config=configs/demo.yaml", "--steps=20", "--profile=True"
     ),
 }  # fmt: skip
 

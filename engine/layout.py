@@ -15,6 +15,7 @@ Letters: R rows, T places a row, N logit rows, M answer tokens, S sequences.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -68,8 +69,8 @@ def packed_batch(sequences: list[Sequence], pack_tokens: int, pad_id: int, *, on
     inputs = [_inputs(s) for s in sequences]
     if one_row:
         rows = [list(range(len(sequences)))]
-        segments, twice = _segments(sequences, inputs)
-        forests = [_one_after_another(segments, inputs)]
+        forest, twice = _segments(sequences, inputs)
+        forests = [forest]
     else:
         rows, twice = _assign_rows(sequences, inputs, pack_tokens), 0
         forests = [preorder([inputs[s] for s in row]) for row in rows]
@@ -107,24 +108,37 @@ class Forest:
     paths: list[np.ndarray]
 
 
-def preorder(sequences: list[tuple[int, ...]]) -> Forest:
-    """Merge token sequences into trees, by inserting them in sorted order: only the previous path can be shared."""
+def preorder(sequences: list[tuple[int, ...]], cuts=None) -> Forest:
+    """Merge token sequences into trees, by inserting them in sorted order: only the previous path can be shared.
+
+    cuts: a function of (order, shared): the sequences in sorted order, by number, and how many tokens each begins with
+    like the one before it. It returns the places in that order from which on nothing before them is shared.
+    """
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    arrays = [np.array(sequences[s], dtype=np.int64) for s in order]
+    shared = [0] + [_common(one, other) for one, other in itertools.pairwise(arrays)]
+    for i in cuts(order, shared) if cuts else ():
+        shared[i] = 0
     tokens, depths, paths = [], [], [None] * len(sequences)
-    ends = np.zeros(sum(map(len, sequences)), dtype=np.int32)
-    path, previous, count = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 0
-    for s in sorted(range(len(sequences)), key=sequences.__getitem__):
-        current = np.array(sequences[s], dtype=np.int64)
-        both = min(len(previous), len(current))
-        differs = np.flatnonzero(previous[:both] != current[:both])
-        shared = int(differs[0]) if len(differs) else both
-        ends[path[shared:]] = count  # what the new sequence does not share has no further descendant
-        added = len(current) - shared
-        path = np.concatenate([path[:shared], np.arange(count, count + added)])
-        tokens.append(current[shared:])
-        depths.append(np.arange(shared, len(current)))
-        paths[s], previous, count = path, current, count + added
+    ends = np.zeros(sum(map(len, arrays)), dtype=np.int32)
+    path, count = np.zeros(0, dtype=np.int64), 0
+    for s, current, keep in zip(order, arrays, shared, strict=True):
+        ends[path[keep:]] = count  # what the new sequence does not share has no further descendant
+        added = len(current) - keep
+        path = np.concatenate([path[:keep], np.arange(count, count + added)])
+        tokens.append(current[keep:])
+        depths.append(np.arange(keep, len(current)))
+        paths[s], count = path, count + added
     ends[path] = count
     return Forest(np.concatenate(tokens), np.concatenate(depths), ends[:count], paths)
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    both = min(len(one), len(other))
+    differs = one[:both] != other[:both]
+    first = int(differs.argmax()) if both else 0
+    return first if both and differs[first] else both
 
 
 def _inputs(sequence: Sequence) -> tuple[int, ...]:
@@ -132,53 +146,33 @@ def _inputs(sequence: Sequence) -> tuple[int, ...]:
     return sequence.prompt_ids + sequence.answer_ids[:-1]
 
 
-def _segments(sequences: list[Sequence], inputs: list[tuple[int, ...]]) -> tuple[list[list[int]], int]:
-    """Cut the sequences of one row into segments, which share no beginning; return (their numbers, tokens put twice).
+def _segments(sequences: list[Sequence], inputs: list[tuple[int, ...]]) -> tuple[Forest, int]:
+    """Return the forest of a single row, cut into segments that share no beginning, and the tokens that stand twice.
 
     Every chat prompt begins with the same tokens. If these stood once, every token of the row would look at their
     block, and the backward of attention would wait for the one program that goes through all of them. So they stand
-    once a segment: once a prompt if that costs at most MAX_TWICE more tokens, else in as few segments as that takes.
+    once a segment: once a prompt if that costs at most MAX_TWICE more tokens, else once in several prompts.
     """
-    order = sorted(range(len(sequences)), key=inputs.__getitem__)
-    starts = [i for i, s in enumerate(order) if not i or sequences[s].prompt_ids != sequences[order[i - 1]].prompt_ids]
-    total = len(preorder(inputs).tokens)
-    shared = {i: _common(inputs[order[i - 1]], inputs[order[i]]) for i in starts[1:]}
-    allowed = int(MAX_TWICE * total)
-    smallest = min(shared.values(), default=0)
-    count = len(starts) if sum(shared.values()) <= allowed else allowed // max(smallest, 1) + 1
-    target, filled, segments, twice = total / max(count, 1), 0, [], 0
-    for i, s in enumerate(order):
-        is_start = i in shared
-        if not segments or (is_start and filled >= (0 if count == len(starts) else target)
-                            and twice + shared[i] <= allowed):  # fmt: skip
-            twice += shared[i] if segments else 0
-            segments.append([])
-            filled = 0
-        segments[-1].append(s)
-        filled += len(inputs[s]) - (_common(inputs[order[i - 1]], inputs[s]) if i else 0)
-    return segments, twice
+    twice = 0
 
+    def cuts(order: list[int], shared: list[int]) -> list[int]:
+        nonlocal twice
+        sizes = [len(inputs[s]) - common for s, common in zip(order, shared, strict=True)]
+        prompts = [sequences[s].prompt_ids for s in order]
+        starts = [i for i in range(1, len(order)) if prompts[i] != prompts[i - 1]]
+        allowed = int(MAX_TWICE * sum(sizes))
+        least = 0.0  # tokens of a segment
+        if sum(shared[i] for i in starts) > allowed:
+            least = sum(sizes) * min(shared[i] for i in starts) / max(allowed, 1)
+        chosen, last = [], 0
+        for i in starts:
+            if sum(sizes[last:i]) >= least and twice + shared[i] <= allowed:
+                chosen.append(i)
+                twice, last = twice + shared[i], i
+        return chosen
 
-def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """Return how many tokens two sequences begin with alike."""
-    for i, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return i
-    return min(len(one), len(other))
-
-
-def _one_after_another(segments: list[list[int]], inputs: list[tuple[int, ...]]) -> Forest:
-    """Return the forests of some segments as one, without a tree across two of them."""
-    forests = [preorder([inputs[s] for s in segment]) for segment in segments]
-    starts = np.cumsum([0] + [len(forest.tokens) for forest in forests])
-    paths = [None] * len(inputs)
-    for segment, forest, start in zip(segments, forests, starts, strict=False):
-        for s, path in zip(segment, forest.paths, strict=True):
-            paths[s] = path + start
-    return Forest(
-        np.concatenate([forest.tokens for forest in forests]), np.concatenate([forest.depths for forest in forests]),
-        np.concatenate([forest.ends + np.int32(start) for forest, start in zip(forests, starts, strict=False)]), paths,
-    )  # fmt: skip
+    forest = preorder(inputs, cuts)  # `cuts` counts what stands twice
+    return forest, twice
 
 
 def _assign_rows(sequences: list[Sequence], inputs: list[tuple[int, ...]], pack_tokens: int) -> list[list[int]]:

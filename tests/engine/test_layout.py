@@ -121,3 +121,18 @@ def test_a_plan_reaches_the_device_in_one_copy(monkeypatch):
         one, other = getattr(batch, name), getattr(moved, name)
         assert one.dtype == other.dtype and torch.equal(one, other) and one is not other
     assert moved.sequences is batch.sequences or moved.sequences == batch.sequences
+
+
+def test_a_common_beginning_stands_near_its_tokens_in_one_row():
+    """Six tokens that all prompts share: once a prompt, for 2 % more tokens; two hundred of them once."""
+    for shared, copies in ((6, 8), (200, 1)):
+        system = tuple(range(3, 3 + shared))
+        sequences = [Sequence("forget", r, (*system, 500 + r, *range(30)), (k, *range(40, 90)))
+                     for r in range(8) for k in range(6)]  # fmt: skip
+        batch = packed_batch(sequences, 256, PAD, one_row=True)
+        starts = (batch.position_ids[0] == 0) & (batch.input_ids[0] == 3)
+        assert starts.sum() == copies
+        assert batch.num_tokens == shared + 8 * (31 + 6 * 50), "what stands twice counts once"
+        placed = batch.num_tokens + (copies - 1) * shared
+        seen = dense_mask(batch.ends)[0, 0].sum(-1)
+        assert torch.equal(seen[:placed], batch.position_ids[0, :placed] + 1), "a token sees its ancestors and itself"
