@@ -75,7 +75,7 @@ class OurStep:
         self.optimizer = MasterWeightAdamW(model, dataclasses.replace(recipe.optimizer, kind=optimizer), dtype)
         self.answer_model = AnswerLogitsModel(model, packed=True)
         self.compiled = not why_not_compiled(model, run.compile, 1000)
-        self.graphs = KnownGraphs() if self.compiled else None
+        self.graphs = KnownGraphs() if self.compiled and options.known_graphs else None
         if self.compiled:
             compile_layers(model, leave=layers_of(recipe.terms))
         scheduled = [s for step in range(self.sampler.steps) for s in self.sampler.sequences(step, self.formatter)]
@@ -121,6 +121,21 @@ class OurStep:
         batch = part.plan.batch
         return StepFigures(seconds, launched - got + done - read, read - launched, got - started, batch.num_tokens,
                            batch.input_ids.numel(), len(batch.logit_positions))  # fmt: skip
+
+    def checked(self, step: int) -> float:
+        """Return how far the gradient norm without a graph's checks is from the norm with them, as a fraction."""
+        norms = []
+        for graphs in (None, self.graphs):
+            compute_gradients(
+                self.prepare(step), self.recipe.terms, self.answer_model, self.accelerator, sharded=False,
+                signalled=False, graphs=graphs,
+            )  # fmt: skip
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            parts = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+            norms.append(torch.stack(parts).norm().item())
+            del gradients
+            self.optimizer.drop_gradients()
+        return abs(norms[1] / norms[0] - 1)
 
 
 class PublishedStep:
