@@ -99,7 +99,7 @@ class OurStep:
 
     def __call__(self, step: int) -> StepFigures:
         started = time.perf_counter()
-        prepared = self.prefetcher.get(step)
+        self.prepared = prepared = self.prefetcher.get(step)
         got = time.perf_counter()
         sums = compute_gradients(
             prepared, self.recipe.terms, self.answer_model, self.accelerator, sharded=False, signalled=False,
@@ -122,12 +122,12 @@ class OurStep:
         return StepFigures(seconds, launched - got + done - read, read - launched, got - started, batch.num_tokens,
                            batch.input_ids.numel(), len(batch.logit_positions))  # fmt: skip
 
-    def checked(self, step: int) -> float:
-        """Return how far the gradient norm without a graph's checks is from the norm with them, as a fraction."""
+    def checked(self) -> float:
+        """Return, for the last step once more, how far the gradient norm without a graph's checks is from the norm with them, as a fraction."""
         norms = []
         for graphs in (None, self.graphs):
             compute_gradients(
-                self.prepare(step), self.recipe.terms, self.answer_model, self.accelerator, sharded=False,
+                self.prepared, self.recipe.terms, self.answer_model, self.accelerator, sharded=False,
                 signalled=False, graphs=graphs,
             )  # fmt: skip
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -95,7 +95,7 @@ def take_steps(options: BenchOptions) -> dict:
     warm_up = WARM_UP[options.device]
     for number in range(warm_up):
         step(number)
-    off = step.checked(warm_up - 1) if getattr(step, "graphs", None) else None
+    off = step.checked() if getattr(step, "graphs", None) else None
     warm = time.perf_counter() - started - built
     if device.type == "cuda":
         torch.cuda.synchronize()
