@@ -123,7 +123,7 @@ class OurStep:
                            batch.input_ids.numel(), len(batch.logit_positions))  # fmt: skip
 
     def checked(self) -> float:
-        """Return, for the last step once more, how far the gradient norm without a graph's checks is from the norm with them, as a fraction."""
+        """Return how far the last step's gradient norm without the graphs' checks is from that with them, as a fraction."""
         norms = []
         for graphs in (None, self.graphs):
             compute_gradients(

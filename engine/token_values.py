@@ -22,7 +22,7 @@ from engine.kernels import kl_of_rows, log_partition, scaled_softmax
 # Bytes of a chunk's logits, in the model's type: large enough that the head's products run at full speed.
 CHUNK_BYTES = {"cpu": 128 << 20, "gpu": 256 << 20}
 # Bytes of the logit rows that are in fp32 at a time: on a CPU they and their gradient stay in its cache.
-FP32_BYTES = {"cpu": 3 << 20, "gpu": 256 << 20}
+FP32_BYTES = {"cpu": 3 << 20, "gpu": 128 << 20}
 
 
 class TokenLoss:
