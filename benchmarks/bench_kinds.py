@@ -123,7 +123,7 @@ class OurStep:
                            batch.input_ids.numel(), len(batch.logit_positions))  # fmt: skip
 
     def checked(self) -> float:
-        """Return how far the last step's gradient norm without the graphs' checks is from that with them, as a fraction."""
+        """Return by which fraction the last step's gradient norm changes without the graphs' checks."""
         norms = []
         for graphs in (None, self.graphs):
             compute_gradients(
