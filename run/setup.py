@@ -302,7 +302,8 @@ def warm_up(setup: Setup) -> None:
     try:
         setup.graphs = KnownGraphs()
         for step in range(min(WARM_UP_STEPS, options.max_unlearn_steps)):
-            if len(setup.graphs.widths) < 2:  # the second one makes the width a variable
+            # the second width makes it a variable; several processes, whose widths differ, take the same steps
+            if len(setup.graphs.widths) < 2 or setup.accelerator.num_processes > 1:
                 compute_gradients(setup.prepare_step(step), setup.recipe.terms, setup.wrapped, setup.accelerator,
                                   sharded=options.shard, signalled=False, graphs=setup.graphs).read()  # fmt: skip
     except torch.OutOfMemoryError:
