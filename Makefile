@@ -1,6 +1,7 @@
 # make demo    install, take the embedded model, unlearn, evaluate, write a report
 # make test    install and run every test that takes seconds; make test-slow: those that take minutes
-# make bench   time a step against the published recipe's
+# make bench   time a step against the published recipe's, on a GPU if there is one; BENCH_OPTIONS="--shape opt-1.3b"
+#              takes random weights of a published shape; benchmarks/gpu_table.py measures all sizes on a GPU
 # make sweep   search over the settings in configs/sweep.yaml; goes on where it was stopped
 # make lint    ruff, rules and format, and which room takes from which
 # make audit   known vulnerabilities in the pinned packages (asks a public database)
@@ -46,7 +47,7 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(PYTHON) setup_demo.py
-	$(PYTHON) benchmarks/bench_step.py
+	$(PYTHON) benchmarks/bench_step.py $(BENCH_OPTIONS)
 
 audit: $(VENV)/.installed
 	$(PYTHON) -m pip install --quiet pip-audit

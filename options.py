@@ -228,6 +228,9 @@ class UnlearnOptions(CommonOptions):
         1, "number of parts that a step's rows are processed in, one after the other: less memory, same update"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "compile the layers on a CUDA GPU; auto: in a run of at least 50 steps, and without it if that fails"
+    )
 
     # ---- what is saved
     save_dtype: Literal["auto", "fp32", "bf16"] = option(

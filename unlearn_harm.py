@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from engine import checkpoint
+from engine.prefetch import Prefetcher
 from engine.saving import gather_weights, write_model
 from engine.state import BestState, TrainingState
 from evaluation.report import write_model_card
@@ -64,7 +65,8 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
     options = setup.options
     first, loop_started, ended = state.step, time.time(), None
     steps = tqdm(range(first, options.max_unlearn_steps), desc="unlearning", disable=None)
-    with logging_redirect_tqdm([log]), stop:
+    prefetcher = Prefetcher(setup.prepare_step, ahead=setup.accelerator.device.type != "cpu")
+    with logging_redirect_tqdm([log]), stop, prefetcher.running():
         for step in steps:
             # ---- save and evaluate the weights after `step` steps
             if setup.accelerator.num_processes == 1:
@@ -81,11 +83,13 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
                 break
             # ---- one step: gradients, the stop rule, the update
             tick = time.perf_counter()
-            stats = compute_gradients(
-                setup.sampler.sequences(step, setup.formatter), setup.recipe.terms, setup.wrapped, setup.layout,
-                setup.reference, setup.accelerator, num_parts=options.gradient_accumulation, sharded=options.shard,
-                signalled=stop.signalled,
-            )  # fmt: skip
+            sums = compute_gradients(prefetcher.get(step), setup.recipe.terms, setup.wrapped, setup.accelerator,
+                                     sharded=options.shard, signalled=stop.signalled,
+                                     graphs=setup.graphs)  # fmt: skip
+            norm = setup.optimizer.grad_norm() if hasattr(setup.optimizer, "grad_norm") else None
+            if step + 1 < options.max_unlearn_steps:
+                prefetcher.start(step + 1)  # while the device runs what was launched
+            stats = sums.read(norm)
             stop.asked = stats.signals > 0  # all processes stop after the same step
             if ended := reached_max_bad_loss(setup, stats):
                 break
@@ -119,7 +123,7 @@ def update(setup: Setup, state: TrainingState, stats: StepStats) -> tuple[float,
     optimizer = setup.optimizer
     lr, grad_norm = optimizer.lr, math.nan
     if math.isfinite(stats.loss):
-        grad_norm = optimizer.step()
+        grad_norm = optimizer.step() if stats.grad_norm is None else optimizer.step(stats.grad_norm)
     else:
         optimizer.drop_gradients()
     if math.isfinite(grad_norm):

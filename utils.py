@@ -304,8 +304,8 @@ def load_model(
 def _text_model_class(name: str, trust_remote_code: bool):
     """Return the auto class of a model that writes text; models with a vision tower may have one of their own."""
     config = type(load_config(name, trust_remote_code=trust_remote_code))
-    is_plain = config in AutoModelForCausalLM._model_mapping or config not in AutoModelForImageTextToText._model_mapping
-    return AutoModelForCausalLM if is_plain else AutoModelForImageTextToText
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((kind for kind in kinds if config in kind._model_mapping), AutoModelForCausalLM)
 
 
 def adapter_base(name: str) -> str | None:
@@ -326,14 +326,13 @@ def load_config(name: str, *, trust_remote_code: bool = False):
 
 
 def model_folder(name: str) -> Path | None:
-    """Return the folder of a local model (of an adapter, its base's), or the cached snapshot of a hub model, or None."""
-    name = adapter_base(name) or name
-    if Path(name).is_dir():
-        return Path(name)
+    """Return the folder of a local model (of an adapter: its base's), or a hub model's cached snapshot, or None."""
+    if (folder := Path(adapter_base(name) or name)).is_dir():
+        return folder
     try:
         config = try_to_load_from_cache(name, "config.json")
     except ValueError:  # no name of a hub model
-        return None
+        config = None
     return Path(config).parent if isinstance(config, str) else None
 
 

@@ -2,24 +2,96 @@
 
 The original's states after the final norm are computed once before the first step, at the answer positions of every
 sequence that needs them. A step multiplies them with a frozen copy of the output head, so the KL is exact up to the
-precision of the cached states. A model that cannot take the packed layout needs a frozen second model in memory
-instead; the log says so.
+precision of the cached states. They stay on the device where they fit: a step then takes them by an index, which the
+host makes. A model that cannot take the packed layout needs a frozen second model in memory instead; the log says so.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data_module import Sequence
-from engine.processes import copy_to, full_tensor
-from engine.tree import AnswerLogitsModel, finish_logits, packed_batch, padded_batch
+from engine.head import FrozenHead
+from engine.host_copy import copied
+from engine.layout import Batch, padded_batch
+from engine.processes import full_tensor
+from engine.tree import AnswerLogitsModel
+
+DEVICE_SHARE = 0.1  # of the device's memory that cached states may take; beyond it they stay in main memory
+GPU_CHUNK = 16384  # tokens of a forward that caches states on a GPU
+
+
+@dataclasses.dataclass
+class CachedTokens:
+    """The original's states at M answer tokens: all cached `states` (C, D), and the tokens' `places` (M,) in them."""
+
+    states: torch.Tensor
+    places: torch.Tensor
+    head: FrozenHead
+
+    def at(self, tokens) -> CachedTokens:
+        """Return those of some tokens, given as an index."""
+        return dataclasses.replace(self, places=self.places[tokens])
+
+    def logits(self, part: slice) -> torch.Tensor:
+        """Return the original's logits (n, V) at a slice of the tokens."""
+        return self.head.logits(self.states[self.places[part]])
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of logits of a token."""
+        return self.head.weight.shape[0]
+
+    def taken(self) -> torch.Tensor:
+        """Return the states (M, D)."""
+        return self.states[self.places]
+
+    def gathered(self) -> CachedTokens:
+        """Return the same; if all states lie in main memory, with a copy of the rows that are needed."""
+        if self.states.device.type != "cpu":
+            return self
+        return dataclasses.replace(self, states=self.taken(), places=torch.arange(len(self.places)))
+
+
+@dataclasses.dataclass
+class ModelTokens:
+    """The same from a second model, which runs when they are asked for; `tokens` (M,): places among the batch's."""
+
+    model: AnswerLogitsModel
+    batch: Batch
+    tokens: torch.Tensor
+    layer: int | None = None  # whose states `taken` gives
+    computed: torch.Tensor | None = None  # (M, V)
+
+    def at(self, tokens) -> ModelTokens:
+        """Return those of some tokens, given as an index."""
+        return dataclasses.replace(self, tokens=self.tokens[tokens])
+
+    @torch.no_grad()
+    def logits(self, part: slice) -> torch.Tensor:
+        """Return the original's logits (n, V) at a slice of the tokens."""
+        if self.computed is None:
+            self.computed = self.model(self.batch)[self.batch.target_to_logit[self.tokens]]
+        return self.computed[part]
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of logits of a token."""
+        return self.model.model.get_output_embeddings().weight.shape[0]
+
+    @torch.no_grad()
+    def taken(self) -> torch.Tensor:
+        """Return the states (M, D) after `layer`."""
+        states = self.model(self.batch, layers=(self.layer,))[1][self.layer]
+        return states[self.batch.target_to_logit[self.tokens]]
 
 
 class ReferenceCache:
-    """The original's `logits` (M, V) and `states` (M, D) at the answer tokens of sequences, in their order."""
+    """The original's logits and states at the answer tokens of sequences, in their order."""
 
     def __init__(
         self, answer_model: AnswerLogitsModel, sequences: list[Sequence], pack_tokens: int, pad_id: int, *,
@@ -30,17 +102,16 @@ class ReferenceCache:
         `layers`: cache the hidden states after these layers as well as the final ones.
         """
         self._pad_id, self._pack_tokens, self._layers = pad_id, pack_tokens, layers
-        self._device = next(answer_model.parameters()).device
-        self._config = answer_model.model.config
-        self._vocabulary = answer_model.model.get_output_embeddings().weight.shape[0]
-        # {(prompt, answer): {layer: states (M, D)}}; the layer None stands for the final states
-        self._states: dict[tuple, dict[int | None, torch.Tensor]] = {}
-        self._model = None
+        self.device = next(answer_model.parameters()).device
+        self._width = answer_model.model.config.get_text_config().hidden_size
+        self._places: dict[tuple, tuple[int, int]] = {}  # {(prompt, answer): (first row, rows) in the cache}
+        self._count = 0  # C
+        self._states: dict[int | None, torch.Tensor] = {}  # {layer: (C, D)}; the layer None stands for the final states
+        self._model = None  # the second model of the padded layout
         if not answer_model.packed:
             self._model = AnswerLogitsModel(
                 copy.deepcopy(answer_model.model).requires_grad_(False).eval(), packed=False
             )
-            return
         self._head = frozen_head(answer_model.model)
         self.precompute(answer_model, sequences, progress)
 
@@ -53,55 +124,70 @@ class ReferenceCache:
         if not answer_model.packed:
             return
         unique = {
-            (s.prompt_ids, s.answer_ids): s for s in sequences if (s.prompt_ids, s.answer_ids) not in self._states
+            (s.prompt_ids, s.answer_ids): s for s in sequences if (s.prompt_ids, s.answer_ids) not in self._places
         }
-        chunks = _chunks(sorted(unique.values(), key=lambda s: s.length), 8 * self._pack_tokens)
+        tokens = 8 * self._pack_tokens if self.device.type == "cpu" else GPU_CHUNK
+        chunks = _chunks(sorted(unique.values(), key=lambda s: s.length), tokens)
+        parts = {layer: [cached] for layer, cached in self._states.items()}
+        home = self._home(unique.values())
         for chunk in progress(chunks) if progress else chunks:
-            self._compute(answer_model, chunk)
+            for layer, states in self._compute(answer_model, chunk).items():
+                parts.setdefault(layer, []).append(states.to(home))
+            for sequence in chunk:
+                self._places[sequence.prompt_ids, sequence.answer_ids] = (self._count, len(sequence.answer_ids))
+                self._count += len(sequence.answer_ids)
+        for layer in list(parts):
+            self._states[layer] = torch.cat([part.to(home) for part in parts.pop(layer)])
+
+    def _home(self, added) -> torch.device:
+        """Return where the states lie once those of the sequences `added` are cached: the device, if they fit."""
+        if self.device.type != "cuda":
+            return torch.device("cpu")
+        rows = self._count + sum(len(s.answer_ids) for s in added)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        size = rows * self._width * 4 * (1 + len(self._layers))
+        return self.device if size <= DEVICE_SHARE * total else torch.device("cpu")
 
     @torch.no_grad()
-    def _compute(self, answer_model: AnswerLogitsModel, sequences: list[Sequence]) -> None:
-        batch = packed_batch(sequences, self._pack_tokens, self._pad_id).to(self._device)
+    def _compute(self, answer_model: AnswerLogitsModel, sequences: list[Sequence]) -> dict[int | None, torch.Tensor]:
+        """Return {layer: states (M, D)} at the answer tokens of the sequences."""
+        batch = answer_model.layout(sequences, self._pack_tokens, self._pad_id).to(self.device)
         out = answer_model(batch, states=True, layers=self._layers)
         by_layer = {None: out[0], **out[1]} if self._layers else {None: out}  # (N, D) each
-        by_layer = {layer: states[batch.target_to_logit].cpu() for layer, states in by_layer.items()}  # (M, D) each
-        for s, sequence in enumerate(sequences):
-            own = (batch.sequence_ids == s).cpu()  # (M,) bool: the answer tokens of this sequence
-            self._states[sequence.prompt_ids, sequence.answer_ids] = {k: v[own].clone() for k, v in by_layer.items()}
+        return {layer: states[batch.target_to_logit] for layer, states in by_layer.items()}
+
+    # ---- what a step takes
+    def places(self, sequences: list[Sequence]) -> torch.Tensor:
+        """Return the rows of the cache that hold the answer tokens of these sequences, (M,), in main memory."""
+        found = [self._places[s.prompt_ids, s.answer_ids] for s in sequences]
+        rows = [np.arange(start, start + count) for start, count in found]
+        return torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64))
+
+    def original(self, sequences: list[Sequence], layer: int | None = None) -> CachedTokens | ModelTokens:
+        """Return the original's predictions, or its states after `layer`, at each answer token of these sequences.
+
+        It is made in main memory: no device is waited for.
+        """
+        if self._model is not None and sequences:
+            batch = padded_batch(sequences, self._pad_id)
+            return ModelTokens(self._model, batch, torch.arange(len(batch.targets)), layer)
+        states = self._states[layer] if sequences else torch.empty(0, self._width)
+        return CachedTokens(states, self.places(sequences), self._head)
 
     @torch.no_grad()
     def logits(self, sequences: list[Sequence]) -> torch.Tensor:
         """Return the original's logits at each answer token of these sequences, (M, V)."""
         if not sequences:
-            return torch.empty(0, self._vocabulary, device=self._device)
-        if self._model is not None:
-            batch = padded_batch(sequences, self._pad_id).to(self._device)
-            return self._model(batch)[batch.target_to_logit]  # (M, V)
-        states, (weight, bias) = self._cached(sequences, None), self._head
-        logits = F.linear(states, weight.to(states.dtype), None if bias is None else bias.to(states.dtype))  # (M, V)
-        return finish_logits(self._config, logits)
-
-    @torch.no_grad()
-    def states(self, sequences: list[Sequence], layer: int) -> torch.Tensor:
-        """Return the original's hidden states after `layer` at the place that predicts each answer token, (M, D)."""
-        if self._model is not None and sequences:
-            batch = padded_batch(sequences, self._pad_id).to(self._device)
-            return self._model(batch, layers=(layer,))[1][layer][batch.target_to_logit]
-        return self._cached(sequences, layer)
-
-    def _cached(self, sequences: list[Sequence], layer: int | None) -> torch.Tensor:
-        width = self._config.get_text_config().hidden_size
-        parts = [self._states[s.prompt_ids, s.answer_ids][layer] for s in sequences] or [torch.empty(0, width)]
-        return copy_to(self._device, torch.cat(parts))  # (M, D)
+            return torch.empty(0, self._head.weight.shape[0], device=self.device)
+        return copied(self.original(sequences), self.device).logits(slice(None))
 
     def bytes(self) -> int:
         """Return the memory of the cached states, without the head's copy."""
-        tensors = [tensor for by_layer in self._states.values() for tensor in by_layer.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._states.values())
 
 
-def frozen_head(model) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the output head as it is now: (weight (V, D), bias (V,) or None). What training would move is copied."""
+def frozen_head(model) -> FrozenHead:
+    """Return the output head as it is now. What training would move is copied."""
     head = model.get_output_embeddings()
     frozen = []
     for tensor in (head.weight, getattr(head, "bias", None)):
@@ -109,7 +195,7 @@ def frozen_head(model) -> tuple[torch.Tensor, torch.Tensor | None]:
             copied = full_tensor(tensor.detach())
             tensor = copied.clone() if tensor.requires_grad and copied.data_ptr() == tensor.data_ptr() else copied
         frozen.append(tensor)
-    return frozen[0], frozen[1]
+    return FrozenHead(*frozen, model.config)
 
 
 def _chunks(sequences: list[Sequence], tokens: int) -> list[list[Sequence]]:

@@ -1,7 +1,10 @@
-"""Faster replacements for three operations that torch runs slowly on a CPU; the numbers stay the same (docs/LOG.md).
+"""Faster replacements for operations that torch or transformers run slowly; the numbers stay the same (docs/LOG.md).
 
-Attention in bf16: torch's fused kernel is built for long rows, whose scores it never stores. A packed row has a few
-hundred tokens; two batched matrix products and a softmax take 0.4 of the kernel's time. Every other case goes to
+Attention on a GPU: torch's flex attention takes the block mask of a packed row (engine/tree_mask.py), and skips the
+blocks of places that no token sees. What comes with another mask, such as generation, goes to torch's fused kernel.
+
+Attention in bf16 on a CPU: torch's fused kernel is built for long rows, whose scores it never stores. A packed row has
+a few hundred tokens; two batched matrix products and a softmax take 0.4 of the kernel's time. Every other case goes to
 torch's kernel: fp32, a GPU, generation with a key-value cache, padded rows.
 
 Embeddings that share their weight with the head: only a few hundred rows of their gradient are not zero. These rows
@@ -14,13 +17,17 @@ contiguous tensor there is no such copy.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from accelerate import PartialState
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "short_rows"
+BLOCKS = "tree_blocks"  # the same, in a model whose packed rows come with a block mask
 LONGEST_ROW = 1024  # tokens; the scores of a longer row do not fit the CPU cache
 
 
@@ -48,14 +55,44 @@ def short_rows(module, query, key, value, attention_mask, dropout=0.0, scaling=N
     return out.transpose(1, 2), None
 
 
-AttentionInterface.register(NAME, short_rows)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+_compiled_flex = functools.cache(lambda: torch.compile(flex_attention))
+
+
+def tree_blocks(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **settings):
+    """Compute attention as `short_rows` does; a block mask goes to flex attention."""
+    if not isinstance(attention_mask, BlockMask):
+        return short_rows(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings)
+    if settings.get("softcap") is not None or settings.get("s_aux") is not None or dropout:
+        raise ValueError("flex attention here has no cap, no sink and no dropout")
+    heads, groups = query.shape[1], key.shape[1]
+    if heads & (heads - 1):  # the kernel shares keys among a power of two of heads only
+        key, value = (tensor.repeat_interleave(heads // groups, dim=1) for tensor in (key, value))
+    # a compiled layer compiles it with the rest; uncompiled, it would store all scores
+    compiled = query.device.type == "cuda" and not torch.compiler.is_compiling()
+    attend = _compiled_flex() if compiled else flex_attention
+    out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=key.shape[1] != heads)
+    return out.transpose(1, 2), None  # (R, T, H, E)
+
+
+for _name, _function in ((NAME, short_rows), (BLOCKS, tree_blocks)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, sdpa_mask)
+
+
+def takes_blocks(model) -> bool:
+    """Say whether the model's packed rows come with a block mask, for flex attention."""
+    return getattr(model.config, "_attn_implementation", None) == BLOCKS
+
+
+def leave_blocks(model) -> None:
+    """Switch a model whose attention cannot use a block mask to dense masks."""
+    model.set_attn_implementation(NAME)
 
 
 def speed_up(model) -> None:
     """Switch a model to each replacement that fits it; call it once a model. Other attention settings stay as set."""
     if getattr(model.config, "_attn_implementation", None) == "sdpa":
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(BLOCKS if next(model.parameters()).device.type == "cuda" else NAME)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     # only torch's own class in its plain form merely looks rows up: Gemma's own class scales them
     plain = type(embeddings) is torch.nn.Embedding and not embeddings.scale_grad_by_freq and embeddings.max_norm is None

@@ -1,160 +1,31 @@
-"""The layout of a step: many sequences packed as trees of tokens that store each shared prefix once.
+"""A step's forward on packed trees (engine/layout.py), for models that take them; the padded layout for the others.
 
-A forget prompt is followed by its own answer and by K replacement answers. Every chat prompt starts with the same
-tokens. Such prefixes are shared, so each packed row holds a tree: a token's parent is the token before it, its
-position is its depth, and it attends only to its ancestors. A causal model gives each token the state that the token
-would have in its own sequence, for a fraction of the tokens.
-
-`padded_batch` lays out the same sequences one a row, for models that cannot take the tree. `AnswerLogitsModel` returns
-the same logits for both layouts.
-Letters: R rows, T tokens a row, D hidden size, V vocabulary, N logit rows, M answer tokens, S sequences.
+`AnswerLogitsModel` returns the same logits for both layouts.
+Letters: R rows, T places a row, D hidden size, V vocabulary, N logit rows, M answer tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 
-import numpy as np
 import torch
 
 from data_module import Sequence, probe_sequences
 from engine.adapters import decoder_layers
-from engine.processes import copy_to, is_sharded
-from engine.speedups import speed_up
+from engine.head import OutputHead, finish_logits
+from engine.layout import Batch, packed_batch, padded_batch
+from engine.processes import is_sharded
+from engine.speedups import leave_blocks, speed_up, takes_blocks
+from engine.token_values import TokenRequest, token_values, weighted_values
+from engine.tree_mask import block_mask, dense_mask
 from prompts.formatter import PromptFormatter
-from utils import attention_window
-
-
-@dataclasses.dataclass
-class Batch:
-    """Token ids with their layout, and the place that predicts each answer token."""
-
-    sequences: list[Sequence]
-    input_ids: torch.Tensor  # (R, T)
-    attention_mask: torch.Tensor  # packed: (R, 1, T, T), True = attends; padded: (R, T), 1 = real token
-    position_ids: torch.Tensor  # (R, T): depth in the tree
-    logit_positions: torch.Tensor  # (N,) places in the flattened (R * T,) that need logits
-    target_to_logit: torch.Tensor  # (M,) in [0, N): the logit row that predicts the answer token
-    targets: torch.Tensor  # (M,) the answer tokens
-    sequence_ids: torch.Tensor  # (M,) in [0, S): the sequence of each answer token
-    is_first_token: torch.Tensor  # (M,) bool: first token of its answer
-    num_tokens: int  # tokens without padding; a shared token counts once
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch with its tensors on `device`."""
-        moved = {
-            field.name: copy_to(device, value)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return dataclasses.replace(self, **moved)
-
-    def tokens_of(self, draw: str) -> torch.Tensor:
-        """Return a mask (M,) bool: the answer tokens of one draw's sequences."""
-        of_draw = torch.tensor([s.draw == draw for s in self.sequences], device=self.sequence_ids.device)  # (S,)
-        return of_draw[self.sequence_ids]
-
-
-def packed_batch(sequences: list[Sequence], pack_tokens: int, pad_id: int) -> Batch:
-    """Pack sequences into R trees of about `pack_tokens` tokens each. Sequences with the same prompt share a row."""
-    by_prompt: dict[tuple, list[int]] = {}
-    for s, sequence in enumerate(sequences):
-        by_prompt.setdefault(sequence.prompt_ids, []).append(s)
-    groups = sorted(
-        by_prompt.items(), key=lambda group: -len(group[0]) - sum(len(sequences[s].answer_ids) for s in group[1])
-    )
-    whole_tree = _Tree()
-    for sequence in sequences:
-        whole_tree.insert(sequence.prompt_ids + sequence.answer_ids)
-    trees = [_Tree() for _ in range(min(max(1, round(len(whole_tree.tokens) / pack_tokens)), len(groups)))]
-    paths: list[tuple[int, list[int]]] = [(0, [])] * len(sequences)  # (row, nodes of the sequence in its tree)
-    for _, members in groups:  # the largest first, each into the row that is shortest so far
-        r = min(range(len(trees)), key=lambda r: len(trees[r].tokens))
-        for s in members:
-            paths[s] = (r, trees[r].insert(sequences[s].prompt_ids + sequences[s].answer_ids))
-    width = max(len(tree.tokens) for tree in trees)  # T
-    ids = np.full((len(trees), width), pad_id, dtype=np.int64)
-    positions = np.zeros((len(trees), width), dtype=np.int64)
-    mask = np.zeros((len(trees), 1, width, width), dtype=bool)
-    mask[:, 0, np.arange(width), np.arange(width)] = True  # padding attends to itself: no empty softmax
-    for r, tree in enumerate(trees):
-        length = len(tree.tokens)
-        ids[r, :length], positions[r, :length] = tree.tokens, tree.depths
-        for t, parent in enumerate(tree.parents):  # a parent comes before its children
-            if parent >= 0:
-                mask[r, 0, t] |= mask[r, 0, parent]
-    total = sum(len(tree.tokens) for tree in trees)
-    return _build_batch(sequences, ids, mask, positions, [[r * width + t for t in path] for r, path in paths], total)
-
-
-def padded_batch(sequences: list[Sequence], pad_id: int) -> Batch:
-    """Lay out sequences one a row, padded on the right: the plain layout that every model takes."""
-    width = max(s.length for s in sequences)  # T
-    ids = np.full((len(sequences), width), pad_id, dtype=np.int64)  # (S, T)
-    mask = np.zeros((len(sequences), width), dtype=np.int64)
-    positions = np.broadcast_to(np.arange(width), ids.shape).copy()
-    places = []
-    for r, s in enumerate(sequences):
-        tokens = s.prompt_ids + s.answer_ids
-        ids[r, : len(tokens)] = tokens
-        mask[r, : len(tokens)] = 1
-        places.append([r * width + t for t in range(len(tokens))])
-    return _build_batch(sequences, ids, mask, positions, places, int(mask.sum()))
-
-
-class _Tree:
-    """A prefix tree of token sequences; a node's parent has a smaller number."""
-
-    def __init__(self):
-        self.tokens, self.parents, self.depths = [], [], []
-        self._child: dict[tuple[int, int], int] = {}
-
-    def insert(self, tokens) -> list[int]:
-        """Add a sequence; return the node of each of its tokens."""
-        path, node = [], -1
-        for depth, token in enumerate(tokens):
-            child = self._child.get((node, token))
-            if child is None:
-                child = len(self.tokens)
-                self._child[node, token] = child
-                self.tokens.append(token)
-                self.parents.append(node)
-                self.depths.append(depth)
-            node = child
-            path.append(node)
-        return path
-
-
-def _build_batch(sequences, ids, mask, positions, places, num_tokens) -> Batch:
-    """Build a Batch. Each answer token is predicted at the place of the previous token."""
-    predicted_at, targets, sequence_ids, is_first = [], [], [], []
-    for s, sequence in enumerate(sequences):
-        start = len(sequence.prompt_ids)
-        assert start > 0, "a sequence needs at least one prompt token, or nothing predicts its first answer token"
-        predicted_at += places[s][start - 1 : -1]
-        targets += sequence.targets or sequence.answer_ids
-        sequence_ids += [s] * len(sequence.answer_ids)
-        is_first += [j == 0 for j in range(len(sequence.answer_ids))]
-    logit_rows, target_to_logit = np.unique(np.array(predicted_at, dtype=np.int64), return_inverse=True)  # (N,), (M,)
-    return Batch(
-        sequences,
-        torch.from_numpy(ids),
-        torch.from_numpy(mask),
-        torch.from_numpy(positions),
-        torch.from_numpy(logit_rows),
-        torch.from_numpy(target_to_logit),
-        torch.tensor(targets, dtype=torch.int64),
-        torch.tensor(sequence_ids, dtype=torch.int64),
-        torch.tensor(is_first, dtype=torch.bool),
-        num_tokens,
-    )
+from utils import attention_window, log
 
 
 # ------------------------------------------------------------------------------------------ the forward
 class AnswerLogitsModel(torch.nn.Module):
-    """The model as the loop calls it: takes a batch, returns logits (N, V) at the answer positions.
+    """The model as the loop calls it: takes a batch, returns logits (N, V) or token losses at the answer positions.
 
     It is a module of its own, so that a wrapper for several processes sees one forward a step.
     """
@@ -167,14 +38,16 @@ class AnswerLogitsModel(torch.nn.Module):
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Return the states after the final norm at the answer positions, (N, D). Packed layout only."""
+        if takes_blocks(self.model):
+            mask = block_mask(batch.ends)
+        else:
+            sees = dense_mask(batch.ends)  # (R, 1, T, T)
+            mask = torch.zeros(sees.shape, dtype=self.dtype or self.model.dtype, device=sees.device)
+            mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)  # added to the scores
         body = self.model.base_model
-        mask = torch.zeros(
-            batch.attention_mask.shape, dtype=self.dtype or self.model.dtype, device=batch.input_ids.device
-        )
-        mask.masked_fill_(~batch.attention_mask, torch.finfo(mask.dtype).min)  # (R, 1, T, T), added to the scores
         out = body(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
         states = out[0]  # (R, T, D)
-        return states.flatten(0, 1)[batch.logit_positions]  # (N, D)
+        return states.flatten(0, 1).index_select(0, batch.logit_positions)  # (N, D)
 
     @property
     def generator(self) -> torch.nn.Module:
@@ -184,20 +57,27 @@ class AnswerLogitsModel(torch.nn.Module):
     def generate(self, **settings):
         return self.model.generate(**settings)
 
-    def forward(self, batch: Batch, *, states: bool = False, layers: tuple[int, ...] = ()):
+    def forward(
+        self, batch: Batch, requests: list[TokenRequest] | None = None, weights: list | None = None, *,
+        states: bool = False, layers: tuple[int, ...] = (),
+    ):  # fmt: skip
         """Return logits (N, V), or the states of `hidden` (N, D) with `states`.
 
-        With `layers`, return (that tensor, {layer: hidden states after it, (N, D)}). Every forward of a sharded model
-        passes here.
+        With `requests`, return (total, values), as `weighted_values` does if the `weights` are given; without them,
+        total is None and the gradient flows through the values. With `layers`, return (all that, {layer: hidden states
+        after it, (N, D)}). Every forward of a sharded model passes here.
         """
         with self._captured(layers) as captured:
             if states:
                 out = self.hidden(batch)
+            elif self.packed and requests is not None:
+                out = _values(self.hidden(batch), requests, weights, OutputHead(self.model))
             elif self.packed:
                 out = finish_logits(self.model.config, self.model.get_output_embeddings()(self.hidden(batch)))  # (N, V)
             else:
                 output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
                 out = output.logits.flatten(0, 1)[batch.logit_positions]  # (R, T, V) -> (N, V)
+                out = out if requests is None else _values(out, requests, weights)
         if not layers:
             return out
         return out, {layer: state.flatten(0, 1)[batch.logit_positions] for layer, state in captured.items()}
@@ -222,23 +102,20 @@ class AnswerLogitsModel(torch.nn.Module):
                 hook.remove()
 
     def layout(self, sequences: list[Sequence], pack_tokens: int, pad_id: int) -> Batch:
-        """Return the sequences as a Batch in the layout that this model takes."""
-        return packed_batch(sequences, pack_tokens, pad_id) if self.packed else padded_batch(sequences, pad_id)
+        """Return the sequences as a Batch in the layout that this model takes.
+
+        Flex attention skips what a token does not see, so its trees share one row, whatever `pack_tokens` is.
+        """
+        if not self.packed:
+            return padded_batch(sequences, pad_id)
+        return packed_batch(sequences, pack_tokens, pad_id, one_row=takes_blocks(self.model))
 
 
-def finish_logits(config, logits: torch.Tensor) -> torch.Tensor:
-    """Return the head's output (..., V) as the family finishes it: Cohere and Granite scale it, Gemma 2 caps it.
-
-    `check_packing` detects a family that does something else.
-    """
-    config = config.get_text_config()
-    if scale := getattr(config, "logit_scale", None):
-        logits = logits * scale
-    if divisor := getattr(config, "logits_scaling", None):
-        logits = logits / divisor
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = cap * torch.tanh(logits / cap)
-    return logits
+def _values(states: torch.Tensor, requests: list[TokenRequest], weights: list | None, *head):
+    """Return (total, values) as `AnswerLogitsModel.forward` does."""
+    if weights is not None:
+        return weighted_values(states, requests, weights, *head)
+    return None, token_values(states, requests, *head)
 
 
 def wrap_model(
@@ -251,10 +128,15 @@ def wrap_model(
     if window and window < longest:  # the packed layout's mask would replace the model's own
         line = f"padded layout: {type(model).__name__} looks back {window} tokens and a row may have {longest}"
         return AnswerLogitsModel(model, packed=False), line
-    packed, line = check_packing(
-        model, probe_sequences(prompts, formatter), pack_tokens, formatter.tokenizer.pad_token_id
+    probe = probe_sequences(prompts, formatter), pack_tokens, formatter.tokenizer.pad_token_id
+    packed, line = check_packing(model, *probe)
+    if not packed and takes_blocks(model):
+        log.info("flex attention: %s", line)
+        leave_blocks(model)
+        packed, line = check_packing(model, *probe)
+    return AnswerLogitsModel(model, packed=packed), line + (
+        ", flex attention" if packed and takes_blocks(model) else ""
     )
-    return AnswerLogitsModel(model, packed=packed), line
 
 
 @torch.no_grad()
@@ -267,9 +149,11 @@ def check_packing(model, sequences: list[Sequence], pack_tokens: int, pad_id: in
     difference of a single logit grows with the vocabulary.)
     """
     device = next(model.parameters()).device
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
+    tolerance = 0.25
+    if model.dtype == torch.float32:
+        tolerance = 1e-3 if device.type == "cpu" else 0.02  # a GPU's kernels may round products to TF32
     padded = padded_batch(sequences, pad_id).to(device)
-    packed = packed_batch(sequences, pack_tokens, pad_id).to(device)
+    packed = AnswerLogitsModel(model, packed=True).layout(sequences, pack_tokens, pad_id).to(device)
     expected = AnswerLogitsModel(model, packed=False)(padded)[padded.target_to_logit].float()  # (M, V)
     try:
         got = AnswerLogitsModel(model, packed=True)(packed)[packed.target_to_logit].float()  # (M, V)

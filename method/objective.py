@@ -16,7 +16,8 @@ class TermTokens:
     `nll`, `original_nll` (M,): NLL of the targets, in nats, under the model and under the original. `values` (M,): the
     token loss. `states`, `original_states` (M, D): hidden states at the objective's layer, at the place that predicts
     each token. `sequence` (M,) in [0, S): each token's sequence. `count`: S. `examples` (S,): example_id of each
-    sequence. `mine` (S,) bool: the term's own sequences. `preferred`: the tokens of the term that `prefers` names.
+    sequence. `mine` (S,) bool: the term's own sequences. `num_examples`: more than any example_id. `preferred`: the
+    tokens of the term that `prefers` names.
     """
 
     nll: torch.Tensor
@@ -25,16 +26,11 @@ class TermTokens:
     count: int
     examples: torch.Tensor
     mine: torch.Tensor
+    num_examples: int
     original_nll: torch.Tensor | None = None
     states: torch.Tensor | None = None
     original_states: torch.Tensor | None = None
     preferred: TermTokens | None = None
-
-    def first_only(self, is_first: torch.Tensor) -> TermTokens:
-        """Return only the first token of each sequence: is_first (M,) bool."""
-        names = ("values", "nll", "original_nll", "states", "original_states", "sequence")
-        selected = {name: value[is_first] for name in names if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(self, **selected)
 
 
 class Objective:
@@ -52,6 +48,9 @@ class Objective:
     original_nll = original_states = False  # what it needs from the original beside its token loss
     layer: int | None = None  # the layer whose hidden states it needs
     prefers: str | None = None  # the draw whose answers it prefers to the term's own
+    # Whether `values` is linear in the token values: their gradient is then known before they are, and head and losses
+    # need one pass (engine/token_values.py). Hidden states may enter in any way.
+    is_linear = False
 
     def values(self, tokens: TermTokens) -> torch.Tensor:
         """Return the values to minimise, (S,) or (M,)."""

@@ -22,6 +22,7 @@ class Nll(Objective):
     """Mean token NLL of each sequence (Yao et al. 2023, eq. 3). It falls as the continuation is learned."""
 
     length_normalised = True
+    is_linear = True
 
     def values(self, tokens):
         return losses.sequence_mean(tokens.values, tokens.sequence, tokens.count)
@@ -34,6 +35,7 @@ class Kl(Objective):
     token_loss = KL
     measure = "kl"
     over = "tokens"
+    is_linear = True
 
     def values(self, tokens):
         return tokens.values
@@ -45,6 +47,10 @@ class Ascent(ForgetObjective):
     """Gradient ascent on the answer (Yao et al. 2023, eq. 2)."""
 
     ceiling: WEIGHT = option(0.0, "nats; an answer whose mean NLL is above it gives no gradient (0: no ceiling)")
+
+    @property
+    def is_linear(self) -> bool:
+        return not self.ceiling
 
     def values(self, tokens):
         return losses.gradient_ascent(tokens.nll, tokens.sequence, tokens.count, self.ceiling)
@@ -89,8 +95,9 @@ class Dpo(ForgetObjective):
         rejected = losses.sequence_sum(tokens.nll - tokens.original_nll, tokens.sequence, tokens.count)
         other = tokens.preferred
         preferred = losses.sequence_sum(other.nll - other.original_nll, other.sequence, other.count)  # (S,)
-        rows = int(tokens.examples.max()) + 1
-        by_row = losses.sequence_mean(preferred[other.mine], other.examples[other.mine], rows)  # (rows,)
+        # means over the other draw's sequences; a selection by a mask would wait for the device
+        answers = losses.sequence_sum(other.mine.float(), other.examples, other.num_examples)  # (rows,)
+        by_row = losses.sequence_sum(preferred * other.mine, other.examples, other.num_examples) / answers.clamp(min=1)
         return losses.dpo(by_row[tokens.examples], rejected, self.beta) * tokens.mine
 
 
@@ -105,6 +112,7 @@ class Unlikelihood(ForgetObjective):
 
     token_loss = _TokenUnlikelihood()
     note = BY_TOKENS + "; tokens known by heart have a gradient (earlier versions: none)"
+    is_linear = True
 
     def values(self, tokens):
         return tokens.values
@@ -118,6 +126,7 @@ class Rmu(ForgetObjective):
     layer: COUNT = option(7, "layer whose output is steered, counted from 0")
     coefficient: number(float, 0, above=True) = option(6.5, "length of the vector that the states are steered to")
     direction_seed: COUNT = option(0, "seed of the random direction")
+    is_linear = True
 
     def values(self, tokens):
         target = losses.rmu_direction(tokens.states.shape[-1], self.coefficient, self.direction_seed)
@@ -132,6 +141,7 @@ class StateDistance(Objective):
     measure = "distance"
     over = "tokens"
     original_states = True
+    is_linear = True
 
     def values(self, tokens):
         return losses.rmu(tokens.states, tokens.original_states)

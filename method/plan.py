@@ -8,13 +8,21 @@ import math
 from accelerate import PartialState
 
 from data_module import Sequence
+from engine.layout import Batch
 from engine.memory import MemoryParts, estimate_parts, measure_saved_bytes, run_measured, switch_that_fits
 from engine.processes import local_microbatches
 from engine.reference import ReferenceCache
-from engine.tree import AnswerLogitsModel, Batch
+from engine.tree import AnswerLogitsModel
 from method.recipe import Recipe
 from method.sampler import UnlearnBatchSampler
-from method.terms import compute_losses, count_draws, draws_of, layers_of, sequences_needing_reference
+from method.terms import (
+    compute_losses,
+    count_draws,
+    draws_of,
+    layers_of,
+    plan_losses,
+    sequences_needing_reference,
+)
 from prompts.formatter import PromptFormatter
 from utils import current_memory_gib, free_memory_gib, peak_memory_gib, trim_cpu_heap
 
@@ -75,11 +83,12 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     reference = ReferenceCache(answer_model, needed, pack_tokens, pad_id, layers=layers)
 
     def loss_of(sequences: list[Sequence], whole_step: list[Sequence]):
-        batch = answer_model.layout(sequences, pack_tokens, pad_id).to(device)
-        out = answer_model(batch, layers=layers)
-        logits, states = out if layers else (out, {})
-        losses = compute_losses(recipe.terms, batch, logits, states, reference, count_draws(whole_step))
-        return sum(term.loss for term in losses)
+        counts, batch = count_draws(whole_step), answer_model.layout(sequences, pack_tokens, pad_id)
+        plan = plan_losses(recipe.terms, batch, reference, counts).to(device)
+        out = answer_model(plan.batch, plan.requests, plan.weights, layers=layers)
+        (total, values), states = out if layers else (out, {})
+        loss = sum(term.loss for term in compute_losses(recipe.terms, plan, values, states, counts))
+        return sum(t for t in (total, loss) if t is not None and t.requires_grad)
 
     few, whole_step = _first_tokens(tried[-1][0]), tried[-1][1]
     places = answer_model.layout(few, pack_tokens, pad_id).input_ids.numel()

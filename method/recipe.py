@@ -55,7 +55,9 @@ class DevSettings:
 class Layout:
     """Layout of a packed batch."""
 
-    pack_tokens: POSITIVE = option(256, "target length of the rows of a packed batch, in tokens")
+    pack_tokens: POSITIVE = option(
+        256, "target length of the rows of a packed batch, in tokens (on a GPU with flex attention a step is one row)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

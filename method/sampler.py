@@ -218,12 +218,14 @@ class UnlearnBatchSampler:
     # ---- their prompts
     def build_prompt(self, example: Example, step: int, formatter: PromptFormatter) -> tuple[tuple[int, ...], str]:
         """Return (prompt tokens, style of the template) of an example at a step, worded as `Wording` sets."""
-        if self._prompts[0] != step:
-            self._prompts = (step, {})
+        kept_step, prompts = self._prompts
+        if kept_step != step:  # a thread may be at another step (engine/prefetch.py): each keeps to its own prompts
+            prompts = {}
+            self._prompts = (step, prompts)
         key = (example.side, example.example_id, example.source, example.index)
-        if key not in self._prompts[1]:
-            self._prompts[1][key] = self._build_prompt(example, step, formatter)
-        return self._prompts[1][key]
+        if key not in prompts:
+            prompts[key] = self._build_prompt(example, step, formatter)
+        return prompts[key]
 
     def _build_prompt(self, example: Example, step: int, formatter: PromptFormatter) -> tuple[tuple[int, ...], str]:
         row, style = self.row(example), formatter.style

@@ -11,12 +11,12 @@ import dataclasses
 import torch
 
 from data_module import Sequence
+from engine.layout import Batch
 from engine.reference import ReferenceCache
-from engine.token_values import NLL, TokenLoss, TokenRequest, token_values
-from engine.tree import Batch
-from method.losses import sequence_sum, token_nll, weighted_sum
+from method.losses import sequence_sum, weighted_sum
 from method.objective import Objective, TermTokens
 from method.sampler import Draw
+from method.term_tokens import BatchPlan, plan_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,21 +103,49 @@ def sequences_needing_reference(sequences: list[Sequence], terms: list[Term]) ->
     return [s for s in sequences if s.draw in draws]
 
 
+def plan_losses(terms: list[Term], batch: Batch, reference: ReferenceCache, counts: dict[str, DrawCount]) -> BatchPlan:
+    """Work out, in main memory, what a step asks of a batch that lies there; `counts`: of the whole step."""
+    plan = plan_batch(terms, batch, reference)
+    if all(term.objective.is_linear for term in terms):
+        plan.weights = _known_weights(terms, plan, counts)
+    return plan
+
+
+def _known_weights(terms: list[Term], plan: BatchPlan, counts: dict[str, DrawCount]) -> list[torch.Tensor | None]:
+    """Return the gradient of the step's loss with respect to each request's values, which are not known yet.
+
+    Every objective is linear in them, so its gradient is the same everywhere, and is taken at 0.
+    """
+    zeros = [torch.zeros(len(request.rows), requires_grad=True) for request in plan.requests]
+    with torch.enable_grad():
+        losses = [
+            _loss_term(term, places.tokens(zeros, {}), counts[term.draw.name]).loss
+            for term, places in zip(terms, plan.terms, strict=True)
+            if term.objective.layer is None and term.weight
+        ]
+        graphs = [loss for loss in losses if loss.requires_grad]
+        if not graphs:
+            return [None] * len(zeros)
+        return list(torch.autograd.grad(sum(graphs), zeros, allow_unused=True))
+
+
 def compute_losses(
-    terms: list[Term], batch: Batch, logits: torch.Tensor, states: dict[int, torch.Tensor], reference: ReferenceCache,
+    terms: list[Term], plan: BatchPlan, values: list[torch.Tensor], states: dict[int, torch.Tensor],
     counts: dict[str, DrawCount],
 ) -> list[LossTerm]:  # fmt: skip
-    """Compute every term of one batch: logits (N, V), hidden states {layer: (N, D)}; `counts`: of the whole step."""
-    view = _BatchView(terms, batch, logits, states, reference)
-    return [_loss_term(term, view, counts[term.draw.name]) for term in terms]
+    """Compute every term of one batch: values (Q,) of each request, hidden states {layer: (N, D)}.
+
+    `counts`: of the whole step.
+    """
+    return [
+        _loss_term(term, places.tokens(values, states), counts[term.draw.name])
+        for term, places in zip(terms, plan.terms, strict=True)
+    ]
 
 
-def _loss_term(term: Term, view: _BatchView, count: DrawCount) -> LossTerm:
+def _loss_term(term: Term, tokens: TermTokens, count: DrawCount) -> LossTerm:
     """Compute one term of one batch; `count`: of its draw in the whole step."""
     objective = term.objective
-    tokens = view.tokens(term.draw.name, objective, first_only=term.tokens == "first")
-    if term.preferred:
-        tokens = dataclasses.replace(tokens, preferred=view.tokens(term.preferred, objective))
     values = objective.values(tokens)
     if objective.length_normalised and term.over == "tokens":
         values = values * sequence_sum(torch.ones_like(tokens.nll), tokens.sequence, tokens.count)  # (S,)
@@ -128,53 +156,3 @@ def _loss_term(term: Term, view: _BatchView, count: DrawCount) -> LossTerm:
     else:
         mean = weighted_sum(values.detach(), 1.0, denominator)
     return LossTerm(term.name, weighted_sum(values, term.weight, denominator), mean)
-
-
-class _BatchView:
-    """The token losses of a batch, each computed once for all draws that need it, and the tokens of each draw."""
-
-    def __init__(self, terms: list[Term], batch: Batch, logits, states: dict, reference: ReferenceCache):
-        self.batch, self.states, self.reference = batch, states, reference
-        draws: dict[TokenLoss, set[str]] = {NLL: set()}
-        for term in terms:
-            draws.setdefault(term.objective.token_loss, set()).add(term.draw.name)
-        # the NLL of all tokens costs nothing extra; the other losses are computed for the draws that need them
-        self.masks = {
-            loss: self.tokens_of(*names) for loss, names in draws.items() if loss is not NLL
-        }  # (M,) bool each
-        requests = [TokenRequest(NLL, batch.target_to_logit, batch.targets)]
-        for loss, mask in self.masks.items():
-            sequences = [s for s in batch.sequences if s.draw in draws[loss]]
-            original = reference.logits(sequences) if loss.needs_original else None
-            requests.append(TokenRequest(loss, batch.target_to_logit[mask], batch.targets[mask], original))
-        self.nll, *values = token_values(logits, requests)  # (M,), and (Q,) each
-        self.values = dict(zip(self.masks, values, strict=True))
-
-    def tokens_of(self, *draws: str) -> torch.Tensor:
-        """Return a mask (M,) bool: the answer tokens of these draws."""
-        batch = self.batch
-        return torch.stack([batch.tokens_of(draw) for draw in draws]).any(0)
-
-    def tokens(self, draw: str, objective: Objective, *, first_only: bool = False) -> TermTokens:
-        """Return a draw's tokens as an objective gets them; with `first_only`, the first token of each sequence."""
-        batch, loss, layer = self.batch, objective.token_loss, objective.layer
-        mine = self.tokens_of(draw)  # (M,) bool
-        sequences = [s for s in batch.sequences if s.draw == draw]
-        nll = self.nll[mine]  # (Q,)
-        tokens = TermTokens(
-            nll=nll,
-            values=nll if loss is NLL else self.values[loss][mine[self.masks[loss]]],
-            original_nll=self._original_nll(sequences, batch.targets[mine]) if objective.original_nll else None,
-            states=None if layer is None else self.states[layer][batch.target_to_logit[mine]],
-            original_states=self.reference.states(sequences, layer) if objective.original_states else None,
-            sequence=batch.sequence_ids[mine],
-            count=len(batch.sequences),
-            examples=batch.sequence_ids.new_tensor([s.example_id for s in batch.sequences]),
-            mine=batch.sequence_ids.new_tensor([s.draw == draw for s in batch.sequences]).bool(),
-        )
-        return tokens.first_only(batch.is_first_token[mine]) if first_only else tokens
-
-    def _original_nll(self, sequences: list[Sequence], targets: torch.Tensor) -> torch.Tensor:
-        """Return the NLL (Q,) of the targets under the original."""
-        logits = self.reference.logits(sequences)  # (Q, V)
-        return token_nll(logits, torch.arange(len(logits), device=logits.device), targets)

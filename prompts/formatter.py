@@ -15,6 +15,7 @@ from utils import UsageError, context_length, log
 
 OTHER_STYLES = ("qa", "qa_space", "raw")
 TRAINED_STYLES = ("qa", "qa_space", "qa_space", "raw")  # people often paste the prompt with its space
+MOST_KNOWN = 50_000  # texts whose tokens are kept: about 50 MB
 BEGINNING = 24  # tokens at the end of a prompt in which a thought that it opens is looked for
 
 
@@ -48,6 +49,7 @@ class PromptFormatter:
         self.cut: set[str] = set()  # prompts that were too long
         self.unfinished_thoughts = 0  # answers read so far that are only an unfinished thought
         self._beyond: dict[int, str] = {}  # tokens past the model's embedding, set by `fit`
+        self._known: dict[str, tuple[int, ...]] = {}  # texts in tokens
         plain = self.ids("a")
         with_special = tokenizer("a")["input_ids"]
         # the tokens that the tokenizer puts before a text (OPT: </s>); empty if there are none
@@ -127,16 +129,25 @@ class PromptFormatter:
             self.chat.text, self._end["chat"] = "", self._end[self.style]  # so that nothing else asks in it
         self._ends -= beyond.keys()
         self._beyond = beyond
+        self._known.clear()
 
     # ---- tokens
     def ids(self, text: str) -> list[int]:
-        """Return the token ids of a text alone. Raises UsageError for a token that the embedding does not have."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self._beyond and (beyond := self._beyond.keys() & set(ids)):
-            token = self._beyond[min(beyond)]
-            raise UsageError(f"a row holds {token!r}, a token that the model's embedding does not have: {text[:60]!r}; "
-                             "remove it from the row")  # fmt: skip
-        return ids
+        """Return the token ids of a text alone. They are kept: tokenising a step's texts takes as long as a GPU's step.
+
+        Raises UsageError for a token that the embedding does not have.
+        """
+        ids = self._known.get(text)
+        if ids is None:
+            ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if self._beyond and (beyond := self._beyond.keys() & set(ids)):
+                token = self._beyond[min(beyond)]
+                raise UsageError(f"a row holds {token!r}, a token that the model's embedding does not have: "
+                                 f"{text[:60]!r}; remove it from the row")  # fmt: skip
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[text] = ids
+        return list(ids)
 
     def _ids_after(self, before: str, before_ids: list[int], text: str) -> list[int]:
         """Return the token ids of `text` as it follows `before`, whose own ids are `before_ids`.

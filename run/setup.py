@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from data_module import Sequence, Sides, read_sides, sample, split_sides
+from data_module import Sequence, read_sides, split_sides
 from engine import checkpoint
 from engine.adapters import (
     add_lora,
@@ -22,6 +22,7 @@ from engine.adapters import (
     freeze,
     restrict_trainable,
 )
+from engine.compiled_layers import KnownGraphs, compile_layers, decompile_layers, why_not_compiled
 from engine.generation import generate_missing_responses
 from engine.loading import load_for_training, refuse_bad_quantisation
 from engine.optimizer import MasterWeightAdamW, refuse_missing_8bit
@@ -37,24 +38,28 @@ from engine.reference import ReferenceCache
 from engine.run_metadata import RunMetadata
 from engine.saving import SaveForm, came_rounded, choose_save_form, gather_weights, lock_output_dir, write_model
 from engine.state import TrainingState
-from engine.trained_on import TRAINED_ON, TrainedOn
+from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel, wrap_model
 from evaluation.dev_evaluator import DevEvaluator
 from evaluation.metrics import is_empty
-from method.draws import Mismatch, Stop, Wanted
+from method.draws import Mismatch, Stop
 from method.recipe import Recipe, read_recipe
 from method.sampler import UnlearnBatchSampler
+from method.step import PreparedStep, compute_gradients, prepare_step
 from method.terms import draws_of, layers_of, sequences_needing_reference
 from options import UnlearnOptions
 from prompts.formatter import PromptFormatter
 from prompts.tokenizer import load_tokenizer
 from prompts.windows import TextCutter, fit_windows
-from run.account import SourceAccount, held_out_line, make_account, visits_line
+from run.account import SourceAccount, held_out_line
+from run.rows import development_rows, log_account, read_chain, without_seen
 from run.texts import has_text, refuse_terms_without_prompts
 from sources.rows import Row
-from utils import RunLog, UsageError, atomic_dir, log, pick_dtype
+from utils import RunError, RunLog, UsageError, atomic_dir, log, pick_dtype
 
 PROBE_CHARACTERS = 200  # of a passage, in place of the prompts that layouts are compared on
+
+WARM_UP_STEPS = 4  # at most: their gradients are dropped
 
 
 @dataclasses.dataclass
@@ -63,6 +68,7 @@ class Setup:
 
     `newest`: the checkpoint to resume from, or None. `wrapped`: the model as several processes call it. `started`: the
     start of this process, in seconds since the epoch; a resume moves it back by the seconds already spent.
+    `graphs`: of the compiled layers, if they are compiled.
     """
 
     options: UnlearnOptions
@@ -85,6 +91,7 @@ class Setup:
     reference: ReferenceCache | None = None
     evaluator: DevEvaluator | None = None
     wrapped: torch.nn.Module | None = None
+    graphs: KnownGraphs | None = None
 
     @property
     def save_dir(self) -> Path:
@@ -95,11 +102,16 @@ class Setup:
         return self.answer_model.model
 
     def layout(self, sequences):
-        """Return the sequences as a Batch on the device."""
-        batch = self.answer_model.layout(
+        """Return the sequences as a Batch in main memory."""
+        return self.answer_model.layout(
             sequences, self.recipe.layout.pack_tokens, self.formatter.tokenizer.pad_token_id
         )
-        return batch.to(self.accelerator.device)
+
+    def prepare_step(self, step: int) -> PreparedStep:
+        """Return a step as the host prepares it: this process's sequences, laid out, and what is asked of them."""
+        sequences = self.sampler.sequences(step, self.formatter)
+        return prepare_step(sequences, self.recipe.terms, self.layout, self.reference, self.accelerator,
+                            num_parts=self.options.gradient_accumulation)  # fmt: skip
 
 
 def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
@@ -141,7 +153,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     )  # fmt: skip
     refuse_idle_processes(accelerator, sampler.examples_per_step())
     load_weights(setup)
-    log_account(setup, sides, splits)
+    setup.account = log_account(run_log, sampler, formatter, options, sides, splits)
     ask_original(setup)
     log_notes(setup)
     return setup
@@ -180,64 +192,6 @@ def log_notes(setup: Setup) -> None:
         log.info("prefill_tokens: the last token of a prefix has a target too (earlier versions: none)")
     if recipe.own_answers.temperature and setup.metadata.has_own_answers:
         log.info("own answers depend on seed and prompt only (earlier versions: also on the other prompts of a batch)")
-
-
-def log_account(setup: Setup, sides: Sides, splits: dict) -> None:
-    """Log what became of the rows of each source, and what of it the run does not use."""
-    limits = {side: setup.sampler.answer_tokens(side) or setup.options.max_answer_tokens
-              for side in ("forget", "normal")}  # fmt: skip
-    setup.account = make_account(sides, splits, setup.formatter, limits)
-    lines = [line for source in setup.account for line in source.lines()]
-    setup.run_log.event("rows", "\n".join(lines), sources=[dataclasses.asdict(source) for source in setup.account])
-    visited = {(e.source, e.index) for e in setup.sampler.examples("forget")}
-    trained = sum(map(len, setup.sampler.rows["forget"]))
-    if line := visits_line(trained, len(visited), setup.options.max_unlearn_steps):
-        log.warning(line)
-    wanted = sum(source.wanted for source in setup.account if source.side == "forget")
-    if wanted and not any(isinstance(draw, Wanted) for draw in setup.sampler.draws):
-        log.info("%d wanted answers are not trained on: no term of --method %s draws them", wanted,
-                 setup.options.method)  # fmt: skip
-
-
-def read_chain(model_name: str) -> TrainedOn:
-    """Return what earlier runs trained the base on; an empty record if none made it.
-
-    Warns if a run made it and its record is missing.
-    """
-    found = TrainedOn.read(model_name)
-    if found is None and (Path(model_name) / "unlearn_args.json").is_file():
-        log.warning("%s: a run made it and %s is missing, so what that run trained on may count as unseen: put the "
-                    "file back", model_name, TRAINED_ON)  # fmt: skip
-    return found or TrainedOn()
-
-
-def without_seen(splits: dict[str, list[dict]], trained_on: TrainedOn) -> dict[str, list[dict]]:
-    """Return the splits with the held-out rows that an earlier run trained on moved to the train split; log how many.
-
-    The evaluation moves them too, with the record that this run leaves.
-    """
-    moved = {side: [trained_on.move_to_train(parts) for parts in of_side] for side, of_side in splits.items()}
-    count = {side: sum(len(after["train"]) - len(before["train"])
-                       for before, after in zip(splits[side], moved[side], strict=True)) for side in moved}  # fmt: skip
-    if any(count.values()):
-        log.info("%d forget and %d normal rows are not held out but train, and %d rows of --unseen_data are not asked: "
-                 "earlier runs trained on them", count["forget"], count["normal"], count["unseen"])  # fmt: skip
-    return moved
-
-
-def development_rows(sides: Sides, splits: dict, options: UnlearnOptions, count: int) -> dict[str, list[Row]]:
-    """Return {side: dev rows} for the looks during the run. It trains on none of them, unless no forget row is held
-    out: the looks then ask listed ones."""
-    held_out = [row for side in ("forget", "unseen") for parts in splits[side] for row in parts["dev"]]
-    if not held_out:
-        log.info("the looks ask forget rows that are trained on: none is held out (--unseen_data, --dev_share)")
-    forget = sample(held_out or [row for parts in splits["forget"] for row in parts["train"]], count, options.seed)
-    by_spec = {source.spec: parts["dev"] for source, parts in zip(sides.normal, splits["normal"], strict=True)}
-    share = -(-count // len(by_spec))  # of each source, even if it is listed twice
-    normal = [row for rows in by_spec.values() for row in sample(rows, share, options.seed)]
-    if options.kl_budget and not normal:
-        raise UsageError("--kl_budget: no normal row is held out to measure it on; raise --dev_share or give more rows")
-    return {"forget": forget, "normal": normal}
 
 
 def load_weights(setup: Setup) -> None:
@@ -337,6 +291,40 @@ def ask_original(setup: Setup) -> None:
     setup.run_log.event("objective", "minimised: " + ", ".join(f"{t.weight:g} x {t.name}" for t in recipe.terms),
                         terms=[t.describe() for t in recipe.terms])  # fmt: skip
     setup.wrapped = setup.answer_model if options.shard else setup.accelerator.prepare(setup.answer_model)
+    warm_up(setup)
+
+
+def warm_up(setup: Setup) -> None:
+    """Compile the layers, if --compile and the model ask for it, by two forwards and backwards; log the time.
+
+    With `auto`, a model that cannot be compiled runs as it is. Raises RunError with `on`.
+    """
+    options, started = setup.options, time.time()
+    if why := why_not_compiled(setup.model, options.compile, options.max_unlearn_steps):
+        if options.compile == "on":
+            log.warning("--compile on: the layers are not compiled: %s", why)
+        return
+    compile_layers(setup.model, leave=layers_of(setup.recipe.terms))
+    try:
+        setup.graphs = KnownGraphs()
+        for step in range(min(WARM_UP_STEPS, options.max_unlearn_steps)):
+            # the second width makes it a variable; several processes, whose widths differ, take the same steps
+            if len(setup.graphs.widths) < 2 or setup.accelerator.num_processes > 1:
+                compute_gradients(setup.prepare_step(step), setup.recipe.terms, setup.wrapped, setup.accelerator,
+                                  sharded=options.shard, signalled=False, graphs=setup.graphs).read()  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if options.compile == "on":
+            raise RunError(f"--compile on: the layers of {type(setup.model).__name__} cannot be compiled ({line}); "
+                           "use --compile off") from error  # fmt: skip
+        decompile_layers(setup.model)
+        setup.graphs = None
+        log.warning("the layers are not compiled, the run goes on without: %s", line)
+    setup.optimizer.drop_gradients()
+    seconds = time.time() - started
+    setup.run_log.event("compile", f"compiled layers: warm-up took {seconds:.0f} s", seconds=seconds)
 
 
 # ------------------------------------------------------------------------------------- checkpoints of a run

@@ -11,6 +11,7 @@ from data_module import Sequence
 from engine.reference import ReferenceCache
 from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel, check_packing, packed_batch, padded_batch, wrap_model
+from engine.tree_mask import dense_mask
 from method.losses import gradient_ascent, sequence_mean
 from prompts.formatter import PromptFormatter
 
@@ -79,17 +80,27 @@ def test_no_common_beginning_stands_twice():
         Sequence("forget", 0, prompt, (10, 11)),
         Sequence("random", 0, prompt, (10, 12)),  # shares its first answer token too
         Sequence("random", 0, prompt, (13,)),
+        Sequence("random", 0, prompt, (14, 15, 16)),
     ]
     batch = packed_batch(sequences, 1000, PAD)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 10, 11, 12, 13]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 3]]
-    # which token sees which: token 12 (place 5) sees the prompt and 10, not 11; 13 sees the prompt alone
-    assert batch.attention_mask[0, 0, 5].int().tolist() == [1, 1, 1, 1, 0, 1, 0]
-    assert batch.attention_mask[0, 0, 6].int().tolist() == [1, 1, 1, 0, 0, 0, 1]
+    # the last token of a sequence predicts nothing, so 11, 12, 13 and 16 are not put through the model
+    assert batch.input_ids.tolist() == [[5, 6, 7, 10, 14, 15]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 3, 4]]
+    # token 10 (place 3) has no descendant, token 14 has one
+    assert batch.ends.tolist() == [[6, 6, 6, 4, 6, 6]]
+    # which token sees which: token 15 (place 5) sees the prompt and 14, not 10
+    assert dense_mask(batch.ends)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 1, 0],
+        [1, 1, 1, 0, 1, 1],
+    ]
     # the first answer token is predicted by the prompt's last token, the second by the first
-    assert batch.logit_positions[batch.target_to_logit].tolist() == [2, 3, 2, 3, 2]
-    assert batch.targets.tolist() == [10, 11, 10, 12, 13]
-    assert batch.is_first_token.tolist() == [True, False, True, False, True]
+    assert batch.logit_positions[batch.target_to_logit].tolist() == [2, 3, 2, 3, 2, 2, 4, 5]
+    assert batch.targets.tolist() == [10, 11, 10, 12, 13, 14, 15, 16]
+    assert batch.is_first_token.tolist() == [True, False, True, False, True, True, False, False]
 
 
 @pytest.mark.parametrize("pad", [0, 1, 2, 77])

@@ -10,12 +10,13 @@ import torch
 import yaml
 
 from data_module import Sequence
-from engine.tree import padded_batch
+from engine.layout import padded_batch
+from engine.token_values import token_values, weighted_values
 from method.draw import RunSizes
 from method.losses import rmu_direction
 from method.objectives import OBJECTIVES
 from method.recipe import build_terms
-from method.terms import compute_losses, count_draws, layers_of, sequences_needing_reference
+from method.terms import compute_losses, count_draws, layers_of, plan_losses, sequences_needing_reference
 from options import read_settings
 
 # (kind, group, NLL of each answer token); two words in the vocabulary, the answers' word is 0
@@ -33,8 +34,41 @@ RECIPE = """
 class Uniform:
     """An original that finds both words equally likely everywhere."""
 
-    def logits(self, sequences):
-        return torch.zeros(sum(len(s.answer_ids) for s in sequences), 2)
+    def original(self, sequences, layer=None):
+        return Said(torch.zeros(sum(len(s.answer_ids) for s in sequences), 2))
+
+
+@dataclasses.dataclass
+class Said:
+    """What an original says of some tokens: (M, V) logits, or (M, D) states."""
+
+    tensor: torch.Tensor
+
+    def at(self, tokens):
+        return Said(self.tensor[tokens])
+
+    def logits(self, part):
+        return self.tensor[part]
+
+    def taken(self):
+        return self.tensor
+
+    @property
+    def vocabulary(self):
+        return self.tensor.shape[-1]
+
+
+def step_terms(made, rows, logits, original, counts, states=None):
+    """The terms as a step computes them from given logits, and their gradient with respect to the logits."""
+    plan, logits = plan_losses(made, padded_batch(rows, 0), original, counts), logits.requires_grad_()
+    if plan.weights is None:
+        total, values = None, token_values(logits, plan.requests)
+    else:
+        total, values = weighted_values(logits, plan.requests, plan.weights)
+    found = compute_losses(made, plan, values, states or {}, counts)
+    total = sum(term.loss for term in found) if total is None else total
+    slope = torch.autograd.grad(total, logits, allow_unused=True)[0] if total.requires_grad else None
+    return found, slope
 
 
 def terms(*settings: str):
@@ -46,10 +80,9 @@ def terms(*settings: str):
     made = build_terms(specs, RunSizes())
     here, elsewhere = ([Sequence(draw, row, (7, 8), (0,) * len(nll)) for draw, row, nll in rows]
                        for rows in (HERE, ELSEWHERE))  # fmt: skip
-    batch = padded_batch(here, 0)
     chance = torch.tensor([exp(-value) for _, _, nll in HERE for value in nll])  # (M,): one logit row each
     logits = torch.stack([chance.log(), (1 - chance).log()], dim=-1)  # (M, 2)
-    found = compute_losses(made, batch, logits, {}, Uniform(), count_draws(here + elsewhere))
+    found, _ = step_terms(made, here, logits, Uniform(), count_draws(here + elsewhere))
     return [term.loss.item() for term in found], [term.mean.item() for term in found]
 
 
@@ -92,11 +125,9 @@ def forget_slopes(*settings):
     made = build_terms(yaml.safe_load(RECIPE), RunSizes())[0]
     made = dataclasses.replace(made, objective=read_settings(OBJECTIVES[settings[0]], dict(settings[1:]), "forget"))
     rows = [Sequence("forget", 0, (7, 8), (0,) * 3), Sequence("forget", 1, (7, 8), (0,))]
-    batch = padded_batch(rows, 0)
-    logits = torch.tensor([[0.0, 1.0], [0.5, 0.0], [0.0, 0.0], [2.0, 0.0]], requires_grad=True)  # (M, 2)
-    original = SimpleNamespace(logits=lambda _: logits.detach())
-    term = compute_losses([made], batch, logits, {}, original, count_draws(rows))[0]
-    return torch.autograd.grad(term.loss, logits)[0]
+    logits = torch.tensor([[0.0, 1.0], [0.5, 0.0], [0.0, 0.0], [2.0, 0.0]])  # (M, 2)
+    original = SimpleNamespace(original=lambda sequences, layer=None: Said(logits.detach()))
+    return step_terms([made], rows, logits, original, count_draws(rows))[1]
 
 
 @pytest.mark.parametrize("loss", [("npo", ("beta", 1e-4)), ("simnpo", ("beta", 1e-4))])
@@ -122,15 +153,14 @@ def test_hidden_states_by_hand():
     - {name: retain, draw: retain, loss: state_distance, layer: 1, weight: 10}
     """)
     rows = [Sequence("forget", 0, (7,), (1, 2)), Sequence("retain", 0, (8,), (3,))]
-    batch = padded_batch(rows, 0)
     states = {
         3: torch.tensor([[1.0, 2.0], [0.0, 0.0], [9.0, 9.0]]),
         1: torch.tensor([[9.0, 9.0], [9.0, 9.0], [1.0, 4.0]]),
     }
-    original = SimpleNamespace(states=lambda some, layer: torch.tensor([[1.0, 1.0]]))
+    original = SimpleNamespace(original=lambda sequences, layer=None: Said(torch.tensor([[1.0, 1.0]])))
     made = build_terms(specs, RunSizes())
     assert layers_of(made) == (1, 3)
-    found = compute_losses(made, batch, torch.zeros(3, 10), states, original, count_draws(rows))
+    found, _ = step_terms(made, rows, torch.zeros(3, 10), original, count_draws(rows), states)
     u = rmu_direction(2, 5.0, 0).tolist()
     first = ((1 - u[0]) ** 2 + (2 - u[1]) ** 2) / 2
     second = (u[0] ** 2 + u[1] ** 2) / 2  # 25 / 2
