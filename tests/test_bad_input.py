@@ -184,7 +184,8 @@ def test_one_row_is_enough(tmp_path, model_folders, data_files):
         "--max_answer_tokens=8", "--dtype=fp32", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert "forget [{'train': 1, 'dev': 0, 'test': 0}]" in run.stderr
+    assert "forget one.jsonl: rows: 0 with an answer, 1 without" in run.stderr
+    assert "; 1 train, 0 held out" in run.stderr
 
 
 def test_a_model_that_is_not_whole_is_refused(tmp_path, model_folders):

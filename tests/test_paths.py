@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("something was read")
 
-    for place in ("run.setup.read_both_sides", "run.setup.load_tokenizer", "evaluate_unlearning.read_inputs"):
+    for place in ("run.setup.read_sides", "run.setup.load_tokenizer", "evaluate_unlearning.read_inputs"):
         monkeypatch.setattr(place, fail)
     yield tmp_path
     assert {path.name for path in tmp_path.rglob("*")} == {"folder", "folder.jsonl", "folder.yaml", "file"}
