@@ -23,6 +23,7 @@ from engine.state import BestState, TrainingState
 from evaluation.report import write_model_card
 from method.plan import print_plan
 from method.step import StepStats, compute_gradients
+from run.account import account_lines
 from run.parsing import parse_run
 from run.setup import Setup, prepare, resume_or_start, save_checkpoint
 from utils import (
@@ -52,7 +53,7 @@ def main() -> None:
         setup = prepare(options, held)
         if options.dry_run:
             print_plan(options, setup.recipe, setup.formatter, setup.sampler, setup.answer_model, setup.layout_line,
-                       [line for source in setup.account for line in source.lines()])  # fmt: skip
+                       account_lines(setup.account))  # fmt: skip
             return
         state = resume_or_start(setup)
         state, reason = train(setup, state, stop)

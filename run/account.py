@@ -100,6 +100,13 @@ def make_account(
     ]
 
 
+def account_lines(account: list[SourceAccount]) -> list[str]:
+    """Return the account in words; a source that is listed several times stands there once, with the count."""
+    counts = collections.Counter("\n".join(source.lines()) for source in account)
+    return [line + (f" (listed {count} times)" if i == 0 and count > 1 else "")
+            for text, count in counts.items() for i, line in enumerate(text.split("\n"))]  # fmt: skip
+
+
 def held_out_line(splits: dict[str, list[dict[str, list[Row]]]]) -> str:
     """Return the line on which forget rows train, the first one of a run's log."""
     counts = {name: sum(len(parts[name]) for parts in splits["forget"]) for name in ("train", "dev", "test")}

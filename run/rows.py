@@ -11,7 +11,7 @@ from method.draws import Wanted
 from method.sampler import UnlearnBatchSampler
 from options import UnlearnOptions
 from prompts.formatter import PromptFormatter
-from run.account import SourceAccount, make_account, visits_line
+from run.account import SourceAccount, account_lines, make_account, visits_line
 from sources.rows import Row
 from utils import RunLog, UsageError, log
 
@@ -65,7 +65,7 @@ def log_account(
     limits = {side: sampler.answer_tokens(side) or options.max_answer_tokens
               for side in ("forget", "normal")}  # fmt: skip
     account = make_account(sides, splits, formatter, limits)
-    lines = [line for source in account for line in source.lines()]
+    lines = account_lines(account)
     run_log.event("rows", "\n".join(lines), sources=[dataclasses.asdict(source) for source in account])
     visited = {(e.source, e.index) for e in sampler.examples("forget")}
     trained = sum(map(len, sampler.rows["forget"]))
