@@ -21,7 +21,7 @@ from engine.tree_mask import BLOCK
 
 _unchecked: list[bool] = []  # not empty: in a step whose graphs are known
 NARROW, WIDE = 2 * BLOCK, 32_768  # places of a row
-SHORTEST_RUN = 50  # steps for which the warm-up pays
+SHORTEST_RUN = 500  # steps; a shorter run is over sooner without the warm-up, which takes up to a minute
 GRAPHS = 64  # at most: with and without gradient, before and after the number of tokens has become a variable
 
 

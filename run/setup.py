@@ -298,6 +298,7 @@ def warm_up(setup: Setup) -> None:
         if options.compile == "on":
             log.warning("--compile on: the layers are not compiled: %s", why)
         return
+    log.info("compiling the layers: up to a minute, once a run (--compile off leaves it out)")
     compile_layers(setup.model, leave=layers_of(setup.recipe.terms))
     try:
         setup.graphs = KnownGraphs()

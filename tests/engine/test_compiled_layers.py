@@ -59,7 +59,7 @@ def test_a_narrow_row_and_a_padded_batch_are_always_checked():
 
 def test_why_layers_stay_as_they_are(blocks_model):
     assert why_not_compiled(blocks_model, "auto", 1000) is None
-    assert "fewer than 50 steps" in why_not_compiled(blocks_model, "auto", 10)
+    assert "fewer than 500 steps" in why_not_compiled(blocks_model, "auto", 10)
     assert why_not_compiled(blocks_model, "on", 10) is None
     assert "--compile off" in why_not_compiled(blocks_model, "off", 1000)
     assert "CUDA" in why_not_compiled(tiny_model("llama"), "on", 1000)
