@@ -229,7 +229,7 @@ class UnlearnOptions(CommonOptions):
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     compile: Literal["auto", "on", "off"] = option(
-        "auto", "compile the layers on a CUDA GPU; auto: in a run of at least 50 steps, and without it if that fails"
+        "auto", "compile the layers on a CUDA GPU; auto: in a run of at least 500 steps, and without it if that fails"
     )
 
     # ---- what is saved

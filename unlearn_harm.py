@@ -87,7 +87,7 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
             sums = compute_gradients(prefetcher.get(step), setup.recipe.terms, setup.wrapped, setup.accelerator,
                                      sharded=options.shard, signalled=stop.signalled,
                                      graphs=setup.graphs)  # fmt: skip
-            norm = setup.optimizer.grad_norm() if hasattr(setup.optimizer, "grad_norm") else None
+            norm = setup.optimizer.grad_norm()
             if step + 1 < options.max_unlearn_steps:
                 prefetcher.start(step + 1)  # while the device runs what was launched
             stats = sums.read(norm)

@@ -75,7 +75,7 @@ class OurStep:
         self.optimizer = MasterWeightAdamW(model, dataclasses.replace(recipe.optimizer, kind=optimizer), dtype)
         self.answer_model = AnswerLogitsModel(model, packed=True)
         self.compiled = not why_not_compiled(model, run.compile, 1000)
-        self.graphs = KnownGraphs() if self.compiled and options.known_graphs else None
+        self.graphs = KnownGraphs(trusted=True) if self.compiled and options.known_graphs else None
         if self.compiled:
             compile_layers(model, leave=layers_of(recipe.terms))
         scheduled = [s for step in range(self.sampler.steps) for s in self.sampler.sequences(step, self.formatter)]
@@ -105,7 +105,7 @@ class OurStep:
             prepared, self.recipe.terms, self.answer_model, self.accelerator, sharded=False, signalled=False,
             graphs=self.graphs,
         )  # fmt: skip
-        norm = self.optimizer.grad_norm() if hasattr(self.optimizer, "grad_norm") else None
+        norm = self.optimizer.grad_norm()
         if step + 1 < self.sampler.steps:
             self.prefetcher.start(step + 1)
         launched = time.perf_counter()
@@ -122,8 +122,11 @@ class OurStep:
         return StepFigures(seconds, launched - got + done - read, read - launched, got - started, batch.num_tokens,
                            batch.input_ids.numel(), len(batch.logit_positions))  # fmt: skip
 
-    def checked(self) -> float:
-        """Return by which fraction the last step's gradient norm changes without the graphs' checks."""
+    def checked(self) -> float | None:
+        """Return by which fraction the last step's gradient norm changes without the graphs' checks; None if the steps
+        so far had one width, since nothing is left out then."""
+        if len(self.graphs.widths) < 2:
+            return None
         norms = []
         for graphs in (None, self.graphs):
             compute_gradients(

@@ -140,12 +140,7 @@ def describe(found: dict) -> list[str]:
             f"{1e3 * found['tokens'] / middle:,.0f} tokens/s; {found['operations_per_second'] / 1e12:.2f} TFLOP/s, "
             f"{peak} ({found['device']}, {found['operations']['factor']} operations a weight and token)",
             f"{found['tokens']:,.0f} tokens in {found['places']:,.0f} places (padding {100 * found['padding']:.1f} %), "
-            f"{found['logit_rows']:,.0f} logit rows; layers {made}"
-            + (
-                ""
-                if found["known_graphs_off"] is None
-                else f" (unchecked: norm off by {found['known_graphs_off']:.1e})"
-            ),
+            f"{found['logit_rows']:,.0f} logit rows; layers {made}",
             f"host: prepares {1e3 * found['prepare']:.1f} ms, launches {1e3 * found['launch']:.1f} ms, waits "
             f"{1e3 * found['wait']:.1f} ms",
         ]

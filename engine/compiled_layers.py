@@ -21,7 +21,7 @@ from engine.tree_mask import BLOCK
 
 _unchecked: list[bool] = []  # not empty: in a step whose graphs are known
 NARROW, WIDE = 2 * BLOCK, 32_768  # places of a row
-SHORTEST_RUN = 50  # steps for which the warm-up pays
+SHORTEST_RUN = 500  # steps; a shorter run is over sooner without the warm-up, which takes up to a minute
 GRAPHS = 64  # at most: with and without gradient, before and after the number of tokens has become a variable
 
 
@@ -59,11 +59,12 @@ class KnownGraphs:
     """The widths that a run's forwards and backwards have met.
 
     Once there are two, the width is a variable, and no graph is compiled any more. The checks that a graph fits its
-    layer, a third of a small step's time, can then be left out.
+    layer, a third of a small step's time, are then left out, if `trusted` (run/warm_up.py tries it first).
     """
 
-    def __init__(self):
+    def __init__(self, *, trusted: bool = False):
         self.widths: set[int] = set()
+        self.trusted = trusted
 
     @contextlib.contextmanager
     def of(self, batch):
@@ -75,7 +76,7 @@ class KnownGraphs:
         width = 0 if batch.ends is None else batch.ends.shape[1]
         if not NARROW < width <= WIDE:
             yield
-        elif len(self.widths) < 2:
+        elif len(self.widths) < 2 or not self.trusted:
             yield
             self.widths.add(width)
         else:

@@ -22,7 +22,7 @@ from engine.adapters import (
     freeze,
     restrict_trainable,
 )
-from engine.compiled_layers import KnownGraphs, compile_layers, decompile_layers, why_not_compiled
+from engine.compiled_layers import KnownGraphs
 from engine.generation import generate_missing_responses
 from engine.loading import load_for_training, refuse_bad_quantisation
 from engine.optimizer import MasterWeightAdamW, refuse_missing_8bit
@@ -45,7 +45,7 @@ from evaluation.metrics import is_empty
 from method.draws import Mismatch, Stop
 from method.recipe import Recipe, read_recipe
 from method.sampler import UnlearnBatchSampler
-from method.step import PreparedStep, compute_gradients, prepare_step
+from method.step import PreparedStep, prepare_step
 from method.terms import draws_of, layers_of, sequences_needing_reference
 from options import UnlearnOptions
 from prompts.formatter import PromptFormatter
@@ -54,12 +54,11 @@ from prompts.windows import TextCutter, fit_windows
 from run.account import SourceAccount, held_out_line
 from run.rows import development_rows, log_account, read_chain, without_seen
 from run.texts import has_text, refuse_terms_without_prompts
+from run.warm_up import warm_up
 from sources.rows import Row
-from utils import RunError, RunLog, UsageError, atomic_dir, log, pick_dtype
+from utils import RunLog, UsageError, atomic_dir, log, pick_dtype
 
 PROBE_CHARACTERS = 200  # of a passage, in place of the prompts that layouts are compared on
-
-WARM_UP_STEPS = 4  # at most: their gradients are dropped
 
 
 @dataclasses.dataclass
@@ -292,39 +291,6 @@ def ask_original(setup: Setup) -> None:
                         terms=[t.describe() for t in recipe.terms])  # fmt: skip
     setup.wrapped = setup.answer_model if options.shard else setup.accelerator.prepare(setup.answer_model)
     warm_up(setup)
-
-
-def warm_up(setup: Setup) -> None:
-    """Compile the layers, if --compile and the model ask for it, by two forwards and backwards; log the time.
-
-    With `auto`, a model that cannot be compiled runs as it is. Raises RunError with `on`.
-    """
-    options, started = setup.options, time.time()
-    if why := why_not_compiled(setup.model, options.compile, options.max_unlearn_steps):
-        if options.compile == "on":
-            log.warning("--compile on: the layers are not compiled: %s", why)
-        return
-    compile_layers(setup.model, leave=layers_of(setup.recipe.terms))
-    try:
-        setup.graphs = KnownGraphs()
-        for step in range(min(WARM_UP_STEPS, options.max_unlearn_steps)):
-            # the second width makes it a variable; several processes, whose widths differ, take the same steps
-            if len(setup.graphs.widths) < 2 or setup.accelerator.num_processes > 1:
-                compute_gradients(setup.prepare_step(step), setup.recipe.terms, setup.wrapped, setup.accelerator,
-                                  sharded=options.shard, signalled=False, graphs=setup.graphs).read()  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        if options.compile == "on":
-            raise RunError(f"--compile on: the layers of {type(setup.model).__name__} cannot be compiled ({line}); "
-                           "use --compile off") from error  # fmt: skip
-        decompile_layers(setup.model)
-        setup.graphs = None
-        log.warning("the layers are not compiled, the run goes on without: %s", line)
-    setup.optimizer.drop_gradients()
-    seconds = time.time() - started
-    setup.run_log.event("compile", f"compiled layers: warm-up took {seconds:.0f} s", seconds=seconds)
 
 
 # ------------------------------------------------------------------------------------- checkpoints of a run
