@@ -46,6 +46,7 @@ def test_special_tokens_are_no_part_of_an_answer():
 def test_unfinished_thoughts_are_counted_in_the_log(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("unlearning"), "propagate", True)
     caplog.set_level(logging.INFO, logger="unlearning")
+    monkeypatch.setattr(logging.getLogger("unlearning"), "handlers", [])  # what earlier tests left there
     e = with_template(QWEN3)
     for _ in range(3):
         e.read_answer(e.prompt("Why?", ask=True), e.ids("<think>\nHm"))
