@@ -10,6 +10,7 @@ from sources.fields import PROMPT_FIELDS, TEXT_FIELDS, normal_name
 from sources.folders import open_spec
 from sources.plan import parse_fields
 from sources.types import Row, Source
+from sources.values import whole_text
 from utils import UsageError
 
 
@@ -60,14 +61,4 @@ def _text_of(record: Record, option: str, names: tuple[str, ...]) -> str:
         rows_option = option.replace("_text", "_data")
         hint = f"; name rows with prompts as {rows_option}" if fields.keys() & set(PROMPT_FIELDS) else ""
         raise UsageError(f"{record}: has no '{names[0]}' field, only {', '.join(map(str, record.fields))[:80]}{hint}")
-    text = fields[field]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise UsageError(f"{record}: field '{field}' must be text, got {type(text).__name__}")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"{record}: field '{field}' holds half a character (a lone surrogate)") from error
-    return text
+    return "" if fields[field] is None else whole_text(fields[field], record, field)

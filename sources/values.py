@@ -12,8 +12,8 @@ from sources.fields import CHOICE_FIELDS, INDEX_FIELDS, normal_name
 from utils import UsageError
 
 
-def text_of(value, record: Record, field: str) -> str:
-    """Return a field's text without outer spaces. Raises UsageError for other types and lone surrogates."""
+def whole_text(value, record: Record, field: str) -> str:
+    """Return a field's text as it stands. Raises UsageError for other types and lone surrogates."""
     if not isinstance(value, str):
         raise UsageError(f"{record}: field '{field}' must be text, got {type(value).__name__}")
     if not value.isascii():
@@ -23,7 +23,12 @@ def text_of(value, record: Record, field: str) -> str:
             raise UsageError(
                 f"{record}: field '{field}' holds half a character (a lone surrogate, {error.start})"
             ) from error
-    return value.strip()
+    return value
+
+
+def text_of(value, record: Record, field: str) -> str:
+    """Return a field's text without outer spaces (`whole_text`)."""
+    return whole_text(value, record, field).strip()
 
 
 def is_missing(value) -> bool:
