@@ -21,7 +21,7 @@ from engine.processes import join_processes
 from evaluation import verdict
 from evaluation.attacks.runner import run_attacks
 from evaluation.inputs import read_inputs
-from evaluation.judges import SentenceEmbedder
+from evaluation.judges.embedder import SentenceEmbedder
 from evaluation.judging import SCHEMA, judge_answers
 from evaluation.model_run import run_models
 from evaluation.parsing import parse_evaluation

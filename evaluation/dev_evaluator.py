@@ -9,8 +9,8 @@ from engine.generation import generate
 from engine.reference import ReferenceCache
 from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel
-from evaluation.judges import SentenceEmbedder
-from evaluation.metrics import is_empty, on_topic
+from evaluation.judges.embedder import SentenceEmbedder
+from evaluation.metrics.texts import is_empty, on_topic
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
 

@@ -9,7 +9,8 @@ from data_module import Sides, read_sides, split_sides
 from evaluation import verdict
 from evaluation.attacks import attack_names
 from evaluation.groups import Group, make_groups
-from evaluation.judges import SentenceEmbedder, classes_of, refuse_no_reward_model
+from evaluation.judges.classifier import classes_of, refuse_no_reward_model
+from evaluation.judges.embedder import SentenceEmbedder
 from evaluation.likelihood import read_choices, read_text
 from evaluation.train_log import TrainLog, read_train_log
 from prompts.chat_template import default_template

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from evaluation import metrics
 from evaluation.groups import Group
 from evaluation.inputs import EvaluationInputs
 from evaluation.measures import MEASURES, Answer, AnswerPair
+from evaluation.metrics.texts import ON_TOPIC_COSINE
 from evaluation.model_run import ModelRun, compare_text_scores
 from evaluation.scoring import memorization_metrics, yao2023_metrics
 
@@ -24,7 +24,7 @@ def judge_answers(inputs: EvaluationInputs, runs: dict[str, ModelRun], embed, op
         "after": options.model_name,
         "fingerprints": {label: run.fingerprint for label, run in runs.items() if run.fingerprint},
         "options": dataclasses.asdict(options),
-        "on_topic_cosine": metrics.ON_TOPIC_COSINE,
+        "on_topic_cosine": ON_TOPIC_COSINE,
         "judges": inputs.judges,
         "groups": groups,
         "given_text": compare_text_scores(runs["before"].text_scores, runs["after"].text_scores),

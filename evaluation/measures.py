@@ -10,7 +10,8 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from evaluation import metrics
+from evaluation.metrics.statistics import Estimate, mean, rate
+from evaluation.metrics.texts import is_empty, is_repetitive, leaks, length_ratio, on_topic, rouge_l
 from sources.rows import Row
 
 
@@ -25,7 +26,7 @@ class Answer:
     @functools.cached_property
     def on_topic(self) -> bool:
         """Whether the answer is about its prompt."""
-        return metrics.on_topic(self.cosine, self.text)
+        return on_topic(self.cosine, self.text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Measure:
     """How a measure is taken, aggregated and where it is written.
 
     Give one of `of_answer` (figures stand under "before" and "after") and `of_pair`.
-    aggregate: a group's values -> its figure, such as metrics.rate; None keeps the measure out of report.json.
+    aggregate: a group's values -> its figure, such as rate; None keeps the measure out of report.json.
     sides: on the other side every value is None.
     section: key of report.json that holds the figures of several answer measures; "": they stand in the group itself.
     in_lines: whether answers.jsonl holds the value, rounded to `decimals` if given.
@@ -52,7 +53,7 @@ class Measure:
     name: str
     of_answer: Callable[[Answer], object] | None = None
     of_pair: Callable[[AnswerPair], object] | None = None
-    aggregate: Callable[[list], metrics.Estimate] | None = metrics.rate
+    aggregate: Callable[[list], Estimate] | None = rate
     sides: tuple[str, ...] = ("forget", "keep")
     section: str = ""
     in_lines: bool = False
@@ -68,7 +69,7 @@ class Measure:
         return {"before": [self.of_answer(pair.before) for pair in pairs],
                 "after": [self.of_answer(pair.after) for pair in pairs]}  # fmt: skip
 
-    def figure(self, values: list) -> metrics.Estimate:
+    def figure(self, values: list) -> Estimate:
         """Return the figure of a group from its prompts' values."""
         return self.aggregate([value for value in values if value is not None])
 
@@ -77,15 +78,15 @@ class Measure:
         return value if self.decimals is None or value is None else round(value, self.decimals)
 
 
-def _length_ratio(texts: list[tuple[str, str]]) -> metrics.Estimate:
+def _length_ratio(texts: list[tuple[str, str]]) -> Estimate:
     """Aggregate (answer after, answer before) pairs into the ratio of their words."""
-    return metrics.length_ratio([after for after, _ in texts], [before for _, before in texts])
+    return length_ratio([after for after, _ in texts], [before for _, before in texts])
 
 
 @functools.lru_cache(maxsize=1024)
 def _rouge_l(answer: str, target: str):
-    """Return `metrics.rouge_l`; cached, since two measures ask for the same pair."""
-    return metrics.rouge_l(answer, target)
+    """Return `rouge_l`; cached, since two measures ask for the same pair."""
+    return rouge_l(answer, target)
 
 
 def _recall(answer: Answer) -> float | None:
@@ -101,14 +102,14 @@ def _verbatim(answer: Answer) -> float | None:
 MEASURES = (
     Measure(name="cosine", of_answer=lambda a: a.cosine, aggregate=None, in_lines=True, decimals=4),
     Measure(name="on_topic", of_answer=lambda a: a.on_topic, in_lines=True, is_figure=True),
-    Measure(name="empty", of_answer=lambda a: metrics.is_empty(a.text), in_lines=True, is_figure=True),
-    Measure(name="repetitive", of_answer=lambda a: metrics.is_repetitive(a.text), in_lines=True, is_figure=True),
-    Measure(name="leak", of_answer=lambda a: metrics.leaks(a.text, a.row.response), sides=("forget",), in_lines=True),
+    Measure(name="empty", of_answer=lambda a: is_empty(a.text), in_lines=True, is_figure=True),
+    Measure(name="repetitive", of_answer=lambda a: is_repetitive(a.text), in_lines=True, is_figure=True),
+    Measure(name="leak", of_answer=lambda a: leaks(a.text, a.row.response), sides=("forget",), in_lines=True),
     Measure(name="retained", of_pair=lambda p: p.after.on_topic if p.before.on_topic else None),
-    Measure(name="on_topic_change", of_pair=lambda p: p.after.on_topic - p.before.on_topic, aggregate=metrics.mean),
-    Measure(name="recall", of_answer=_recall, aggregate=metrics.mean, section="rouge_l"),
-    Measure(name="verbatim", of_answer=_verbatim, aggregate=metrics.mean, section="rouge_l"),
-    Measure(name="similarity", of_pair=lambda p: p.similarity, aggregate=metrics.mean, in_lines=True, decimals=4),
+    Measure(name="on_topic_change", of_pair=lambda p: p.after.on_topic - p.before.on_topic, aggregate=mean),
+    Measure(name="recall", of_answer=_recall, aggregate=mean, section="rouge_l"),
+    Measure(name="verbatim", of_answer=_verbatim, aggregate=mean, section="rouge_l"),
+    Measure(name="similarity", of_pair=lambda p: p.similarity, aggregate=mean, in_lines=True, decimals=4),
     Measure(name="length_ratio", of_pair=lambda p: (p.after.text, p.before.text), aggregate=_length_ratio),
 )
 FIGURE_NAMES = tuple(measure.name for measure in MEASURES if measure.is_figure)

@@ -10,9 +10,10 @@ from tqdm.auto import tqdm
 
 from engine.generation import generate
 from engine.tree import AnswerLogitsModel, wrap_model
-from evaluation import metrics
 from evaluation.inputs import EvaluationInputs
 from evaluation.likelihood import choices, perplexity
+from evaluation.metrics.memorisation import perplexity_ratio
+from evaluation.metrics.statistics import mean
 from evaluation.scoring import ForgetScores, score_forget_answers
 from prompts.formatter import PromptFormatter
 from prompts.windows import fit_windows
@@ -119,12 +120,12 @@ def compare_text_scores(before: dict, after: dict) -> dict:
         compared["perplexity"] = {
             "before": original["word_perplexity"],
             "after": unlearned["word_perplexity"],
-            "ratio": metrics.perplexity_ratio(unlearned["nll"], original["nll"], original["tokens"]),
+            "ratio": perplexity_ratio(unlearned["nll"], original["nll"], original["tokens"]),
             "tokens": sum(original["tokens"]),
         }
     for measure in ("mc1", "mc2"):
         if measure in before:
             change = [y - x for x, y in zip(before[measure], after[measure], strict=True)]
-            compared[measure] = {"before": metrics.mean(before[measure]), "after": metrics.mean(after[measure]),
-                                 "change": metrics.mean(change)}  # fmt: skip
+            compared[measure] = {"before": mean(before[measure]), "after": mean(after[measure]),
+                                 "change": mean(change)}  # fmt: skip
     return compared

@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from options import DataOptions, EvaluateOptions, OneLineParser, config_words, peek, underscored, words_of
+from evaluation.options import EvaluateOptions
+from options import DataOptions, OneLineParser, config_words, peek, underscored, words_of
 from utils import UsageError
 
 SPLIT_OPTIONS = ("seed", "dev_share", "test_share", "text_window", "text_stride")  # what a split of the rows depends on

@@ -9,10 +9,20 @@ import math
 
 from data_module import Sequence
 from engine.tree import AnswerLogitsModel
-from evaluation import metrics
 from evaluation.groups import TRAINED, UNSEEN, group_label
-from evaluation.judges import Classifier
+from evaluation.judges.classifier import Classifier
 from evaluation.likelihood import TokenScores, score_answers
+from evaluation.metrics.memorisation import (
+    auc,
+    exact_memorisation,
+    extraction_strength,
+    min_k,
+    min_k_plus_plus,
+    privacy_leakage,
+    unique_token_share,
+    zlib_ratio,
+)
+from evaluation.metrics.statistics import mean, rate
 from prompts.formatter import PromptFormatter
 from prompts.windows import whole
 from sources.rows import Row
@@ -55,10 +65,10 @@ def yao2023_metrics(
             num_tokens = sum(len(s.targets) for s in scores)
             nll = sum(-sum(s.log_probs) for s in scores) / num_tokens if num_tokens else None
             column[label] = {
-                "diversity": metrics.mean([metrics.unique_token_share(s.targets) for s in scores]),
+                "diversity": mean([unique_token_share(s.targets) for s in scores]),
                 "fluency": math.exp(nll) if num_tokens else None,
-                "utility": metrics.mean(rewards.reward(prompts, texts) if rewards else [-s.nll for s in scores]),
-                "harmful": {judge.name: metrics.rate(judge.harmful(prompts, texts)) for judge in judges},
+                "utility": mean(rewards.reward(prompts, texts) if rewards else [-s.nll for s in scores]),
+                "harmful": {judge.name: rate(judge.harmful(prompts, texts)) for judge in judges},
             }
     return columns
 
@@ -86,14 +96,14 @@ def score_forget_answers(answer_model: AnswerLogitsModel, formatter: PromptForma
 
 MEMORIZATION = {  # report.json's name -> a number per answer
     "nll": lambda s: s.nll,
-    "extraction_strength": lambda s: metrics.extraction_strength(s.predicted, s.targets),
-    "exact_memorisation": lambda s: metrics.exact_memorisation(s.predicted, s.targets),
+    "extraction_strength": lambda s: extraction_strength(s.predicted, s.targets),
+    "exact_memorisation": lambda s: exact_memorisation(s.predicted, s.targets),
 }
 MEMBERSHIP = {  # report.json's name -> a number per answer, high for a member: (row, its score, the original's score)
     "loss": lambda row, s, original: -s.nll,
-    "min_k": lambda row, s, original: metrics.min_k(s.log_probs),
-    "min_k_plus_plus": lambda row, s, original: metrics.min_k_plus_plus(s.log_probs, s.means, s.deviations),
-    "zlib": lambda row, s, original: metrics.zlib_ratio(s.log_probs, row.response),
+    "min_k": lambda row, s, original: min_k(s.log_probs),
+    "min_k_plus_plus": lambda row, s, original: min_k_plus_plus(s.log_probs, s.means, s.deviations),
+    "zlib": lambda row, s, original: zlib_ratio(s.log_probs, row.response),
     "reference": lambda row, s, original: original.nll - s.nll,
 }
 
@@ -109,7 +119,7 @@ def memorization_metrics(scores: dict[str, ForgetScores]) -> dict:
         entry = {"name": group_label(source, split), "n": len(rows)}
         for label in ("before", "after"):
             answers = [score for _, score in scores[label][source, split]]
-            entry[label] = {name: metrics.mean([measure(s) for s in answers]) for name, measure in MEMORIZATION.items()}
+            entry[label] = {name: mean([measure(s) for s in answers]) for name, measure in MEMORIZATION.items()}
         groups.append(entry)
     both = [source for source, split in scores["after"] if split == UNSEEN and (source, TRAINED) in scores["after"]]
     return {"groups": groups, "membership": [membership_metrics(source, scores) for source in both]}
@@ -122,11 +132,11 @@ def membership_metrics(source: str, scores: dict[str, ForgetScores]) -> dict:
     entry = {"source": source, "members": len(scores["after"][members]), "others": len(scores["after"][others])}
     for label, by_group in scores.items():
         entry[label] = {
-            name: metrics.auc(*(member_scores(name, by_group[key], scores["before"][key]) for key in (members, others)))
+            name: auc(*(member_scores(name, by_group[key], scores["before"][key]) for key in (members, others)))
             for name in MEMBERSHIP if not (name == "reference" and label == "before")
         }  # fmt: skip
     if "retrained" in scores:
-        entry["privacy_leakage"] = {name: metrics.privacy_leakage(entry["after"][name], entry["retrained"][name])
+        entry["privacy_leakage"] = {name: privacy_leakage(entry["after"][name], entry["retrained"][name])
                                     for name in MEMBERSHIP}  # fmt: skip
     return entry
 

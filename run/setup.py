@@ -41,7 +41,7 @@ from engine.state import TrainingState
 from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel, wrap_model
 from evaluation.dev_evaluator import DevEvaluator
-from evaluation.metrics import is_empty
+from evaluation.metrics.texts import is_empty
 from method.draws import Mismatch, Stop
 from method.recipe import Recipe, read_recipe
 from method.sampler import UnlearnBatchSampler

@@ -19,7 +19,8 @@ from test_data import formatter
 from transformers import AutoModelForSequenceClassification
 
 from data_module import Shares, split_rows
-from options import EvaluateOptions, UnlearnOptions, parse
+from evaluation.options import EvaluateOptions
+from options import UnlearnOptions, parse
 from sources.fields import CHOICE_FIELDS, PROMPT_FIELDS, RESPONSE_FIELDS, TALK_FIELDS
 from sources.rows import FILE_KINDS, Row, read_rows, read_texts
 from utils import UsageError, load_model

@@ -26,8 +26,9 @@ import unlearn_harm
 from engine.saving import lock_output_dir
 from engine.tree import AnswerLogitsModel
 from evaluate_unlearning import load_cached_report, report_folder
+from evaluation.options import EvaluateOptions
 from evaluation.parsing import parse_evaluation
-from options import EvaluateOptions, UnlearnOptions
+from options import UnlearnOptions
 from prompts.tokenizer import load_tokenizer
 from utils import RunError, UsageError
 

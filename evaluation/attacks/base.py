@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from engine.generation import generate
-from options import EvaluateOptions
+from evaluation.options import EvaluateOptions
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
 

@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 from data_module import sample
 from engine.generation import generate
 from engine.trained_on import TrainedOn
-from evaluation import metrics
 from evaluation.attacks import ATTACKS
 from evaluation.attacks.base import CONTROL, Attack, AttackConfig, AttackData, AttackResult, AttackTarget, Probe
 from evaluation.groups import trained_rows, unseen_groups
 from evaluation.inputs import EvaluationInputs
+from evaluation.metrics.statistics import rate
+from evaluation.metrics.texts import on_topic
 from evaluation.model_run import ModelRun
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
@@ -82,10 +83,10 @@ def judge_result(name: str, result: AttackResult, prompt_vectors, embed) -> dict
     prompt_vectors: (n, d), unit length."""
     vectors = embed([text for texts in result.answers for text in texts])  # (n * answers per prompt, d)
     cosines = iter((vectors * prompt_vectors.repeat_interleave(len(result.answers[0]), 0)).sum(-1).tolist())
-    recovered = [any([metrics.on_topic(next(cosines), text) for text in texts]) for texts in result.answers]
+    recovered = [any([on_topic(next(cosines), text) for text in texts]) for texts in result.answers]
     examples = [texts[0] for texts, is_back in zip(result.answers, recovered, strict=True) if is_back][:3]
     return {"name": CONTROL if result.is_control else name, "variant": result.variant,
-            "back": dataclasses.asdict(metrics.rate(recovered)), "examples": examples}  # fmt: skip
+            "back": dataclasses.asdict(rate(recovered)), "examples": examples}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ the rows of an attack
@@ -134,4 +135,4 @@ def add_original_answers(rows: list[Row], model, formatter: PromptFormatter, opt
     cosines = (embed([text for text, _ in texts]) * embed([row.prompt for row in bare])).sum(-1).tolist()  # (n,)
     return answered + [dataclasses.replace(row, response=text, complete=complete)
                        for row, (text, complete), cosine in zip(bare, texts, cosines, strict=True)
-                       if metrics.on_topic(cosine, text)]  # fmt: skip
+                       if on_topic(cosine, text)]  # fmt: skip

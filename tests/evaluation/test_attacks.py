@@ -16,8 +16,8 @@ from evaluation.attacks.prompts import few_shot
 from evaluation.attacks.quantisation import fake_quantize
 from evaluation.attacks.relearning import fine_tune
 from evaluation.attacks.runner import run_attacks
+from evaluation.options import EvaluateOptions
 from evaluation.verdict import BRING_BACK, figures, judge, measurable, parse_requirement
-from options import EvaluateOptions
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import UsageError

@@ -15,10 +15,10 @@ from engine.tree import AnswerLogitsModel
 from evaluation.attacks.runner import add_original_answers, forgotten_rows
 from evaluation.groups import Group, make_groups
 from evaluation.inputs import make_formatters
-from evaluation.judges import Classifier, harmful_classes, refuse_no_reward_model
+from evaluation.judges.classifier import Classifier, harmful_classes, refuse_no_reward_model
 from evaluation.likelihood import TokenScores, choices, perplexity, read_choices
+from evaluation.options import EvaluateOptions
 from evaluation.scoring import member_scores, memorization_metrics, score_forget_answers, scores_of
-from options import EvaluateOptions
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import UsageError

@@ -9,7 +9,8 @@ from test_run import SMALL, data_words, events
 from data_module import Shares, Sides, give_wanted_answers, leave_out_listed, read_sides, split_sides
 from evaluation.groups import make_groups, unseen_groups
 from evaluation.inputs import by_source
-from options import EvaluateOptions, UnlearnOptions
+from evaluation.options import EvaluateOptions
+from options import UnlearnOptions
 from prompts.formatter import PromptFormatter
 from run.account import SourceAccount, held_out_line, visits_line
 from sources.rows import Row, Source

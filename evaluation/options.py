@@ -1,0 +1,58 @@
+"""The options of an evaluation, with their defaults and checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from options import COUNT, POSITIVE, CommonOptions, number, option
+
+
+@dataclasses.dataclass
+class EvaluateOptions(CommonOptions):
+    model_name: str = option("models/unlearned", "the model after unlearning: a folder or a hub name")
+    original_name: str = option("facebook/opt-1.3b", "the model before unlearning: a folder or a hub name")
+    report_dir: str | None = option(
+        None, "folder of report.json, report.html and answers.jsonl, with prompts and answers (if unset: reports/NAME, "
+        "NAME being that of --model_name's folder, with -2, -3, ... if it holds the report of another model)"
+    )  # fmt: skip
+    split: Literal["test", "dev", "train", "all"] | None = option(
+        None, "prompts to evaluate: a split of the training run (test: never trained on), or all (if unset: test for a "
+        "model made by unlearn_harm.py, else all)"
+    )  # fmt: skip
+    prompts_per_group: POSITIVE = option(64, "maximum prompts per group, drawn with the seed")
+    generation_batch: COUNT = option(
+        0, "prompts per generation batch (0: on a GPU as many as memory takes, on a CPU 64)"
+    )
+    max_new_tokens: POSITIVE = option(48, "maximum tokens per answer (greedy decoding)")
+    perplexity_text: str | None = option(None, "text file; both models' perplexity on it is reported")
+    mc_data: str | None = option(
+        None,
+        "multiple-choice rows: question with mc1_targets and mc2_targets (TruthfulQA), or with choices and answer "
+        "(MMLU)",
+    )
+    mc_rows: POSITIVE = option(1000, "maximum rows of --mc_data, from the first on")
+    mc_template: Literal["chat", "qa", "raw"] = option("qa", "template of the multiple-choice questions")
+    judge_model: list[str] = option(
+        [], "moderation models (folders or hub names); each one's rate of flagged answers is reported"
+    )
+    reward_model: str | None = option(
+        None, "reward model that scores the utility of answers (if unset: the original's log-probability)"
+    )
+    retrained_name: str | None = option(
+        None, "model never trained on the forget data: the reference of the privacy-leakage metric"
+    )
+    train_log: str | None = option(None, "JSON-lines log of the training run; the report plots its curves")
+    attacks: list[str] = option(
+        ["none"], "attacks to run: all, none, or names among quantise prefill rephrase few_shot sampling relearn probe"
+    )
+    attack_prompts: POSITIVE = option(32, "maximum forgotten prompts that an attack tries to recover")
+    relearn_lr: number(float, 0, above=True) = option(
+        1e-4, "learning rate of the relearning attack (adapters of rank 16 on every layer)"
+    )
+    quick: bool = option(False, "run small attacks: 6 prompts, 4 samples, 8 relearning steps")
+    require: list[str] = option(
+        [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 if one fails (if unset: built-in criteria)"
+    )
+    reuse: bool = option(False, "print the existing report if the same models and options made it")
+    examples: COUNT = option(6, "number of example answers printed side by side at the end")
