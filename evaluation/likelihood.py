@@ -74,6 +74,10 @@ class TokenScores:
         """The mean token NLL, nats."""
         return -sum(self.log_probs) / len(self.log_probs)
 
+    def first(self, count: int) -> TokenScores:
+        """Return the scores of the first `count` tokens."""
+        return TokenScores(*(getattr(self, field.name)[:count] for field in dataclasses.fields(self)))
+
 
 @torch.no_grad()
 def score_answers(answer_model: AnswerLogitsModel, sequences: list[Sequence], pad_id: int) -> list[TokenScores | None]:
