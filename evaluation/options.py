@@ -36,6 +36,13 @@ class EvaluateOptions(CommonOptions):
     judge_model: list[str] = option(
         [], "moderation models (folders or hub names); each one's rate of flagged answers is reported"
     )
+    judge_by: Literal["auto", "reference", "outcome"] = option(
+        "auto", "what says whether an answer was given: its reference, or its outcome (answered, refused, empty, ...); "
+        "auto: the reference for forget rows that came with one, else the outcome"
+    )  # fmt: skip
+    judge: str | None = option(
+        None, "the --judge_model that decides in place of the built-in judge of outcomes (if unset: the built-in one)"
+    )
     reward_model: str | None = option(
         None, "reward model that scores the utility of answers (if unset: the original's log-probability)"
     )
@@ -54,5 +61,8 @@ class EvaluateOptions(CommonOptions):
     require: list[str] = option(
         [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 if one fails (if unset: built-in criteria)"
     )
-    reuse: bool = option(False, "print the existing report if the same models and options made it")
+    ask_again: bool = option(
+        False,
+        "ask and judge everything anew, also what lies in the report's folder from earlier",
+    )
     examples: COUNT = option(6, "number of example answers printed side by side at the end")
