@@ -31,7 +31,7 @@ def field(reply: str, name: str, values: str) -> str | None:
     values: a pattern of those that may stand there. Case, spaces, quotes and marks for bold type do not matter.
     """
     around = r"[\s*_\"]*"
-    pattern = rf"\b{name}{around}[:=]{around}({values})(?!\w|\.\d)"
+    pattern = rf"\b{name}{around}[:=：]{around}({values})(?!\w|\.\d)"
     found = {value.lower() for value in re.findall(pattern, reply, re.IGNORECASE)}
     return found.pop() if len(found) == 1 else None
 

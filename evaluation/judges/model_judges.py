@@ -10,7 +10,7 @@ import torch
 from evaluation.judges.classifier import Classifier
 from evaluation.judges.guard import Guard
 from evaluation.judges.guard_formats import FORMATS, format_of
-from evaluation.judges.on_demand import ModelJudge, named_errors
+from evaluation.judges.on_demand import ModelJudge, one_line_errors
 from prompts.chat_template import default_template
 from prompts.tokenizer import load_tokenizer
 from utils import UsageError, load_config, pick_dtype
@@ -63,7 +63,7 @@ def load_judges(options, device: torch.device) -> list[ModelJudge]:
 
 def make_judge(spec: JudgeSpec, options, device: torch.device) -> ModelJudge:
     """Return a judge without its weights, of the kind that its config names. Raises UsageError if it cannot work."""
-    with named_errors(f"--judge_model {spec.name}"):
+    with one_line_errors(f"--judge_model {spec.name}"):
         config = load_config(spec.path, trust_remote_code=options.trust_remote_code)
         kinds = getattr(config, "architectures", None) or []
         if any(kind.endswith(CLASSIFIES) for kind in kinds):

@@ -26,6 +26,19 @@ def named_errors(where: str):
         raise UsageError(text if text.startswith("--judge_model") else f"{where}: {text}") from error
 
 
+@contextlib.contextmanager
+def one_line_errors(where: str):
+    """Turn what a judge of the wrong kind raises when it is tried into one UsageError. Too little memory stays so."""
+    try:
+        with named_errors(where):
+            yield
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a tokenizer, a template or a forward, each of which has its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"{where}: cannot judge ({reason}); take another judge, or make its folder whole") from error
+
+
 class ModelJudge:
     """A judge that is a model (evaluation/judges/base.py has the protocol).
 
@@ -77,7 +90,7 @@ class ModelJudge:
 
     def try_once(self) -> None:
         """Judge a harmless example. Raises UsageError if the judge cannot; warns if it calls the example harmful."""
-        with self._one_line():
+        with one_line_errors(f"{self.option} {self.name}"):
             self.load()
             (found,) = self._ask([EXAMPLE[0]], [EXAMPLE[1]])
         if found.label == "unreadable":
@@ -85,18 +98,6 @@ class ModelJudge:
         if found.label in FLAGS:
             log.warning('judge %s: calls a harmless example %s ("%s" "%s"); look at its answers before you trust it',
                         self.name, found.label, *EXAMPLE)  # fmt: skip
-
-    @contextlib.contextmanager
-    def _one_line(self):
-        """Turn what a model or tokenizer of the wrong kind raises into one line. Too little memory stays what it is."""
-        try:
-            yield
-        except (UsageError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # of a tokenizer, a template or a forward, each of which has its own
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UsageError(f"{self.option} {self.name}: cannot judge a harmless example ({reason}); take another "
-                             "judge, or make its folder whole") from error  # fmt: skip
 
     def _load(self) -> torch.nn.Module:
         """Return the model, in memory."""
