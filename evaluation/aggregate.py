@@ -71,17 +71,19 @@ def aggregate(measure: Measure, values: list) -> Estimate:
     return measure.aggregate([value for value in values if value is not None])
 
 
-def paper_columns(lines: list[dict], entry: dict, judges: list[str]) -> dict:
-    """Return the columns of Yao et al. 2023 of one group, before and after. judges: names of the judge models."""
+def paper_columns(lines: list[dict], entry: dict, judges: list[dict]) -> dict:
+    """Return the columns of Yao et al. 2023 of one group, before and after. judges: the judge models, as reported."""
     columns = {}
     for label in ("before", "after"):
-        told = [line[label]["labels"] for line in lines]
-        columns[label] = {
-            **{name: entry[label][name] for name in ("diversity", "fluency", "utility")},
-            "harmful": {judge: rate([labels[judge] == "harmful" for labels in told if judge in labels])
-                        for judge in judges},
-        }  # fmt: skip
+        columns[label] = {name: entry[label][name] for name in ("diversity", "fluency", "utility")}
+        columns[label]["harmful"] = {judge["name"]: flagged(lines, label, judge) for judge in judges}
     return columns
+
+
+def flagged(lines: list[dict], label: str, judge: dict) -> Estimate:
+    """Return the share of one model's answers that a judge model flags, of those that it can tell of."""
+    told = [line[label]["labels"].get(judge["name"]) for line in lines]
+    return rate([name in judge["given"] for name in told if name not in (None, *judge["uncounted"])])
 
 
 def group_facts(lines: list[dict], inputs: EvaluationInputs) -> list[dict]:
@@ -100,7 +102,7 @@ def make_report(inputs: EvaluationInputs, records: dict[str, Record], scores: Sc
     entries = group_entries(lines, facts)
     for entry in entries:
         of_group = [line for line in lines if line["group"] == entry["name"]]
-        entry["paper"] = paper_columns(of_group, entry, [j["name"] for j in judges if j["kind"] in MODEL_KINDS])
+        entry["paper"] = paper_columns(of_group, entry, [judge for judge in judges if judge["kind"] in MODEL_KINDS])
     for judge in judges:
         judge["decides"] = [f"{e['side']}: {e['name']}" for e in entries if e["judge"] == judge["name"]]
     report = {

@@ -88,8 +88,8 @@ def ask_texts(groups: list[Group], formatters: dict[str, PromptFormatter]) -> No
         text = group.rows[0].response or ""
         cuts = {tuple(formatter.tokenizer(text)["input_ids"]) for formatter in formatters.values()}
         if len(cuts) > 1:
-            raise UsageError(f"{group.name}: the tokenizers of the compared models cut it differently, and text is compared "
-                             "token by token; leave the text out, or give models of one tokenizer")  # fmt: skip
+            raise UsageError(f"{group.name}: the tokenizers of the compared models cut it differently, and text is "
+                             "compared token by token; leave the text out, or give models of one tokenizer")  # fmt: skip
         group.style, group.rows = "raw", [ask_to_go_on(row) for row in group.rows]
 
 

@@ -11,7 +11,7 @@ from evaluation.groups import Group
 from evaluation.inputs import EvaluationInputs
 from evaluation.judges.base import Judgement
 from evaluation.judges.languages import language_of
-from evaluation.judges.panel import OUTCOME, Panel
+from evaluation.judges.panel import OUTCOME, REFERENCE, Panel
 from evaluation.measures import ANSWER_MEASURES, Answer
 from evaluation.paper import OwnScores
 from evaluation.stages import Record, code_hash, key_of, may_reuse, read_keyed, write_keyed
@@ -53,56 +53,68 @@ def score_lines(
     inputs: EvaluationInputs, records: dict[str, Record], own: dict[str, list[list[OwnScores | None]]], panel: Panel
 ) -> list[dict]:
     """Return the lines of all groups. records, own: what each model said, and what the original says of that."""
+    languages = [language_of([row.prompt for row in group.rows]) for group in inputs.groups]
+    warn_of_unread(inputs.groups, languages, panel)
+    answers = {label: judged_answers(inputs.groups, languages, record, own[label], panel)
+               for label, record in records.items()}  # fmt: skip
     lines = []
     for i, group in enumerate(inputs.groups):
-        lines += group_lines(group, {label: answers_of(i, group, record, own[label], panel)
-                                     for label, record in records.items()}, panel)  # fmt: skip
+        lines += group_lines(group, languages[i], {label: of_model[i] for label, of_model in answers.items()}, panel)
     return lines
 
 
-def answers_of(
-    place: int, group: Group, record: Record, own: list[list[OwnScores | None]], panel: Panel
-) -> list[tuple[Answer, dict[str, str]]]:
-    """Return one model's answers to a group, each with what every judge calls it. place: the group's in the record."""
-    texts, judges = record.answers[place], panel.loaded
-    judged = judgements(group, texts, panel)
-    prompts = [row.prompt for row in group.rows]
-    rewards = judges.reward(prompts, texts) if judges.reward else [None] * len(texts)
-    found = []
-    for n, row in enumerate(group.rows):
-        by_judge = {name: of_judge[n] for name, of_judge in judged.items()}
-        decided, outcome = by_judge.get(group.judge), by_judge.get(OUTCOME)
+def warn_of_unread(groups: list[Group], languages: list[str | None], panel: Panel) -> None:
+    """Name the groups whose deciding judge does not read their language."""
+    for group, language in zip(groups, languages, strict=True):
+        if not panel.loaded.by_name[group.judge].reads(language):
+            log.warning("%s: not judged: the judge %s does not read its language (%s); name a multilingual --embedder, "
+                        "or a --judge_model that reads it with --judge", group.name, group.judge, language)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedAnswer:
+    """An answer, and what every judge calls it, by the judge's name."""
+
+    answer: Answer
+    labels: dict[str, str]
+
+
+def judged_answers(
+    groups: list[Group], languages: list[str | None], record: Record, own: list[list[OwnScores | None]], panel: Panel
+) -> list[list[JudgedAnswer]]:
+    """Return one model's answers, a list a group, each with what every judge says that reads the group's language.
+
+    A judge is asked about all answers at once: a judge model is loaded for that, and then let go.
+    """
+    places = [(i, n) for i, group in enumerate(groups) for n in range(len(group.rows))]
+    told: dict[tuple[int, int], dict[str, Judgement]] = {place: {} for place in places}
+    for name, judge in panel.loaded.by_name.items():
+        read = [(i, n) for i, n in places
+                if judge.reads(languages[i]) and (name != REFERENCE or groups[i].judge == REFERENCE)]  # fmt: skip
+        asked = [(groups[i].rows[n], record.answers[i][n]) for i, n in read]
+        for place, judgement in zip(read, panel.judge(name, asked) if asked else [], strict=True):
+            told[place][name] = judgement
+    rewards = dict.fromkeys(places)
+    if panel.loaded.reward:
+        prompts, texts = zip(*((groups[i].rows[n].prompt, record.answers[i][n]) for i, n in places), strict=True)
+        rewards = dict(zip(places, panel.loaded.reward(list(prompts), list(texts)), strict=True))
+    found: list[list[JudgedAnswer]] = [[] for _ in groups]
+    for i, n in places:
+        decided, outcome = told[i, n].get(groups[i].judge), told[i, n].get(OUTCOME)
         answer = Answer(
-            row=row, text=texts[n], decided=decided, given=panel.gives(group.judge, decided),
-            cosine=outcome.score if outcome and not group.is_text else None, scores=record.scores[place][n],
-            own=own[place][n], reward=rewards[n],
+            row=groups[i].rows[n], text=record.answers[i][n], decided=decided,
+            given=panel.gives(groups[i].judge, decided),
+            cosine=outcome.score if outcome and not groups[i].is_text else None,
+            scores=record.scores[i][n], own=own[i][n], reward=rewards[i, n],
         )  # fmt: skip
-        found.append((answer, {name: judgement.label for name, judgement in by_judge.items()}))
+        found[i].append(JudgedAnswer(answer, {name: judgement.label for name, judgement in told[i, n].items()}))
     return found
 
 
-def judgements(group: Group, texts: list[str], panel: Panel) -> dict[str, list[Judgement]]:
-    """Return what each judge that reads the group's language says of some answers to it."""
-    language = group_language(group)
-    prompts, references = [row.prompt for row in group.rows], [row.response for row in group.rows]
-    names = [name for name, judge in panel.loaded.by_name.items()
-             if name in (group.judge, OUTCOME, *panel.names()) and judge.reads(language)]  # fmt: skip
-    return {name: panel.judge(name, prompts, texts, references) for name in names}
-
-
-def group_language(group: Group) -> str | None:
-    """Return the language of a group's prompts together, None if it cannot be told."""
-    return language_of([row.prompt for row in group.rows])
-
-
-def group_lines(group: Group, answers: dict[str, list[tuple[Answer, dict[str, str]]]], panel: Panel) -> list[dict]:
+def group_lines(group: Group, language: str | None, answers: dict[str, list[JudgedAnswer]], panel: Panel) -> list[dict]:
     """Return a group's lines from every model's answers, by label, in the order of its rows."""
-    language = group_language(group)
     is_judged = panel.loaded.by_name[group.judge].reads(language)
-    if not is_judged:
-        log.warning("%s: not judged: the judge %s does not read its language (%s); name a multilingual --embedder, or "
-                    "a --judge_model that reads it with --judge", group.name, group.judge, language)  # fmt: skip
-    texts = {label: [answer.text for answer, _ in answers[label]] for label in ("before", "after")}
+    texts = {label: [judged.answer.text for judged in answers[label]] for label in ("before", "after")}
     vectors = {label: panel.loaded.embed(of_model) for label, of_model in texts.items()}  # (n, d) each
     similarity = (vectors["before"] * vectors["after"]).sum(-1).tolist()  # (n,)
     embeds = panel.loaded.by_name[OUTCOME].reads(language)
@@ -115,9 +127,9 @@ def group_lines(group: Group, answers: dict[str, list[tuple[Answer, dict[str, st
         if row.earlier:
             line["earlier"] = row.earlier
         for label, of_model in answers.items():
-            answer, labels = of_model[n]
-            line[label] = {"answer": answer.text, "label": answer.decided and answer.decided.label, "labels": labels,
-                           "cosine": rounded(answer.cosine)}  # fmt: skip
+            answer = of_model[n].answer
+            line[label] = {"answer": answer.text, "label": answer.decided and answer.decided.label,
+                           "labels": of_model[n].labels, "cosine": rounded(answer.cosine)}  # fmt: skip
             line[label] |= {m.name: rounded(m.value(group.side, answer)) for m in ANSWER_MEASURES}
         line["similarity"] = rounded(similarity[n]) if embeds else None
         lines.append(line)

@@ -11,10 +11,12 @@ from engine.weights_hash import weights_hash
 from evaluation.judges.base import Judge, Judgement
 from evaluation.judges.classifier import Classifier
 from evaluation.judges.embedder import load_embedder
-from evaluation.judges.model_judges import load_judges
+from evaluation.judges.model_judges import load_judges, read_spec
+from evaluation.judges.on_demand import ModelJudge
 from evaluation.judges.outcome import OutcomeJudge
 from evaluation.judges.reference import ReferenceJudge
 from evaluation.judges.refusals import is_refusal
+from sources.rows import Row
 from utils import UsageError
 
 REFERENCE, OUTCOME = "reference", "outcome"
@@ -45,7 +47,8 @@ class Panel:
             judges = [OutcomeJudge(embed), ReferenceJudge(is_refusal), *load_judges(self.options, self.device)]
             rewards = None
             if self.options.reward_model:
-                rewards = Classifier(self.options.reward_model, self.device, **self.options.trust()).reward
+                rewards = Classifier(self.options.reward_model, self.device, option="--reward_model",
+                                     **self.options.trust()).reward  # fmt: skip
             self._loaded = LoadedJudges(by_name={judge.name: judge for judge in judges}, embed=embed, reward=rewards)
         return self._loaded
 
@@ -57,27 +60,40 @@ class Panel:
         """Return what judgements depend on, without loading a judge: options and whole weights."""
         options = dataclasses.asdict(self.options)
         settings = {name: value for name, value in options.items() if name.startswith(JUDGE_OPTIONS)}
-        models = [*self.options.judge_model, self.options.embedder, self.options.reward_model]
-        return [settings, [weights_hash(name) for name in models if name]]
+        paths = [read_spec(name).path for name in self.options.judge_model]
+        models = [path for path in (*paths, self.options.embedder, self.options.reward_model) if path]
+        return [settings, [weights_hash(path) for path in models]]
 
     def describe(self) -> list[dict]:
         """Return what report.json says of each judge."""
-        return [{"name": judge.name, "kind": judge.kind, "limits": judge.limits,
-                 "weights": weights_hash(judge.name) if judge.name in self.options.judge_model else None,
-                 **({"harmful_classes": judge.harmful_classes} if hasattr(judge, "harmful_classes") else {})}
-                for judge in self.loaded.by_name.values()]  # fmt: skip
+        told = []
+        for judge in self.loaded.by_name.values():
+            is_model = isinstance(judge, ModelJudge)
+            told.append({"name": judge.name, "kind": judge.kind, "limits": judge.limits, "given": sorted(judge.given),
+                         "uncounted": sorted(getattr(judge, "uncounted", ())),
+                         "weights": weights_hash(judge.path) if is_model else None,
+                         **(judge.settings if is_model else {})})  # fmt: skip
+        return told
 
     def names(self) -> list[str]:
         """Return the names of the judge models that are asked about every answer."""
         return [name for name in self.loaded.by_name if name not in (REFERENCE, OUTCOME)]
 
-    def judge(self, name: str, prompts: list[str], answers: list[str], references: list[str | None]) -> list[Judgement]:
-        """Return what one judge says of each answer."""
-        return self.loaded.by_name[name].judge(prompts, answers, references)
+    def judge(self, name: str, asked: list[tuple[Row, str]]) -> list[Judgement]:
+        """Return what one judge says of each (row, answer), and let a judge model go afterwards."""
+        judge = self.loaded.by_name[name]
+        found = judge.judge([row.prompt for row, _ in asked], [text for _, text in asked],
+                            [row.response for row, _ in asked])  # fmt: skip
+        if isinstance(judge, ModelJudge):
+            judge.release()
+        return found
 
     def gives(self, name: str, judgement: Judgement | None) -> bool | None:
-        """Return whether a judgement of this judge means that the answer was given; None if nothing was judged."""
-        return None if judgement is None else judgement.label in self.loaded.by_name[name].given
+        """Return whether a judgement of this judge means that the answer was given; None if it says nothing of it."""
+        judge = self.loaded.by_name[name]
+        if judgement is None or judgement.label in getattr(judge, "uncounted", ()):
+            return None
+        return judgement.label in judge.given
 
 
 def decider(options, *, side: str, has_reference: bool) -> str:

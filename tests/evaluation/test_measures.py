@@ -86,7 +86,9 @@ def test_the_figures_of_a_group_by_hand(lines):
     assert found["change"]["answered"].value == pytest.approx(-1 / 3)
     assert found["ratio"]["answered"].value == 0.5
     assert found["after"]["leak"].n == 1
-    assert found["pair"]["length_ratio"].value == pytest.approx(4 / 6)  # "", "I can't", "about q": 0 + 2 + 2 of 2 + 2 + 2
+    assert found["pair"]["length_ratio"].value == pytest.approx(
+        4 / 6
+    )  # "", "I can't", "about q": 0 + 2 + 2 of 2 + 2 + 2
     assert found["before"]["fluency"].value == pytest.approx(7.389056)  # exp(2): every token 2 nats
     assert found["after"]["fluency"].n == 2  # an empty answer has no perplexity
 
