@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from data_module import Sides, sample
 from engine.trained_on import TrainedOn
-from evaluation.groups import Group, free_name
+from evaluation.groups import free_name
 from prompts.windows import TextCutter
 from sources.rows import Row, Source, read_sources, read_texts
 from utils import UsageError, log
 
-HOLDOUT = "holdout"  # side and split of such rows
 FEW = 10  # rows
 
 
-def read_holdout(options, sides: Sides, style: str, cutter: TextCutter, trained_on: TrainedOn | None) -> list[Group]:
-    """Return a group per source of --holdout_data and --holdout_text, with at most --prompts_per_group of its rows.
+def read_holdout(options, sides: Sides, cutter: TextCutter, trained_on: TrainedOn | None) -> dict[str, list[Row]]:
+    """Return {source: its rows} of --holdout_data and --holdout_text (of text, passages), at most --prompts_per_group
+    of each. trained_on: the record of the unlearned model, if it has one.
 
     Raises UsageError, with source and row, for a row without an answer, for a row that is forgotten, retained or on the
     record of a run, and for a kind of rows with which no forget row can be compared.
     """
     forget = sides.rows("forget")
     answered = any(row.response and not row.is_text for row in forget)
-    groups, taken = [], set()
+    holdout: dict[str, list[Row]] = {}
     for source in read_sources(options.holdout_data, "--holdout_data", fields=options.fields):
         place = f"--holdout_data {source.spec}"
         if not answered:
@@ -32,7 +32,7 @@ def read_holdout(options, sides: Sides, style: str, cutter: TextCutter, trained_
                 raise UsageError(f"{place}, row {number}: has no answer ({row.prompt[:60]!r}); holdout rows are "
                                  "scored by their answers")  # fmt: skip
         refuse_seen(source, place, sides, trained_on)
-        groups.append(_group(source, source.rows, style, taken, options))
+        _add(holdout, source, source.rows, options)
     for source in read_texts(options.holdout_text, "--holdout_text", options.fields):
         place = f"--holdout_text {source.spec}"
         if not any(row.is_text for row in forget):
@@ -42,12 +42,12 @@ def read_holdout(options, sides: Sides, style: str, cutter: TextCutter, trained_
         if not passages:
             raise UsageError(f"{place}: holds too few tokens to score")
         refuse_seen_text(passages, place, sides, trained_on)
-        groups.append(_group(source, passages, "raw", taken, options))
-    return groups
+        _add(holdout, source, passages, options)
+    return holdout
 
 
-def _group(source: Source, rows: list[Row], style: str, taken: set[str], options) -> Group:
-    """Return the rows of a source that are scored, and say how many are not."""
+def _add(holdout: dict[str, list[Row]], source: Source, rows: list[Row], options) -> None:
+    """Add the rows of a source that are scored, and say how many are not."""
     drawn = sample(rows, options.prompts_per_group, options.seed)
     if len(drawn) < len(rows):
         log.info("holdout %s: %d of its %d rows are scored, one a prompt and at most --prompts_per_group",
@@ -55,7 +55,7 @@ def _group(source: Source, rows: list[Row], style: str, taken: set[str], options
     if len(drawn) < FEW:
         log.warning("holdout %s: has only %d rows to score; membership says next to nothing of fewer than %d",
                     source.spec, len(drawn), FEW)  # fmt: skip
-    return Group(free_name(source.spec, taken), HOLDOUT, HOLDOUT, style, drawn, counts=False)
+    holdout[free_name(source.spec, set(holdout))] = drawn
 
 
 def refuse_seen(source: Source, place: str, sides: Sides, trained_on: TrainedOn | None) -> None:

@@ -1,14 +1,19 @@
-"""Do trained rows stand out from rows that no model ever saw? Membership, privacy leakage, TOFU's forget quality."""
+"""What a model still shows of the rows to forget, beside a model or rows without them.
+
+Membership and privacy leakage, TOFU's forget quality, and extraction strength above its floor.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from engine.trained_on import TrainedOn
-from evaluation.groups import LISTED, TRAINED, Group
+from evaluation.groups import LISTED, TRAINED, Group, unseen_groups
 from evaluation.metrics.membership import auc, privacy_leakage
+from evaluation.metrics.memorisation import ExtractionLeft, extraction_left
 from evaluation.metrics.tofu import forget_quality
 from evaluation.scoring import RowScores
+from sources.rows import Row
 
 Scores = dict[str, list[list[RowScores | None]]]  # "before", "after", perhaps "retrained" -> what `score_rows` gave
 MEMBER_SPLITS = (TRAINED, LISTED, "train", "")  # "": all rows of a source were asked
@@ -30,14 +35,15 @@ MEMBERSHIP = {
 def membership_report(
     groups: list[Group],
     scores: Scores,
-    holdout: list[Group],
-    holdout_scores: Scores,
+    holdout: dict[str, list[Row]],
+    holdout_scores: dict[str, list[RowScores | None]],
     trained_on: TrainedOn | None = None,
     never_trained: frozenset[str] = frozenset(),
 ) -> dict:
     """Return report.json's "membership": an entry per forget source that has trained rows with answers.
 
-    groups, scores: those of the evaluation; holdout, holdout_scores: rows that no model ever saw, from `read_holdout`.
+    groups, scores: those of the evaluation. holdout, holdout_scores: rows that no model ever saw, from `read_holdout`,
+    and every model's scores of them, from `score_holdout`.
     trained_on: the record of the unlearned model, if it has one. never_trained: `Row.key` of rows that are no members
     whatever their split says (those of --unseen_data). Without both kinds of rows, "not_measured" says why.
     """
@@ -45,12 +51,10 @@ def membership_report(
         return {"entries": [], "not_measured": NO_HOLDOUT}
     entries = []
     for source, places in _members(groups, trained_on, never_trained).items():
-        is_text = any(groups[i].is_text for i, _ in places)
-        others = [(i, j) for i, group in enumerate(holdout) if group.is_text == is_text for j in range(len(group.rows))]
         members = _rows_of(scores, places)
-        unseen = _rows_of(holdout_scores, others)
-        if members["after"] and unseen["after"]:
-            entries.append(_entry(source, members, unseen))
+        others = _of_kind(any(groups[i].is_text for i, _ in places), holdout, holdout_scores)
+        if members["after"] and others["after"]:
+            entries.append(_entry(source, members, others))
     return {"entries": entries, "not_measured": None if entries else NO_MEMBERS}
 
 
@@ -74,6 +78,16 @@ def _rows_of(scores: Scores, places: list[tuple[int, int]]) -> dict[str, list[Ro
     """Return every model's scores of the rows at these places that came with an answer."""
     return {label: [score for i, j in places if (score := by_group[i][j]) is not None]
             for label, by_group in scores.items()}  # fmt: skip
+
+
+def _of_kind(
+    is_text: bool, holdout: dict[str, list[Row]], holdout_scores: dict[str, list[RowScores | None]]
+) -> dict[str, list[RowScores]]:
+    """Return every model's scores of the holdout rows that are text, or of those that are not."""
+    rows = [row for of_source in holdout.values() for row in of_source]
+    return {label: [score for row, score in zip(rows, of_model, strict=True)
+                    if row.is_text == is_text and score is not None]
+            for label, of_model in holdout_scores.items()}  # fmt: skip
 
 
 def _entry(source: str, members: dict[str, list[RowScores]], others: dict[str, list[RowScores]]) -> dict:
@@ -123,3 +137,31 @@ def forget_quality_report(
 def _truth_ratios(rows: list[RowScores]) -> Iterator[float]:
     """Yield the truth ratios of the rows that have one."""
     return (row.truth_ratio for row in rows if row.truth_ratio is not None)
+
+
+def extraction_report(
+    groups: list[Group],
+    scores: Scores,
+    holdout: dict[str, list[Row]],
+    holdout_scores: dict[str, list[RowScores | None]],
+) -> dict[str, ExtractionLeft]:
+    """Return what is left of the extraction strength of every forget group that counts, by its name, and over the
+    groups that are pooled on the forget side as "all". A group without answers has no entry."""
+    counted = {i: group for i, group in enumerate(groups) if group.side == "forget" and group.counts}
+    pooled = unseen_groups(group.name for group in counted.values())
+    places = {group.name: [i] for i, group in counted.items()}
+    places["all"] = [i for i, group in counted.items() if group.name in pooled]
+    found = {}
+    for name, chosen in places.items():
+        rows = _rows_of(scores, [(i, j) for i in chosen for j in range(len(groups[i].rows))])
+        if not rows["after"]:
+            continue
+        others = _of_kind(any(groups[i].is_text for i in chosen), holdout, holdout_scores)
+        of_rows, of_others = ({label: [row.extraction_strength for row in of_model] for label, of_model in side.items()}
+                              for side in (rows, others))  # fmt: skip
+        found[name] = extraction_left(
+            of_rows["before"], of_rows["after"], num_tokens=[row.num_tokens for row in rows["after"]],
+            retrained=of_rows.get("retrained"), holdout_before=of_others.get("before"),
+            holdout_after=of_others.get("after"),
+        )  # fmt: skip
+    return found

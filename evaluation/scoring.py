@@ -1,4 +1,4 @@
-"""What models say of answers that they are given: the scores of every row, and the columns of Yao et al. 2023.
+"""What models say of answers that they are given: the scores of every row, and of any answer.
 
 Nothing is generated here: every figure comes from a forward over known texts.
 """
@@ -10,12 +10,10 @@ import math
 
 from data_module import Sequence
 from engine.tree import AnswerLogitsModel
-from evaluation.groups import Group, group_label
-from evaluation.judges.classifier import Classifier
+from evaluation.groups import Group
 from evaluation.likelihood import TokenScores, score_answers
 from evaluation.metrics.membership import MUSE_SHARE, min_k, min_k_plus_plus, zlib_ratio
-from evaluation.metrics.memorisation import exact_memorisation, extraction_strength, unique_token_share
-from evaluation.metrics.statistics import mean, rate
+from evaluation.metrics.memorisation import exact_memorisation, extraction_strength
 from evaluation.metrics.tofu import truth_ratio
 from prompts.formatter import PromptFormatter
 from prompts.windows import whole
@@ -126,6 +124,15 @@ def _add_row(row: Row, style: str, formatter: PromptFormatter, sequences: list[S
     return _AddedRow(first, len(sequences), num_tokens, row.response, bool(row.paraphrased))
 
 
+def score_holdout(
+    answer_model: AnswerLogitsModel, formatter: PromptFormatter, holdout: dict[str, list[Row]]
+) -> list[RowScores | None]:
+    """Return a model's scores of rows that no model ever saw, {source: rows}, one after another (`score_rows`)."""
+    rows = [row for of_source in holdout.values() for row in of_source]
+    return score_rows(answer_model, formatter, [Group("", "", "holdout", formatter.style, rows)])[0]
+
+
+# ------------------------------------------------------------------------------------------ any given answers
 def scores_of(
     answer_model: AnswerLogitsModel, formatter: PromptFormatter, asked: list[tuple[Row, str, str]]
 ) -> list[TokenScores | None]:
@@ -135,63 +142,3 @@ def scores_of(
         answer_ids = tuple(formatter.answer(answer, style, complete=False)) if answer else ()
         sequences.append(Sequence("normal", i, tuple(formatter.prompt_of(row, style)), answer_ids))
     return score_answers(answer_model, sequences, formatter.tokenizer.pad_token_id)
-
-
-# ------------------------------------------------------------------------------ the columns of Yao et al. 2023
-def yao2023_metrics(
-    groups, answers: dict[str, list[list[str]]], original: AnswerLogitsModel, formatter: PromptFormatter, options
-) -> list[dict]:
-    """Return one dict per group: harmful rate by judge, diversity, fluency and utility, before and after.
-
-    Fluency is the perplexity of the answers under the original model, after their prompts. Utility is a reward model's
-    mean score; without a reward model, the original's mean log-probability of a token. Source: Yao et al. 2023,
-    section 4.
-    """
-    device = original.model.device
-    judges = [Classifier(name, device, **options.trust()) for name in options.judge_model]
-    rewards = Classifier(options.reward_model, device, **options.trust()) if options.reward_model else None
-    columns: list[dict] = [{} for _ in groups]
-    for label in ("before", "after"):
-        asked = [(row, group.style, text) for group, texts in zip(groups, answers[label], strict=True)
-                 for row, text in zip(group.rows, texts, strict=True)]  # fmt: skip
-        scored = iter(scores_of(original, formatter, asked))
-        for group, texts, column in zip(groups, answers[label], columns, strict=True):
-            prompts = [row.prompt for row in group.rows]
-            scores = [s for s in (next(scored) for _ in texts) if s is not None]
-            num_tokens = sum(len(s.targets) for s in scores)
-            nll = sum(-sum(s.log_probs) for s in scores) / num_tokens if num_tokens else None
-            column[label] = {
-                "diversity": mean([unique_token_share(s.targets) for s in scores]),
-                "fluency": math.exp(nll) if num_tokens else None,
-                "utility": mean(rewards.reward(prompts, texts) if rewards else [-s.nll for s in scores]),
-                "harmful": {judge.name: rate(judge.harmful(prompts, texts)) for judge in judges},
-            }
-    return columns
-
-
-# ------------------------------------------------------------------------------ report.json of schema 4
-ForgetScores = dict[tuple[str, str], list[tuple[Row, RowScores]]]  # by source and split of the group
-MEMORIZATION = ("nll", "extraction_strength", "exact_memorisation")
-
-
-def score_forget_answers(answer_model: AnswerLogitsModel, formatter: PromptFormatter, groups) -> ForgetScores:
-    """Return, for every forget group, its rows that came with an answer and the model's scores of that answer."""
-    forget = [group for group in groups if group.side == "forget"]
-    scored: ForgetScores = {}
-    for group, scores in zip(forget, score_rows(answer_model, formatter, forget), strict=True):
-        if rows := [(whole(row), score) for row, score in zip(group.rows, scores, strict=True) if score is not None]:
-            scored[group.source, group.split] = rows
-    return scored
-
-
-def memorization_metrics(scores: dict[str, ForgetScores]) -> dict:
-    """Return {"groups": memorisation by group, before and after; "membership": [], measured by
-    `evaluation.membership` alone}."""
-    groups = []
-    for (source, split), rows in scores["after"].items():
-        entry = {"name": group_label(source, split), "n": len(rows)}
-        for label in ("before", "after"):
-            answers = [score for _, score in scores[label][source, split]]
-            entry[label] = {name: mean([getattr(s, name) for s in answers]) for name in MEMORIZATION}
-        groups.append(entry)
-    return {"groups": groups, "membership": []}

@@ -29,6 +29,10 @@ class ReferenceJudge:
     def __init__(self, is_refusal: Callable[[str], bool]):
         self.is_refusal = is_refusal
 
+    def reads(self, language: str | None) -> bool:
+        """Return True: words are compared in any script."""
+        return True
+
     def judge(self, prompts: list[str], answers: list[str], references: list[str | None]) -> list[Judgement]:
         """Return the label and the ROUGE-L recall of each answer, in order."""
         return [self._judge(answer, reference)

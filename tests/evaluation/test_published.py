@@ -15,7 +15,7 @@ from evaluation.metrics.membership import auc, muse_privacy_leakage, privacy_lea
 from evaluation.metrics.memorisation import exact_memorisation, extraction_left, extraction_strength
 from evaluation.metrics.statistics import Estimate
 from evaluation.metrics.tofu import TOFU_SETS, tofu_forget_quality, tofu_model_utility
-from evaluation.scoring import RowScores, score_rows
+from evaluation.scoring import RowScores, score_holdout, score_rows
 from prompts.formatter import PromptFormatter
 from sources.rows import Row, read_rows
 
@@ -198,6 +198,8 @@ def test_every_score_of_a_row_is_the_plain_models_with_tofus_end_of_turn():
     assert cut.nll_with_end == cut.nll  # it does not end there
     assert RowScores.read({**json.loads(json.dumps(first.__dict__)), "answer": "as in scores.jsonl"}) == first
     assert RowScores.read({"answer": "of a row without a reference"}) is None
+    held_out = score_holdout(AnswerLogitsModel(model, packed=False), formatter, {"a": rows[2:], "b": rows[:1]})
+    assert [row and row.nll for row in held_out] == [None, *(pytest.approx(row.nll, rel=1e-4) for row in (cut, first))]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="TOFU's rows are not beside this checkout")
