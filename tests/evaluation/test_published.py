@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import SHARED, make_tokenizer, tiny_model
 
+from data_module import make_sequence
 from engine.tree import AnswerLogitsModel
-from evaluation.groups import Group
+from evaluation.groups import LISTED, Group
 from evaluation.judges.reference import ReferenceJudge
+from evaluation.membership import extraction_report, membership_report
 from evaluation.metrics.membership import auc, muse_privacy_leakage, privacy_leakage
 from evaluation.metrics.memorisation import exact_memorisation, extraction_left, extraction_strength
 from evaluation.metrics.statistics import Estimate
@@ -210,3 +212,37 @@ def test_tofus_own_rows_have_their_paraphrases_and_false_answers():
     assert forget[0].paraphrased == "The geologic writer in question is named Hina Ameen."
     authors = read_rows(str(SHARED / "tofu/real_authors_perturbed.json"), "--normal_data")
     assert {(row.paraphrased, len(row.perturbed)) for row in authors} == {(None, 3)}
+
+
+def test_figures_of_a_model_that_learned_its_rows_by_heart():
+    """Planted truth: a tiny model is taught twelve rows, its copy from before never saw them. Untouched after, it is
+    found by extraction strength, by membership and by privacy leakage; put back to its copy, by none of them."""
+    tokenizer = make_tokenizer("chat")
+    taught, never_saw = (tiny_model("llama", len(tokenizer)).eval() for _ in range(2))
+    formatter = PromptFormatter(tokenizer, "auto", 512, 16)
+    colours = ("red", "blue", "green", "black", "white", "grey", "pink", "gold", "brown", "orange", "violet", "silver")
+    rows, new = ([Row(f"{ask} {i}?", f"Take the {colour} {thing}.")
+                  for i, colour in enumerate(order)]
+                 for ask, thing, order in (("How do I open lock", "pick", colours),
+                                           ("How do I shut door", "key", colours[::-1])))  # fmt: skip
+    model = AnswerLogitsModel(taught, packed=True)
+    batch = model.layout([make_sequence("forget", i, row, formatter) for i, row in enumerate(rows)], 256, 0)
+    optimizer = torch.optim.Adam(taught.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(batch)[batch.target_to_logit], batch.targets).backward()
+        optimizer.step()
+    groups, holdout = [Group("locks", LISTED, "forget", "chat", rows)], {"doors": new}
+    models = {label: AnswerLogitsModel(model, packed=True)
+              for label, model in (("before", taught), ("after", taught), ("retrained", never_saw))}  # fmt: skip
+    scores = {label: score_rows(model, formatter, groups) for label, model in models.items()}
+    new_scores = {label: score_holdout(model, formatter, holdout) for label, model in models.items()}
+    (entry,) = membership_report(groups, scores, holdout, new_scores)["entries"]
+    assert entry["after"]["min_40"].value > 0.95 and entry["after"]["reference"].value > 0.95
+    assert entry["privacy_leakage"]["min_40"].value < -90
+    left = extraction_report(groups, scores, holdout, new_scores)["all"]
+    assert left.left.low > 0.9 and left.floor_of == "the retrained model"
+    scores["after"], new_scores["after"] = scores["retrained"], new_scores["retrained"]
+    (entry,) = membership_report(groups, scores, holdout, new_scores)["entries"]
+    assert entry["privacy_leakage"]["min_40"].value == 0
+    assert extraction_report(groups, scores, holdout, new_scores)["all"].left.value == 0
