@@ -56,3 +56,8 @@ class EvaluateOptions(CommonOptions):
     )
     reuse: bool = option(False, "print the existing report if the same models and options made it")
     examples: COUNT = option(6, "number of example answers printed side by side at the end")
+    # the outcome judge
+    embedder: str | None = option(
+        None, "sentence-transformers model (folder or hub name) that says whether an answer is about its prompt, for "
+        "languages other than English (if unset: the embedded one, which reads English alone)"
+    )  # fmt: skip
