@@ -26,7 +26,7 @@ def _told(text: str) -> str | None:
         return None
     language, probability = _identifier().classify(text)
     language = "en" if language == "pcm" else language  # Nigerian Pidgin: short English commands look like it
-    return language if probability >= SURE else None
+    return language if probability >= SURE and language != "zxx" else None  # zxx: no language, such as code
 
 
 def language_of(texts: list[str]) -> str | None:
