@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 
 from data_module import Sides, read_sides, split_sides
-from evaluation import verdict
+from evaluation import requirements
 from evaluation.attacks import attack_names
 from evaluation.groups import Group, make_groups
 from evaluation.judges.classifier import classes_of, refuse_no_reward_model
@@ -57,7 +57,7 @@ def read_inputs(options) -> EvaluationInputs:
         ]
     warn_of_other_languages([row.prompt for group in groups for row in group.rows])
     attacks = attack_names(options.attacks)
-    verdict.refuse_unmeasurable(options, attacks)
+    requirements.refuse_unmeasurable(options, groups, attacks)
     judges = classes_of(options.judge_model, **options.trust())
     if options.reward_model:
         refuse_no_reward_model(options.reward_model, **options.trust())
