@@ -14,22 +14,18 @@ takes a bound at its end, .low or .high, or .n, the number of rows: see `evaluat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from evaluation.attacks import ATTACKS
 from evaluation.attacks.base import Attack
 from evaluation.groups import unseen_groups
+from evaluation.measures import HIGHER, LOWER, MEASURES, Measure
 from evaluation.metrics.bounds import Z95, rate_difference
 from evaluation.metrics.statistics import Estimate, wilson
 
 SIDES = ("forget", "keep")
 COLUMNS = ("before", "after", "retrained", "change", "ratio")
-MEASURES = ("answered", "refused", "empty", "broken", "off_topic", "on_topic", "repetitive", "leak", "recall",
-            "verbatim", "contains", "nll", "probability", "extraction_strength", "exact_memorisation",
-            "truth_ratio")  # fmt: skip
-PAIR_MEASURES = ("retained", "similarity", "length_ratio", "newly_answered", "extraction_excess")  # have no columns
-# the more of these, the more is still said, which is good on the keep side and bad on the other
-STILL_SAID = {"answered", "on_topic", "leak", "recall", "verbatim", "contains", "probability", "extraction_strength",
-              "exact_memorisation", "retained", "similarity"}  # fmt: skip
+EXTRACTION = "extraction_excess"  # of the forget side: what is left of the extraction strength above its floor
 SCORES = ("loss", "min_k", "min_k_plus_plus", "zlib", "reference")  # of membership
 PAPER = ("diversity", "utility", "fluency")  # columns of Yao et al. 2023, besides a `harmful.JUDGE` for every judge
 TEXT = {"perplexity": "perplexity_text", "mc1": "mc_data", "mc2": "mc_data"}  # measure of given text: its option
@@ -105,13 +101,20 @@ def _column(prefix: str, column: str, measured: dict) -> Found:
 
 
 def _worst(side: str, groups: list[Found]) -> Found:
-    """Return the figures of the group that is worst in each: the lowest on the keep side, the highest on the other."""
+    """Return the figures of the group that is worst in each, by what `evaluation.measures` calls better."""
     found = {}
     for name in dict.fromkeys(name for group in groups for name in group):
+        pick = _worse(side, name.split(".")[1])
         rows = [group[name] for group in groups if name in group and group[name].value is not None]
-        if rows and name.split(".")[1] in STILL_SAID:
-            found[f"{side}.worst{name}"] = (min if side == "keep" else max)(rows, key=lambda row: row.value)
+        if rows and pick:
+            found[f"{side}.worst{name}"] = pick(rows, key=lambda row: row.value)
     return found
+
+
+def _worse(side: str, measure: str) -> Callable | None:
+    """Return `max` of a measure of which more is worse on a side, `min` of one of which less is; else None."""
+    better = next((one.better.get(side) for one in MEASURES if one.name == measure), None)
+    return {LOWER: max, HIGHER: min}.get(better)
 
 
 def _early_names(side: str, groups: list[dict], found: Found) -> Found:
@@ -245,13 +248,15 @@ def known_names(groups, options, attacks: list[str]) -> dict[str, str]:
     retrained = "" if options.retrained_name else "--retrained_name"
     for side in SIDES:
         names = [f"{side}.{group.name}" for group in groups if group.side == side]
-        for prefix in (side, f"{side}.all", *names, f"{side}.worst"):
-            wanted = STILL_SAID if prefix.endswith(".worst") else {*MEASURES, *PAIR_MEASURES}
-            known |= _names(prefix, [name for name in MEASURES if name in wanted], retrained)
-            known |= _names(prefix, [name for name in PAIR_MEASURES if name in wanted], None, ())
+        for measure in (measure for measure in MEASURES if side in measure.better):
+            places = [side, f"{side}.all", *names] + ([f"{side}.worst"] if _worse(side, measure.name) else [])
+            for prefix in places:
+                known |= _names(prefix, (measure.name,), retrained, _columns(measure))
         for prefix in names:
             judges = [f"harmful.{judge}" for judge in options.judge_model]
             known |= _names(prefix, (*PAPER, *judges), None, COLUMNS[:2])
+    ends = (f"{EXTRACTION}{column}" for column in ("", ".ratio"))
+    known |= {f"{prefix}.{end}": "" for end in ends for prefix in ("forget", "forget.all")}
     known |= dict.fromkeys(("forget.on_topic_ratio", "keep.on_topic_ratio", "keep.length_ratio_low",
                             "keep.length_ratio_high"), "")  # fmt: skip
     for measure, option in TEXT.items():
@@ -270,6 +275,13 @@ def known_names(groups, options, attacks: list[str]) -> dict[str, str]:
         need = "" if (name in attacks or (name == "worst" and set(every) & set(attacks))) else "--attacks"
         known |= dict.fromkeys((f"attack.{name}", f"attack.{name}.control", f"attack.{name}.counted"), need)
     return known
+
+
+def _columns(measure: Measure) -> tuple[str, ...]:
+    """Return the columns of a measure."""
+    if measure.kind == "pair":
+        return ()
+    return COLUMNS if measure.changes and measure.is_rate else COLUMNS[:4] if measure.changes else COLUMNS[:3]
 
 
 def _names(prefix: str, measures, retrained: str | None, columns=COLUMNS) -> dict[str, str]:

@@ -43,15 +43,16 @@ def entry_of(rows: list[Rows]) -> dict:
     leaks = [(x, y) for one in rows for x, y in zip(one.leak_before, one.leak_after, strict=True)]
     topics = [(x, y) for one in rows for x, y in zip(*one.on_topic, strict=True)]
     n = sum(len(one.before) for one in rows)
-    columns = {"answered": judged, "leak": leaks, "on_topic": topics}
+    columns = {"answered": judged, "on_topic": topics} | ({"leak": leaks} if rows[0].side == "forget" else {})
     before, after = ({name: rate(pair[i] for pair in pairs) for name, pairs in columns.items()} for i in (0, 1))
     repetitive = sum(one.repetitive for one in rows)
+    newly = {"newly_answered": rate(y for x, y in judged if not x)} if rows[0].side == "forget" else {}
     return {
         "before": before | {"repetitive": rate([NONE] * n)},
         "after": after | {"repetitive": rate(flags(repetitive, n))},
         "change": {},
         "ratio": {name: paired_ratio([x for x, _ in pairs], [y for _, y in pairs]) for name, pairs in columns.items()},
-        "pair": {"retained": rate(y for x, y in judged if x), "newly_answered": rate(y for x, y in judged if not x),
+        "pair": {"retained": rate(y for x, y in judged if x), **newly,
                  "similarity": mean_estimate(sum(one.similarity * len(one.before) for one in rows) / max(n, 1), n)},
     }  # fmt: skip
 
