@@ -7,7 +7,7 @@ import hashlib
 
 from data_module import Sides, read_sides, split_sides
 from engine.trained_on import TrainedOn
-from evaluation import verdict
+from evaluation import requirements
 from evaluation.attacks import attack_names
 from evaluation.groups import Group, make_groups
 from evaluation.holdout import read_holdout
@@ -65,7 +65,7 @@ def read_inputs(options) -> EvaluationInputs:
             for row in group.rows
         ]
     attacks = attack_names(options.attacks)
-    verdict.refuse_unmeasurable(options, attacks)
+    requirements.refuse_unmeasurable(options, groups, attacks)
     refuse_unknown_judge(options)
     if options.reward_model:
         refuse_no_reward_model(options.reward_model, **options.trust())

@@ -31,7 +31,7 @@ def write_page(path, evil: str) -> str:
     report = {
         "before": evil, "after": evil, "on_topic_cosine": 0.3, "groups": [group],
         "judges": {evil: [evil]}, "options": {"max_new_tokens": 4, "model_name": evil, "reward_model": evil},
-        "verdict": {"line": evil, "checks": []},
+        "verdict": {"line": evil, "parts": [], "requirements": []},
         "attacks": [{"name": "prefill", "variant": evil, "back": RATE, "examples": [evil]},
                     {"name": "relearn", "variant": "benign rows, 4 steps", "back": RATE, "examples": []},
                     {"name": "relearn", "variant": "benign rows, 8 steps", "back": RATE, "examples": []}],
