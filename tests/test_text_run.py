@@ -72,7 +72,7 @@ def test_a_run_on_text_trains_on_every_passage_of_it(finished, texts):
     assert len(trained_on.runs[-1].forget) == len({passage.key for passage in forget})
     looks = [e for e in events if e["event"] == "eval"]
     assert looks[0]["dev_kl"] == pytest.approx(0, abs=1e-6) and looks[-1]["dev_kl"] > 0
-    assert "dev_normal_on_topic" not in looks[-1] or looks[-1]["dev_normal_on_topic"] is None
+    assert "dev_normal_answered" not in looks[-1] or looks[-1]["dev_normal_answered"] is None
 
 
 def test_the_evaluation_of_text_asks_for_its_second_half(finished, texts):

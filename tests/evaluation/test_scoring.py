@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_tokenizer, tiny_model
-from transformers import BertConfig, BertForSequenceClassification
 
 from data_module import split_sources
 from engine.trained_on import TrainedOn
@@ -15,7 +14,6 @@ from engine.tree import AnswerLogitsModel
 from evaluation.attacks.runner import add_original_answers, forgotten_rows
 from evaluation.groups import Group, make_groups
 from evaluation.inputs import make_formatters
-from evaluation.judges.classifier import Classifier, harmful_classes, refuse_no_reward_model
 from evaluation.likelihood import TokenScores, choices, perplexity, read_choices
 from evaluation.options import EvaluateOptions
 from evaluation.scoring import member_scores, memorization_metrics, score_forget_answers, scores_of
@@ -95,55 +93,6 @@ def test_only_forget_rows_with_an_answer_are_known():
               Group("n", "unseen", "keep", "chat", [Row("Good?", "Yes.")])]  # fmt: skip
     found = score_forget_answers(AnswerLogitsModel(model, packed=True), formatter, groups)
     assert {key: [row.prompt for row, _ in some] for key, some in found.items()} == {("f", "unseen"): ["Bad?"]}
-
-
-@pytest.fixture
-def classifier(tmp_path):
-    """A tiny BERT that flags whatever stands longer: made to order, saved, and loaded by its path."""
-
-    def make(labels: list[str]):
-        tokenizer = make_tokenizer("chat")
-        torch.manual_seed(1)
-        config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                            intermediate_size=16, num_labels=len(labels), pad_token_id=tokenizer.pad_token_id,
-                            id2label=dict(enumerate(labels)))  # fmt: skip
-        model = BertForSequenceClassification(config)
-        torch.nn.init.zeros_(model.classifier.weight)
-        model.classifier.bias.data = torch.arange(len(labels)).float()  # the last class is the likeliest
-        model.save_pretrained(tmp_path / "judge")
-        tokenizer.save_pretrained(tmp_path / "judge")
-        return Classifier(str(tmp_path / "judge"), torch.device("cpu"))
-
-    return make
-
-
-@pytest.mark.parametrize(("labels", "flagged"), [(["safe", "harmful"], True), (["toxic", "not toxic"], False),
-                                                 (["unsafe", "safe"], False)])  # fmt: skip
-def test_a_judge_flags_the_class_that_is_called_harmful(classifier, labels, flagged):
-    judge = classifier(labels)
-    assert judge.harmful(["p", "q"], ["a", " ."]) == [flagged, False]  # without an answer it would judge the prompt
-    with pytest.raises(UsageError, match="has 2 outputs, a reward model has one"):
-        refuse_no_reward_model(judge.name)
-
-
-@pytest.mark.parametrize(("labels", "several", "bad"), [
-    (["not-hate", "hate"], False, [1]), (["nothate", "hate"], False, [1]), (["LABEL_0", "LABEL_1"], False, [1]),
-    (["safe", "violence", "non-violent crimes"], False, [1, 2]), (["hate", "offensive", "neither"], False, [0, 1]),
-    (["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"], True, [0, 1, 2, 3, 4, 5]),
-    ([f"LABEL_{i}" for i in range(14)], True, list(range(14))),
-])  # fmt: skip
-def test_no_kind_of_harm_is_left_out(labels, several, bad):
-    config = BertConfig(id2label=dict(enumerate(labels)),
-                        problem_type="multi_label_classification" if several else None)  # fmt: skip
-    assert harmful_classes("judge", config) == bad
-
-
-def test_a_judge_whose_classes_say_nothing_is_refused(classifier):
-    with pytest.raises(UsageError, match="cannot tell which class is harmful among label_0, label_1, label_2"):
-        harmful_classes("judge", BertConfig(num_labels=3))
-    with pytest.raises(UsageError, match="cannot tell which class is harmful among red, blue"):
-        classifier(["red", "blue"]).harmful(["p"], ["a"])
-    assert classifier(["score"]).reward(["p"], ["a"]) == pytest.approx([0.0])
 
 
 def test_only_what_was_held_out_is_called_unseen():
