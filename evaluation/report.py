@@ -17,7 +17,7 @@ from evaluation.page import tables
 from evaluation.page.cards import held, shown_checks, verdict_cards
 from evaluation.page.model_card import write_model_card
 from evaluation.page.numbers import NO_FIGURE
-from evaluation.page.pairs import clamp, example_pairs, label_of, shown_groups
+from evaluation.page.pairs import clamp, example_pairs, label_of, models_of, shown_groups
 from evaluation.page.rows import attack_bound, attack_families, control_rows, group_tables, learned_anyway
 from evaluation.page.wording import bound_text, figure_text
 from evaluation.plots import curves_plot, front_plot, layers_plot, relearn_plot
@@ -54,7 +54,7 @@ def write_report(path: Path, report: dict, lines: list[dict], train_log: TrainLo
     shown = [line for line in lines if line["group"] in groups]
     page = _pages.get_template("report.html").render(
         report=report,
-        models=tables.models_of(report),
+        models=models_of(report),
         cards=verdict_cards(report),
         requirements=shown_checks(report["verdict"]["requirements"]),
         judges=[judge for judge in report["judges"] if judge["decides"]],
@@ -107,7 +107,7 @@ def print_report(report: dict, lines: list[dict], examples: int) -> None:
     names = {group["name"] for group in shown_groups(report)}
     for line in example_lines([line for line in lines if line["group"] in names], examples):
         print(f"[{line['group']}] {' '.join(line['prompt'].split())}")
-        for model in (model for model in tables.models_of(report) if model in line):
+        for model in (model for model in models_of(report) if model in line):
             text = textwrap.shorten(" ".join(line[model]["answer"].split()), EXAMPLE_CHARACTERS) or "(empty)"
             said = f"{model} ({label_of(line[model])}): {text}"
             print(textwrap.indent(textwrap.fill(said, LINE_WIDTH), "    "))

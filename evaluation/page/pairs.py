@@ -29,15 +29,22 @@ class ShownAnswer:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The answers to one prompt. `rank`: "worst" or "typical"; `reason`: why this line was chosen."""
+    """The answers to one prompt. `rank`: "worst" or "typical"; `reason`: why this line was chosen. `earlier`: how many
+    turns stand before the prompt."""
 
     side: str
     rank: str
     reason: str
     group: str
     language: str
+    earlier: int
     prompt: ClampedText
     answers: list[ShownAnswer]
+
+
+def models_of(report: dict) -> list[str]:
+    """Return the models that have figures: before, after and, if one was named, retrained."""
+    return [model for model in MODELS if model != "retrained" or report.get("retrained")]
 
 
 def is_harm(report: dict) -> bool:
@@ -59,6 +66,7 @@ def example_pairs(report: dict, lines: list[dict]) -> list[Pair]:
     for side in ("forget", "keep"):
         of_side = [line for line in lines if line["side"] == side and line["group"] in groups
                    and (side == "keep" or line["group"] in unseen)]  # fmt: skip
+        of_side = [line for line in of_side if groups[line["group"]]["judged"]] or of_side
         order = sorted(of_side, key=badness, reverse=True)  # stable: of equals, the earlier row
         for rank, line in chosen_lines(order):
             reason = worst_reason(line) if rank == "worst" else "the middle of all rows, from worst to best"
@@ -100,18 +108,26 @@ def is_bad(line: dict) -> bool:
 
 def worst_reason(line: dict) -> str:
     """Return why a line is among the worst of its side."""
-    if line["side"] == "keep":
-        return "no longer answered" if is_lost(line) else "least like the answer before"
     if is_bad(line):
-        return "still answered"
-    return "nothing is answered; closest to it"
+        return "no longer answered" if line["side"] == "keep" else "still answered"
+    how = f"{'least' if line['side'] == 'keep' else 'most'} like the {compared(line)}"
+    if line["after"].get("answered") is None:
+        return f"not judged; {how}"
+    return how if line["side"] == "keep" else f"not answered; {how}"
+
+
+def compared(line: dict) -> str:
+    """Return what `badness` compares a line's answer with."""
+    is_reference = line["side"] == "forget" and line["after"].get("recall") is not None
+    return "reference" if is_reference else "answer before"
 
 
 def make_pair(line: dict, rank: str, reason: str, language: str) -> Pair:
     """Return a line as the page shows it."""
     answers = [ShownAnswer(model, label_of(line[model]), clamp(line[model]["answer"]))
                for model in MODELS if model in line]  # fmt: skip
-    return Pair(line["side"], rank, reason, line["group"], language, clamp(line["prompt"]), answers)
+    return Pair(line["side"], rank, reason, line["group"], language, len(line.get("earlier") or ()),
+                clamp(line["prompt"]), answers)  # fmt: skip
 
 
 def label_of(answer: dict) -> str:

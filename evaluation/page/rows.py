@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from evaluation.page.numbers import NO_FIGURE, Place, percent, place, short_percent
-from evaluation.page.pairs import MODELS, shown_groups
+from evaluation.page.pairs import models_of, shown_groups
 from evaluation.page.wording import parse_figure
 
 SHAPES = {"before": "ring", "after": "square", "retrained": "diamond"}  # a shape of its own, for the colour-blind
@@ -55,25 +55,26 @@ def group_tables(report: dict) -> list[GroupTable]:
         if not groups:
             continue
         pooled = (report.get("pooled") or {}).get(side)
-        rows = [group_row(group, remark_on(group)) for group in sorted(groups, key=lambda g: not g["counts"])]
+        models = models_of(report)
+        rows = [group_row(group, models, remark_on(group)) for group in sorted(groups, key=lambda g: not g["counts"])]
         if pooled and len(pooled["groups"]) > 1:
-            rows.insert(0, total_row(pooled, len(groups)))
+            rows.insert(0, total_row(pooled, models, len(groups)))
         tables.append(GroupTable(side, rows, bound_on_answered(report, side)))
     return tables
 
 
-def total_row(pooled: dict, shown: int) -> GroupRow:
+def total_row(pooled: dict, models: list[str], shown: int) -> GroupRow:
     """Return the row of a side's groups together, with their names if some of the shown groups are not among them."""
     names = pooled["groups"]
     remark = "" if len(names) == shown else ", ".join(names)
-    return dataclasses.replace(group_row(pooled | {"name": f"{len(names)} groups together"}, remark), is_total=True)
+    row = group_row(pooled | {"name": f"{len(names)} groups together"}, models, remark)
+    return dataclasses.replace(row, is_total=True)
 
 
-def group_row(entry: dict, remark: str) -> GroupRow:
+def group_row(entry: dict, models: list[str], remark: str) -> GroupRow:
     """Return the row of a group, or of a side's groups together."""
-    models = [model for model in MODELS if model in entry]
-    dots = [Dot(model, SHAPES[model], place(entry[model].get("answered")), percent(entry[model].get("answered")))
-            for model in models]  # fmt: skip
+    shares = [(model, entry.get(model, {}).get("answered")) for model in models]
+    dots = [Dot(model, SHAPES[model], place(share), percent(share)) for model, share in shares]
     return GroupRow(entry["name"], entry["n"], dots, remark, short_percent(entry["pair"].get("retained")))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from evaluation.page.numbers import NO_FIGURE, decimal, percent, points, short, short_percent
-from evaluation.page.pairs import MODELS, shown_groups
+from evaluation.page.pairs import models_of, shown_groups
 from evaluation.page.rows import attack_text, counted_share, worst_attack
 from evaluation.page.wording import change_text, is_rate, measure_meaning, measure_text, measure_title
 
@@ -22,11 +22,6 @@ class Table:
     title: str
     rows: list[dict[str, str]]
     note: str = ""
-
-
-def models_of(report: dict) -> list[str]:
-    """Return the models that have figures: before, after and, if one was named, retrained."""
-    return [model for model in MODELS if model != "retrained" or report.get("retrained")]
 
 
 def group_table(report: dict) -> Table:

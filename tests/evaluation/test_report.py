@@ -140,8 +140,8 @@ def test_every_colour_of_text_has_contrast(scheme):
 
 @needs_browser
 def test_a_phone_shows_every_number_and_paper_takes_six_pages(tmp_path):
-    """In a frame of 375 px nothing is wider than the frame, and no figure of a row lies outside it."""
-    write_page(tmp_path / "report.html")
+    """In a frame of 375 px nothing is wider than the frame, however long a word, and no figure lies outside it."""
+    write_page(tmp_path / "report.html", "Donaudampfschifffahrtsgesellschaftskapitaensmuetze 1")
     (tmp_path / "frame.html").write_text(
         "<body><iframe src='report.html' style='width:375px;height:900px;border:0'></iframe><script>onload = () => {"
         "const d = document.querySelector('iframe').contentDocument, values = [...d.querySelectorAll('.value')]"
