@@ -11,6 +11,7 @@ from evaluation import aggregate, judging
 from evaluation.aggregate import figures_of, pooled_entries
 from evaluation.groups import Group
 from evaluation.judges.base import Judgement
+from evaluation.judges.embedder import Embedder
 from evaluation.judges.panel import Panel, decider, refuse_unknown_judge
 from evaluation.judging import group_lines, judged_answers, warn_of_unread
 from evaluation.measures import ANSWER_MEASURES, MEASURES, Measure
@@ -44,7 +45,7 @@ class WordJudge:
 def panel_of(*judges) -> Panel:
     panel = Panel(SimpleNamespace(judge_model=[], embedder=None), torch.device("cpu"))
     panel._loaded = SimpleNamespace(by_name={judge.name: judge for judge in judges}, reward=None,
-                                    embed=lambda texts: torch.tensor([VECTORS[text] for text in texts]))  # fmt: skip
+                                    embed=Embedder(lambda texts: torch.tensor([VECTORS[text] for text in texts])))  # fmt: skip
     return panel
 
 
