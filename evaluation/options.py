@@ -85,3 +85,9 @@ class EvaluateOptions(CommonOptions):
         "auto", "how guards among --judge_model are asked and read (auto: as name and chat template tell); "
         "strong_reject: a rubric for any chat model"
     )  # fmt: skip
+
+    # ---- the judge of outcomes
+    embedder: str | None = option(
+        None, "sentence-transformers model (folder or hub name) that says whether an answer is about its prompt, for "
+        "languages other than English (if unset: the embedded one, which reads English alone)"
+    )  # fmt: skip
