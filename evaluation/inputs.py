@@ -30,6 +30,7 @@ class EvaluationInputs:
 
     models: dict[str, str]  # "retrained" (if there is one), "after", "before", in the order they are asked -> name
     groups: list[Group]
+    scored: list[Group]  # the same rows with the responses that the models score
     splits: dict[str, dict[str, dict[str, list[Row]]]]  # "forget" or "keep" -> source -> split -> rows
     formatters: dict[str, PromptFormatter]  # by the label of the model
     attacks: list[str]
@@ -59,11 +60,7 @@ def read_inputs(options) -> EvaluationInputs:
     ask_texts(groups, formatters)
     for group in groups:
         group.judge = decider(options, side=group.side, has_reference=group.has_references)
-    for group in groups:  # a generated answer of --max_new_tokens can repeat no more of a response than its beginning
-        group.rows = [
-            dataclasses.replace(row, response=formatters["before"].beginning(row.response)) if row.response else row
-            for row in group.rows
-        ]
+    scored = cut_references(groups, formatters["before"])
     attacks = attack_names(options.attacks)
     requirements.refuse_unmeasurable(options, groups, attacks)
     refuse_unknown_judge(options)
@@ -73,10 +70,30 @@ def read_inputs(options) -> EvaluationInputs:
         models=model_names(options), groups=groups, splits=splits, formatters=formatters, attacks=attacks,
         train_log=read_train_log(options.train_log),
         choice_rows=read_choices(options.mc_data, "--mc_data")[: options.mc_rows] if options.mc_data else [],
-        holdout=read_holdout(options, sides, cutter, trained_on), trained_on=trained_on,
+        scored=scored, holdout=read_holdout(options, sides, cutter, trained_on), trained_on=trained_on,
         never_trained=frozenset(row.key for row in sides.rows("unseen")),
         text=read_text(options.perplexity_text, "--perplexity_text") if options.perplexity_text else "",
     )  # fmt: skip
+
+
+def cut_references(groups: list[Group], formatter: PromptFormatter) -> list[Group]:
+    """Cut the references to what a generated answer of --max_new_tokens can repeat of them; return the groups as their
+    references are scored. Of forget rows, and where there are false answers to compare with, these are whole, as the
+    published figures have them and as the rows are that no model saw; of others they are as long as an answer."""
+    scored = []
+    for group in groups:
+        is_whole = group.side == "forget" or any(row.perturbed for row in group.rows)
+        rows, group.rows = group.rows, [_cut_reference(row, formatter) for row in group.rows]
+        scored.append(dataclasses.replace(group, rows=rows if is_whole else group.rows))
+    return scored
+
+
+def _cut_reference(row: Row, formatter: PromptFormatter) -> Row:
+    """Return a row with the beginning of its response, and without an end of turn after what is cut."""
+    if not row.response:
+        return row
+    beginning = formatter.beginning(row.response)
+    return dataclasses.replace(row, response=beginning, complete=row.complete and beginning == row.response)
 
 
 def by_source(sides: Sides, splits: dict) -> dict[str, dict[str, dict[str, list[Row]]]]:

@@ -83,7 +83,7 @@ def answers_key(label: str, weights: str | None, inputs: EvaluationInputs, optio
     """Return the key of a model's answers: weights, prompts as tokens, references, and how both are taken."""
     formatter = inputs.formatters[label]
     prompts = [[formatter.prompt_of(row, group.style, ask=True) for row in group.rows] for group in inputs.groups]
-    given = [repr(inputs.holdout), inputs.choice_rows, inputs.text, [repr(group.rows) for group in inputs.groups]]
+    given = [repr(inputs.holdout), inputs.choice_rows, inputs.text, [repr(group.rows) for group in inputs.scored]]
     settings = [options.max_new_tokens, options.max_prompt_tokens, options.dtype, options.text_window,
                 options.mc_template, options.deterministic, join_processes().device.type]  # fmt: skip
     return key_of("answers", weights, prompts, given, settings)
@@ -96,7 +96,7 @@ def ask_model(label: str, models: Models, weights: str | None, inputs: Evaluatio
         label=label, name=models.names[label], weights=weights,
         answers=answer_groups(answer_model.generator, formatter, inputs, options, label),
         text_scores=score_provided_text(answer_model, formatter, inputs, options),
-        scores=score_rows(answer_model, formatter, inputs.groups),
+        scores=score_rows(answer_model, formatter, inputs.scored),
         holdout=score_holdout(answer_model, formatter, inputs.holdout),
         seconds=round(time.time() - start, 1),
     )  # fmt: skip

@@ -12,8 +12,8 @@ from data_module import split_sources
 from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
 from evaluation.attacks.runner import add_original_answers, forgotten_rows
-from evaluation.groups import make_groups
-from evaluation.inputs import make_formatters
+from evaluation.groups import Group, make_groups
+from evaluation.inputs import cut_references, make_formatters
 from evaluation.likelihood import choices, perplexity, read_choices
 from evaluation.options import EvaluateOptions
 from evaluation.scoring import scores_of
@@ -172,3 +172,17 @@ def test_a_text_without_spaces_is_one_long_word():
     assert found["words"] == 1
     assert found["word_perplexity"] is None  # e to the power of some thousand nats
     assert 1 < math.exp(sum(found["nll"]) / sum(found["tokens"])) < math.inf
+
+
+def test_references_are_scored_whole_and_judged_as_far_as_an_answer_reaches():
+    """Rows that no model saw are scored whole, so the forget rows beside them must be; what is cut has no end."""
+    formatter = PromptFormatter(make_tokenizer("chat"), "auto", 512, 4)
+    long, short = "Take the red pick and turn it twice to the left.", "No."
+    groups = [Group("f", "unseen", "forget", "chat", [Row("How?", long), Row("Why?", short), Row("Who?")]),
+              Group("k", "unseen", "keep", "chat", [Row("How?", long)])]  # fmt: skip
+    scored = cut_references(groups, formatter)
+    assert [[row.response for row in group.rows] for group in scored[:1]] == [[long, short, None]]
+    (cut, kept, _), (of_keep,) = (group.rows for group in groups)
+    assert long.startswith(cut.response) and len(formatter.ids(cut.response)) <= 4 and not cut.complete
+    assert kept == Row("Why?", short)
+    assert scored[1].rows == [of_keep] and of_keep.response == cut.response
