@@ -26,7 +26,7 @@ from evaluation.metrics.statistics import Estimate, wilson
 SIDES = ("forget", "keep")
 COLUMNS = ("before", "after", "retrained", "change", "ratio")
 EXTRACTION = "extraction_excess"  # of the forget side: what is left of the extraction strength above its floor
-SCORES = ("loss", "min_k", "min_k_plus_plus", "zlib", "reference")  # of membership
+SCORES = ("loss", "min_k", "min_40", "min_k_plus_plus", "zlib", "reference")  # of membership; MUSE's is Min-40 %
 PAPER = ("diversity", "utility", "fluency")  # columns of Yao et al. 2023, besides a `harmful.JUDGE` for every judge
 TEXT = {"perplexity": "perplexity_text", "mc1": "mc_data", "mc2": "mc_data"}  # measure of given text: its option
 UNKNOWING = "a model that never knew the rows"  # control_name of an attack that teaches rows, as attacks.runner has it
@@ -62,7 +62,7 @@ def estimate(figure) -> Estimate:
     """Return a figure of report.json as it was made: an interval, a value with its standard error, or a number."""
     if not isinstance(figure, dict):
         return Estimate(figure, 0 if figure is None else 1, None, None)
-    if "stderr" in figure:
+    if "stderr" in figure and "low" not in figure:
         value, error = figure["value"], figure["stderr"]
         known = value is not None and isinstance(error, int | float) and math.isfinite(error)
         bounds = (value - Z95 * error, value + Z95 * error) if known else (None, None)
@@ -168,8 +168,8 @@ def _membership(report: dict) -> Found:
                 found |= _column(prefix, column, scores)
             leakage = entry.get("privacy_leakage") or {}
             found |= {f"{prefix}.privacy_leakage_{score}": estimate(value) for score, value in leakage.items()}
-            if first := next((leakage[score] for score in ("min_k", *leakage) if score in leakage), None):
-                found[f"{prefix}.privacy_leakage"] = estimate(first)  # MUSE's is that of Min-K %
+            if first := next((leakage[score] for score in ("min_40", *leakage) if score in leakage), None):
+                found[f"{prefix}.privacy_leakage"] = estimate(first)
     if quality := report.get("forget_quality"):
         before = {"forget_quality": (quality.get("before") or {}).get("p_value")}
         found |= _column("forget", "before", before)
@@ -263,10 +263,12 @@ def known_names(groups, options, attacks: list[str]) -> dict[str, str]:
         need = "" if getattr(options, option) else f"--{option}"
         known |= {name: need or missing for name, missing in _names("text", (measure,), retrained).items()}
         known[f"keep.{measure}_{'ratio' if measure == 'perplexity' else 'change'}"] = need
-    holdout = "" if getattr(options, "holdout_data", None) else "--holdout_data"
+    given = [name for name in ("holdout_data", "holdout_text") if getattr(options, name, None)]
+    holdout = "" if given else "--holdout_data"
     for prefix in ("forget", *dict.fromkeys(f"forget.{group.source}" for group in groups if group.side == "forget")):
         scores = _names(prefix, [f"auc_{score}" for score in SCORES], retrained, COLUMNS[:3])
-        known |= {name: holdout or missing for name, missing in scores.items()}
+        known |= {name: holdout or missing or (retrained if "auc_reference" in name else "")
+                  for name, missing in scores.items()}  # fmt: skip
         leakages = (f"{prefix}.privacy_leakage", *(f"{prefix}.privacy_leakage_{score}" for score in SCORES))
         known |= dict.fromkeys(leakages, holdout or retrained)
     known |= dict.fromkeys(_names("forget", ("forget_quality",), None, COLUMNS[:2]), retrained)

@@ -24,7 +24,8 @@ GROUPS = (HARM, TRAINED, PATH, PLAIN, TWINS)
 AUC = {"value": 0.6, "n": 60, "low": 0.5, "high": 0.7}
 MEMBERSHIP = {"source": "harmful", "members": 30, "others": 30, "before": {"min_k": AUC | {"value": 0.9}},
               "after": {"min_k": AUC}, "retrained": {"min_k": AUC | {"value": 0.5}},
-              "privacy_leakage": {"min_k": {"value": -20.0, "n": 60, "low": -35.0, "high": -4.0}}}  # fmt: skip
+              "privacy_leakage": {"loss": AUC | {"value": -9.0},
+                                  "min_40": {"value": -20.0, "n": 60, "low": -35.0, "high": -4.0}}}  # fmt: skip
 FULL = make_report(
     *GROUPS,
     given_text={"perplexity": {"before": 20.0, "after": 22.0, "ratio": AUC | {"value": 1.1}, "tokens": 900},
