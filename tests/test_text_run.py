@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
 from evaluation.groups import Group
-from evaluation.scoring import score_forget_answers
+from evaluation.scoring import score_rows
 from prompts.formatter import PromptFormatter
 from prompts.windows import TextCutter, ask_to_go_on
 from sources.rows import Row
@@ -110,8 +110,9 @@ def test_the_nll_of_a_passage_is_that_of_all_its_tokens(model_folders):
     ids = torch.tensor([[tokenizer.bos_token_id, *passage.token_ids]])
     with torch.no_grad():
         log_probs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
-    ((_, scores),) = score_forget_answers(AnswerLogitsModel(model, packed=False), formatter, [group])["a", ""]
-    assert scores.targets == list(passage.token_ids)
+    ((scores,),) = score_rows(AnswerLogitsModel(model, packed=False), formatter, [group])
+    assert scores.num_tokens == len(passage.token_ids)
+    assert scores.nll_with_end == scores.nll  # a text goes on after a passage: nobody's turn ends there
     assert scores.nll == pytest.approx(-log_probs.mean().item(), abs=1e-5)
 
 
