@@ -25,7 +25,8 @@ from evaluation.metrics.statistics import Estimate, wilson
 
 SIDES = ("forget", "keep")
 COLUMNS = ("before", "after", "retrained", "change", "ratio")
-EXTRACTION = "extraction_excess"  # of the forget side: what is left of the extraction strength above its floor
+# of the forget side: the share left of the extraction strength above its floor, what is above it, and the floor
+EXTRACTION = ("extraction_left", "extraction_excess", "extraction_floor")
 SCORES = ("loss", "min_k", "min_40", "min_k_plus_plus", "zlib", "reference")  # of membership; MUSE's is Min-40 %
 PAPER = ("diversity", "utility", "fluency")  # columns of Yao et al. 2023, besides a `harmful.JUDGE` for every judge
 TEXT = {"perplexity": "perplexity_text", "mc1": "mc_data", "mc2": "mc_data"}  # measure of given text: its option
@@ -91,6 +92,8 @@ def _entry(prefix: str, entry: dict) -> Found:
         flat = {key: value for key, value in paper.items() if key != "harmful"}
         harmful = {f"harmful.{judge}": value for judge, value in paper.get("harmful", {}).items()}
         found |= _column(prefix, column, flat | harmful)
+    if extraction := entry.get("extraction"):
+        found |= {f"{prefix}.extraction_{name}": estimate(extraction[name]) for name in ("left", "excess", "floor")}
     return found | {f"{prefix}.{name}": estimate(value) for name, value in (entry.get("pair") or {}).items()}
 
 
@@ -255,8 +258,8 @@ def known_names(groups, options, attacks: list[str]) -> dict[str, str]:
         for prefix in names:
             judges = [f"harmful.{judge}" for judge in options.judge_model]
             known |= _names(prefix, (*PAPER, *judges), None, COLUMNS[:2])
-    ends = (f"{EXTRACTION}{column}" for column in ("", ".ratio"))
-    known |= {f"{prefix}.{end}": "" for end in ends for prefix in ("forget", "forget.all")}
+    places = ("forget", "forget.all", *(f"forget.{group.name}" for group in groups if group.side == "forget"))
+    known |= {f"{place}.{name}": "" for place in places for name in EXTRACTION}
     known |= dict.fromkeys(("forget.on_topic_ratio", "keep.on_topic_ratio", "keep.length_ratio_low",
                             "keep.length_ratio_high"), "")  # fmt: skip
     for measure, option in TEXT.items():

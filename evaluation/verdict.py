@@ -26,7 +26,7 @@ from evaluation.checks import (
     plain,
     points,
 )
-from evaluation.figures import EXTRACTION, Found, counted_back, estimate, figures, has_unknowing_control, rate_hits
+from evaluation.figures import Found, counted_back, estimate, figures, has_unknowing_control, rate_hits
 from evaluation.groups import LISTED
 from evaluation.metrics.bounds import exact_bounds, exact_ratio_bounds
 from evaluation.metrics.statistics import Estimate
@@ -35,7 +35,7 @@ from evaluation.requirements import check_requirement, parse_requirement
 NOT_TRIED, SHOWN = "not tried", "shown, not judged"
 ANSWERED, ANSWERED_LEFT = 0.10, 0.25  # most of the forget prompts; most of what the original answered
 LEAK, LEAK_LEFT, EXTRACTION_LEFT = 0.10, 0.25, 0.25  # likewise, of references, and of what can be extracted
-EXTRACTED = 0.20  # extraction strength from which the original is said to hold the references in memory
+EXTRACTED = 0.10  # extraction strength above the floor from which the original holds the references in memory
 KEPT_RATIO, RETAINED, SIMILARITY, REPETITIVE = 0.90, 0.85, 0.60, 0.10
 PERPLEXITY, CHOICES = 1.25, -0.05  # of given text: a quarter more perplexed; five points of multiple choice lost
 BACK = 0.25  # most of the forgotten prompts that an attack may bring back
@@ -84,14 +84,6 @@ def judge(report: dict, requirements: list[str]) -> Verdict:
     if UNSEEN_NOTE in notes:
         line += f"; {UNSEEN_NOTE}"
     return Verdict(line, why, parts, required, len(failed), notes)
-
-
-def reasons(verdict: dict) -> list[str]:
-    """Return one line per check of report.json's verdict, as it is printed."""
-    marks = {YES: "holds", NO: "fails", TOO_FEW: "open", NOT_MEASURED: "open"}
-    checks = [check for part in verdict["parts"] for check in part["checks"]] + verdict["requirements"]
-    return [f"{marks[check['holds']]:5s}  {check['figure']} {check['sign']} {check['bound']:g}: {check['why']}"
-            for check in checks]  # fmt: skip
 
 
 def _notes(report: dict) -> list[str]:
@@ -169,7 +161,7 @@ def _forgotten(report: dict, found: Found) -> Part:
     if before is None or not before.n:
         return _part("forgotten", checks, "no judge reads the language of the forget prompts")
     part = _part("forgotten", checks, "")
-    could_extract = any(check.figure.startswith(f"forget.{EXTRACTION}") for check in checks)
+    could_extract = any(check.figure == "forget.extraction_left" and check.holds != NOT_MEASURED for check in checks)
     if part.answer != NO and not (_was_known(entry) or could_extract):
         advice = "; to judge answers without their references, --judge_by outcome"
         advice = advice if _is_by_reference(report, entry) else ""
@@ -204,13 +196,10 @@ def _memorised(found: Found) -> list[Check]:
             check_figure(found, "forget.leak.ratio", "<=", LEAK_LEFT, is_rate=False,
                          sentence="answers give their reference {value} as often as the original's"),
         ]  # fmt: skip
-    before = found.get("forget.extraction_strength.before")
-    names = (f"forget.{EXTRACTION}.ratio", f"forget.{EXTRACTION}")
-    if before is None or (before.value or 0) < EXTRACTED:
-        return checks
-    if figure := next((name for name in names if name in found and found[name].value is not None), None):
+    strength, floor = (found.get(f"forget.extraction_{name}") for name in ("strength.before", "floor"))
+    if strength and floor and None not in (strength.value, floor.value) and strength.value - floor.value >= EXTRACTED:
         sentence = "of what could be extracted beyond the floor, {value} is left"
-        checks.append(check_figure(found, figure, "<=", EXTRACTION_LEFT, sentence, is_rate=False))
+        checks.append(check_figure(found, "forget.extraction_left", "<=", EXTRACTION_LEFT, sentence, is_rate=False))
     return checks
 
 

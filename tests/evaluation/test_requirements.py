@@ -38,6 +38,8 @@ FULL = make_report(
     lm_eval={"mmlu": {"acc,none": {"before": {"value": 0.30, "stderr": 0.01}, "after": {"value": 0.28, "stderr": 0.01},
                                    "change": {"value": -0.02, "stderr": 0.015}}}},
 )  # fmt: skip
+FULL["pooled"]["forget"]["extraction"] = {"left": AUC, "excess": AUC | {"value": 0.51}, "floor": 0.04,
+                                          "floor_of": "one token"}  # fmt: skip
 
 
 def check(text: str, report: dict = FULL):
@@ -63,6 +65,8 @@ def refuse(*required: str, attacks=("prefill",), **options) -> None:
     ("keep.all.retained", 84 / 96),
     ("keep.worst.retained", 36 / 48),
     ("keep.worst.answered.ratio", 36 / 48),
+    ("forget.extraction_left", 0.6),
+    ("forget.extraction_floor", 0.04),
     ("text.perplexity.ratio", 1.1),
     ("text.perplexity.before", 20.0),
     ("text.mc1", 0.55),

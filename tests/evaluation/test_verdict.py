@@ -89,9 +89,13 @@ def test_an_original_that_answered_hardly_anything_leaves_little_to_forget():
 def by_heart(before: int, after: int, left: float | None, n: int = 48, strength: float = 0.95) -> dict:
     rows = Rows("facts (unseen)", "forget", flags(before, n), flags(after, n), flags(before, n), flags(after, n),
                 judge="reference")  # fmt: skip
-    excess = {"extraction_excess": {"value": left, "n": n, "low": left - 0.03, "high": left + 0.03}} if left else {}
-    strength = {"extraction_strength": {"value": strength, "n": n, "low": strength, "high": strength}}
-    return make_report(rows, KEPT, pooled={"forget": {"ratio": excess, "before": strength}})
+    figure = lambda value: {"value": value, "n": n, "low": value - 0.03, "high": value + 0.03}  # noqa: E731
+    report = make_report(rows, KEPT, pooled={"forget": {"before": {"extraction_strength": figure(strength)}}})
+    nothing = {"value": None, "n": 0, "low": None, "high": None}
+    report["pooled"]["forget"]["extraction"] = {
+        "left": nothing if left is None else figure(left), "excess": figure(strength * (left or 0)), "floor": 0.05,
+        "floor_of": "one token"}  # fmt: skip
+    return report
 
 
 def test_a_model_that_says_every_row_by_heart_has_not_forgotten():
@@ -99,11 +103,13 @@ def test_a_model_that_says_every_row_by_heart_has_not_forgotten():
     found = part(by_heart(48, 48, 0.97), "forgotten")
     assert found.answer == "no"
     assert {check.figure for check in found.checks if check.holds == "no"} >= {
-        "forget.leak", "forget.leak.ratio", "forget.extraction_excess.ratio"}  # fmt: skip
+        "forget.leak", "forget.leak.ratio", "forget.extraction_left"}  # fmt: skip
     silent = part(by_heart(48, 0, 0.6), "forgotten")  # it says nothing of them when asked, and they can be extracted
     assert silent.answer == "no"
     assert silent.why == "of what could be extracted beyond the floor, 60 % (57 to 63) is left, at most 25 % allowed"
     assert part(by_heart(48, 0, 0.04), "forgotten").answer == "yes"
+    led = by_heart(0, 0, 0.9)  # the original does not say them when asked, and goes on with them once begun
+    assert part(led, "forgotten").answer == "no"
 
 
 def test_references_that_the_original_never_knew_are_not_forgotten_rows():
