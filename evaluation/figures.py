@@ -25,8 +25,9 @@ from evaluation.metrics.statistics import Estimate, wilson
 
 SIDES = ("forget", "keep")
 COLUMNS = ("before", "after", "retrained", "change", "ratio")
-EXTRACTION = "extraction_excess"  # of the forget side: what is left of the extraction strength above its floor
-SCORES = ("loss", "min_k", "min_k_plus_plus", "zlib", "reference")  # of membership
+# of the forget side: the share left of the extraction strength above its floor, what is above it, and the floor
+EXTRACTION = ("extraction_left", "extraction_excess", "extraction_floor")
+SCORES = ("loss", "min_k", "min_40", "min_k_plus_plus", "zlib", "reference")  # of membership; MUSE's is Min-40 %
 PAPER = ("diversity", "utility", "fluency")  # columns of Yao et al. 2023, besides a `harmful.JUDGE` for every judge
 TEXT = {"perplexity": "perplexity_text", "mc1": "mc_data", "mc2": "mc_data"}  # measure of given text: its option
 UNKNOWING = "a model that never knew the rows"  # control_name of an attack that teaches rows, as attacks.runner has it
@@ -62,7 +63,7 @@ def estimate(figure) -> Estimate:
     """Return a figure of report.json as it was made: an interval, a value with its standard error, or a number."""
     if not isinstance(figure, dict):
         return Estimate(figure, 0 if figure is None else 1, None, None)
-    if "stderr" in figure:
+    if "stderr" in figure and "low" not in figure:
         value, error = figure["value"], figure["stderr"]
         known = value is not None and isinstance(error, int | float) and math.isfinite(error)
         bounds = (value - Z95 * error, value + Z95 * error) if known else (None, None)
@@ -91,6 +92,8 @@ def _entry(prefix: str, entry: dict) -> Found:
         flat = {key: value for key, value in paper.items() if key != "harmful"}
         harmful = {f"harmful.{judge}": value for judge, value in paper.get("harmful", {}).items()}
         found |= _column(prefix, column, flat | harmful)
+    if extraction := entry.get("extraction"):
+        found |= {f"{prefix}.extraction_{name}": estimate(extraction[name]) for name in ("left", "excess", "floor")}
     return found | {f"{prefix}.{name}": estimate(value) for name, value in (entry.get("pair") or {}).items()}
 
 
@@ -168,8 +171,8 @@ def _membership(report: dict) -> Found:
                 found |= _column(prefix, column, scores)
             leakage = entry.get("privacy_leakage") or {}
             found |= {f"{prefix}.privacy_leakage_{score}": estimate(value) for score, value in leakage.items()}
-            if first := next((leakage[score] for score in ("min_k", *leakage) if score in leakage), None):
-                found[f"{prefix}.privacy_leakage"] = estimate(first)  # MUSE's is that of Min-K %
+            if first := next((leakage[score] for score in ("min_40", *leakage) if score in leakage), None):
+                found[f"{prefix}.privacy_leakage"] = estimate(first)
     if quality := report.get("forget_quality"):
         before = {"forget_quality": (quality.get("before") or {}).get("p_value")}
         found |= _column("forget", "before", before)
@@ -255,18 +258,20 @@ def known_names(groups, options, attacks: list[str]) -> dict[str, str]:
         for prefix in names:
             judges = [f"harmful.{judge}" for judge in options.judge_model]
             known |= _names(prefix, (*PAPER, *judges), None, COLUMNS[:2])
-    ends = (f"{EXTRACTION}{column}" for column in ("", ".ratio"))
-    known |= {f"{prefix}.{end}": "" for end in ends for prefix in ("forget", "forget.all")}
+    places = ("forget", "forget.all", *(f"forget.{group.name}" for group in groups if group.side == "forget"))
+    known |= {f"{place}.{name}": "" for place in places for name in EXTRACTION}
     known |= dict.fromkeys(("forget.on_topic_ratio", "keep.on_topic_ratio", "keep.length_ratio_low",
                             "keep.length_ratio_high"), "")  # fmt: skip
     for measure, option in TEXT.items():
         need = "" if getattr(options, option) else f"--{option}"
         known |= {name: need or missing for name, missing in _names("text", (measure,), retrained).items()}
         known[f"keep.{measure}_{'ratio' if measure == 'perplexity' else 'change'}"] = need
-    holdout = "" if getattr(options, "holdout_data", None) else "--holdout_data"
+    given = [name for name in ("holdout_data", "holdout_text") if getattr(options, name, None)]
+    holdout = "" if given else "--holdout_data"
     for prefix in ("forget", *dict.fromkeys(f"forget.{group.source}" for group in groups if group.side == "forget")):
         scores = _names(prefix, [f"auc_{score}" for score in SCORES], retrained, COLUMNS[:3])
-        known |= {name: holdout or missing for name, missing in scores.items()}
+        known |= {name: holdout or missing or (retrained if "auc_reference" in name else "")
+                  for name, missing in scores.items()}  # fmt: skip
         leakages = (f"{prefix}.privacy_leakage", *(f"{prefix}.privacy_leakage_{score}" for score in SCORES))
         known |= dict.fromkeys(leakages, holdout or retrained)
     known |= dict.fromkeys(_names("forget", ("forget_quality",), None, COLUMNS[:2]), retrained)

@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
 
+from evaluation.checks import NO, NOT_MEASURED, OPERATORS, TOO_FEW, YES, Check
 from evaluation.figures import Found, known_names
 from evaluation.metrics.statistics import Estimate
 from utils import UsageError
 
-YES, NO, TOO_FEW, NOT_MEASURED = "yes", "no", "too few rows to say", "not measured"
-OPERATORS = {
-    "<": lambda value, bound: value < bound,
-    "<=": lambda value, bound: value <= bound,
-    "==": lambda value, bound: math.isclose(value, bound, rel_tol=1e-9, abs_tol=1e-9),
-    ">=": lambda value, bound: value >= bound,
-    ">": lambda value, bound: value > bound,
-}
-FEWEST_ROWS = 10  # of which a bootstrap's interval says something
 BOUNDS = ("low", "high", "n")
 IN_PER_CENT = "privacy_leakage"  # its unit in report.json, as in MUSE; every other figure is a share
 SHAPE = "must look like 'forget.answered<=0.05', 'keep.answered.ratio.low>=90%'; the figures: docs/fields.md"
@@ -38,25 +29,6 @@ class Requirement:
     of: str
     sign: str
     bound: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One figure against one bound. `holds`: yes, no, too few rows to say, or not measured.
-
-    `alarm`: the check can only say no; where too few rows can tell, it says yes, since another check covers these rows.
-    """
-
-    figure: str
-    sign: str
-    bound: float
-    value: float | None
-    n: int
-    low: float | None
-    high: float | None
-    holds: str
-    why: str
-    alarm: bool = False
 
 
 def parse_requirement(text: str) -> Requirement:
@@ -110,19 +82,6 @@ def _which(name: str, need: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- checks
-def compare(figure: Estimate | None, sign: str, bound: float, *, is_rate: bool = True) -> str:
-    """Return whether a whole interval lies on the right side of a bound (yes), on the wrong one (no), or neither.
-
-    `is_rate`: the interval is one of counts, which is true of few rows as well; a bootstrap's needs more.
-    """
-    if figure is None or figure.value is None:
-        return NOT_MEASURED
-    if figure.low is None or figure.high is None or not (is_rate or figure.n >= FEWEST_ROWS):
-        return TOO_FEW
-    near, far = (figure.low, figure.high) if sign in ("<", "<=") else (figure.high, figure.low)
-    return YES if OPERATORS[sign](far, bound) else TOO_FEW if OPERATORS[sign](near, bound) else NO
-
-
 def check_requirement(requirement: Requirement, found: Found) -> Check:
     """Check one requirement on the figures of a report. A figure that was not measured does not hold."""
     figure = found.get(requirement.figure) or Estimate(None, 0, None, None)

@@ -82,7 +82,9 @@ def held(holds: str) -> str:
 def deciding_check(checks: list[dict]) -> dict | None:
     """Return the check that says most: a failed one before an open one before one that holds; among these the one
     that is worst against its bound. None if nothing was measured."""
-    measured = [check for check in checks if check["value"] is not None]
+    # a silent alarm has decided nothing
+    measured = [check for check in checks
+                if check["value"] is not None and not (check.get("alarm") and check["holds"] == "yes")]  # fmt: skip
     return min(measured, key=lambda check: (MOST_TELLING.index(check["holds"]), slack(check)), default=None)
 
 

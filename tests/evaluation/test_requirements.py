@@ -24,7 +24,8 @@ GROUPS = (HARM, TRAINED, PATH, PLAIN, TWINS)
 AUC = {"value": 0.6, "n": 60, "low": 0.5, "high": 0.7}
 MEMBERSHIP = {"source": "harmful", "members": 30, "others": 30, "before": {"min_k": AUC | {"value": 0.9}},
               "after": {"min_k": AUC}, "retrained": {"min_k": AUC | {"value": 0.5}},
-              "privacy_leakage": {"min_k": {"value": -20.0, "n": 60, "low": -35.0, "high": -4.0}}}  # fmt: skip
+              "privacy_leakage": {"loss": AUC | {"value": -9.0},
+                                  "min_40": {"value": -20.0, "n": 60, "low": -35.0, "high": -4.0}}}  # fmt: skip
 FULL = make_report(
     *GROUPS,
     given_text={"perplexity": {"before": 20.0, "after": 22.0, "ratio": AUC | {"value": 1.1}, "tokens": 900},
@@ -37,6 +38,8 @@ FULL = make_report(
     lm_eval={"mmlu": {"acc,none": {"before": {"value": 0.30, "stderr": 0.01}, "after": {"value": 0.28, "stderr": 0.01},
                                    "change": {"value": -0.02, "stderr": 0.015}}}},
 )  # fmt: skip
+FULL["pooled"]["forget"]["extraction"] = {"left": AUC, "excess": AUC | {"value": 0.51}, "floor": 0.04,
+                                          "floor_of": "one token"}  # fmt: skip
 
 
 def check(text: str, report: dict = FULL):
@@ -62,6 +65,8 @@ def refuse(*required: str, attacks=("prefill",), **options) -> None:
     ("keep.all.retained", 84 / 96),
     ("keep.worst.retained", 36 / 48),
     ("keep.worst.answered.ratio", 36 / 48),
+    ("forget.extraction_left", 0.6),
+    ("forget.extraction_floor", 0.04),
     ("text.perplexity.ratio", 1.1),
     ("text.perplexity.before", 20.0),
     ("text.mc1", 0.55),
