@@ -10,6 +10,8 @@ from evaluation.page.wording import parse_figure
 
 SHAPES = {"before": "ring", "after": "square", "retrained": "diamond"}  # a shape of its own, for the colour-blind
 EXAMPLES_SHOWN = 3
+FAMILIES = {"prompt": "Asked in another way", "sampling": "Asked many times", "weights": "With changed weights",
+            "fine-tuning": "After fine-tuning", "reading": "Looked for, not asked"}  # fmt: skip
 UNKNOWING = "a model that never knew the rows"  # the control of an attack that teaches rows
 
 
@@ -154,7 +156,8 @@ def make_family(name: str, attacks: list[dict], bound: float | None) -> Family:
         first.setdefault((row.name, row.judged), row)
     examples = [{**example, "name": row.name, "variant": row.variant} for row in rows for example in row.examples]
     others = [row for row in rows if first[row.name, row.judged] is not row]
-    return Family(name, list(first.values()), others, examples[:EXAMPLES_SHOWN])
+    head = FAMILIES.get(name, name[:1].upper() + name[1:])
+    return Family(head, list(first.values()), others, examples[:EXAMPLES_SHOWN])
 
 
 def _from_worst(attack: dict) -> tuple:
@@ -193,7 +196,8 @@ def control_rows(report: dict) -> list[AttackRow]:
 
 def attack_bound(report: dict) -> float | None:
     """Return the verdict's bound on what attacks bring back, in percent; None if it has none."""
-    return first_bound(report, lambda name: (name.place, name.measure) == ("attack", "worst"))
+    return first_bound(report, lambda name: (name.place, name.measure) == ("attack", "worst")
+                       and name.column in ("", "counted"))  # fmt: skip
 
 
 def worst_attack(report: dict) -> dict | None:

@@ -18,6 +18,11 @@ SHARES = ("mc1", "mc2", "harmful")  # rates that are no measure of answers
 BOUNDS = {"<": "below", "<=": "at most", "==": "exactly", ">=": "at least", ">": "above"}
 
 
+def sentence(text: str) -> str:
+    """Return a text that begins with a capital and ends with a full stop."""
+    return text[:1].upper() + text[1:] + ("" if not text or text.endswith((".", "!", "?")) else ".")
+
+
 def measure_title(name: str) -> str:
     """Return the head of a measure's column."""
     known = REGISTERED.get(name)
