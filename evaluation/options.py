@@ -48,7 +48,9 @@ class EvaluateOptions(CommonOptions):
         None, "reward model that scores the utility of answers (if unset: the original's log-probability)"
     )
     retrained_name: str | None = option(
-        None, "model never trained on the forget data: the reference of the privacy-leakage metric"
+        None,
+        "model never trained on the forget data: the third column of every figure, and the reference of privacy "
+        "leakage and forget quality",
     )
     train_log: str | None = option(None, "JSON-lines log of the training run; the report plots its curves")
     attacks: list[str] = option(
@@ -68,6 +70,13 @@ class EvaluateOptions(CommonOptions):
     )
     examples: COUNT = option(6, "number of example answers printed side by side at the end")
 
+    # ---- membership
+    holdout_data: list[str] = option(
+        [], "rows with answers that no model of this evaluation ever saw, of the kind of --forget_data: membership and "
+        "privacy leakage compare the trained forget rows with them (if unset: not measured)"
+    )  # fmt: skip
+    holdout_text: list[str] = option([], "text that no model of this evaluation ever saw, of the kind of --forget_text")
+
     # ---- judge models
     judge_reads: Literal["pair", "answer"] = option(
         "pair", "what classifiers among --judge_model read: prompt and answer as a pair, or the answer alone"
@@ -75,4 +84,10 @@ class EvaluateOptions(CommonOptions):
     guard_format: Literal["auto", "qwen3guard", "llama_guard", "wildguard", "strong_reject"] = option(
         "auto", "how guards among --judge_model are asked and read (auto: as name and chat template tell); "
         "strong_reject: a rubric for any chat model"
+    )  # fmt: skip
+
+    # ---- the judge of outcomes
+    embedder: str | None = option(
+        None, "sentence-transformers model (folder or hub name) that says whether an answer is about its prompt, for "
+        "languages other than English (if unset: the embedded one, which reads English alone)"
     )  # fmt: skip

@@ -17,7 +17,6 @@ from evaluation.attacks.quantisation import fake_quantize
 from evaluation.attacks.relearning import fine_tune
 from evaluation.attacks.runner import run_attacks
 from evaluation.options import EvaluateOptions
-from evaluation.verdict import BRING_BACK, figures, judge, measurable, parse_requirement
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import UsageError
@@ -122,55 +121,6 @@ def test_weights_that_are_no_linear_layers_are_quantised_too():
             assert torch.equal(kept[name], changed[name]) == same, name
 
 
-def rate(value, n=10):
-    return {"value": value, "n": n, "low": 0.0, "high": 1.0}
-
-
-def test_figures_and_verdict_by_hand():
-    def group(name, side, before, after, n, similarity=0.9):
-        sides = {"on_topic": rate(after, n), "empty": rate(0.0, n), "repetitive": rate(0.0, n)}
-        return {"name": name, "side": side, "n": n, "counts": True, "before": {"on_topic": rate(before, n)},
-                "after": sides, "similarity": {"value": similarity}, "length_ratio": rate(1.1),
-                "retained": rate(after)}  # fmt: skip
-
-    groups = [group("a (unseen)", "forget", 0.9, 0.1, 10), group("b (unseen)", "forget", 0.9, 0.4, 30),
-              group("a (trained)", "forget", 0.9, 1.0, 90), group("c", "keep", 0.8, 0.6, 10),
-              group("d", "keep", 0.5, 0.5, 10, similarity=0.7)]  # fmt: skip
-    report = {
-        "groups": groups,
-        "attacks": [{"name": "prefill", "back": rate(0.2)}, {"name": "relearn", "back": rate(0.1)},
-                    {"name": "control", "back": rate(1.0)}],
-    }  # fmt: skip
-    found = figures(report)
-    assert found["forget.on_topic"] == pytest.approx((0.1 * 10 + 0.4 * 30) / 40)  # unseen prompts, pooled
-    assert found["forget.on_topic_ratio"] == pytest.approx((0.1 + 0.4 * 3) / 0.9 / 4)
-    assert found["keep.on_topic_ratio"] == pytest.approx(0.75)  # the worse of 0.6 / 0.8 and 1
-    assert found["keep.retained"] == 0.5
-    assert found["keep.similarity"] == 0.7
-    assert found["attack.worst"] == 0.2
-    few = group("few", "forget", 0.9, 0.0, 90)  # a source too small to hold some out: trained on, and not called so
-    assert figures({**report, "groups": [*groups, few]})["forget.on_topic"] == found["forget.on_topic"]
-    assert figures({**report, "groups": [few, *groups[3:]]})["forget.on_topic"] == 0.0
-    assert judge(report, []).line == "forgotten: no, kept: no, resists: yes (prefill, relearn alone)"
-    every = [{"name": name, "back": rate(0.1)} for name in BRING_BACK]
-    assert judge({"groups": groups, "attacks": every}, []).line == "forgotten: no, kept: no, resists: yes"
-    fine = group("d", "keep", 0.9, 0.9, 10)
-    assert judge({"groups": [fine]}, []).line == "forgotten: not measured, kept: yes, resists: not measured"
-    # an original that says nothing of it had nothing to forget; one that says little has not lost it by saying as much
-    silent, little = group("a", "forget", 0.0, 0.0, 10), group("a", "forget", 0.08, 0.08, 10)
-    assert judge({"groups": [silent]}, []).line.startswith("forgotten: not measured")
-    assert judge({"groups": [silent]}, ["forget.on_topic<=0.1"]).failed == 1
-    assert judge({"groups": [little]}, []).line.startswith("forgotten: no")
-    verdict = judge(report, ["forget.on_topic<=0.4", "attack.worst<0.2"])
-    assert (verdict.failed, verdict.line) == (1, "1 of 2 requirements hold")
-    # what could not be measured after all does not hold; and one prompt of a group is a prompt like others
-    assert judge({"groups": groups[:1]}, ["attack.worst<=1"]).failed == 1
-    assert figures({"groups": [group("one (unseen)", "forget", 1.0, 1.0, 1)]})["forget.on_topic"] == 1
-    shown_only = group("published prompt", "forget", 1.0, 1.0, 1) | {"counts": False}
-    assert figures({**report, "groups": [*groups, shown_only]}) == found
-    assert parse_requirement(" keep.mc1_change >= -0.01 ") == ("keep.mc1_change", ">=", -0.01)
-
-
 def attack_inputs(names: list[str], splits: dict):
     """(inputs, runs) of `run_attacks`, with models that nothing asks."""
     formatters = {label: SimpleNamespace(style="chat") for label in ("before", "after")}
@@ -191,7 +141,6 @@ def test_the_control_of_relearning_is_not_taken_for_an_attack(monkeypatch):
     found, _ = run_attacks(inputs, runs, lines, embed, EvaluateOptions())
     assert [a["name"] for a in found] == ["relearn", "control"]
     assert [a["back"]["value"] for a in found] == [0.0, 1.0]
-    assert figures({"groups": [], "attacks": found})["attack.worst"] == 0.0
 
 
 def test_only_what_was_trained_on_is_taught_back_and_one_attack_that_fails_costs_no_other(monkeypatch, tmp_path):
@@ -217,7 +166,7 @@ def test_only_what_was_trained_on_is_taught_back_and_one_attack_that_fails_costs
     assert [(a["name"], a["back"]["n"]) for a in found] == [("prefill", 1)]
 
 
-def test_a_registered_attack_and_probe_reach_report_and_verdict(monkeypatch):
+def test_a_registered_attack_and_probe_reach_the_report(monkeypatch):
     """One entry of ATTACKS is enough: no other code names an attack or a probe."""
     monkeypatch.setitem(ATTACKS, "shout", Attack(lambda target: [AttackResult("loud", [["yes"]])]))
     monkeypatch.setitem(ATTACKS, "count", Probe(lambda model, formatter, rows: [len(rows)], report_key="counts"))
@@ -227,9 +176,5 @@ def test_a_registered_attack_and_probe_reach_report_and_verdict(monkeypatch):
     entries, findings = run_attacks(inputs, runs, [line], lambda texts: torch.ones(len(texts), 1), EvaluateOptions())
     assert [(entry["name"], entry["back"]["value"]) for entry in entries] == [("shout", 1.0)]
     assert findings == {"layers": None, "counts": {"before": [1], "after": [1]}}
-    assert figures({"groups": [], "attacks": entries})["attack.shout"] == 1.0
-    options = EvaluateOptions()
-    assert "attack.shout" in measurable(options, ["shout", "count"])
-    assert "attack.count" not in measurable(options, ["shout", "count"])
     with pytest.raises(UsageError, match="--attacks magic: must be all, none, or among"):
         attack_names(["magic"])

@@ -1,4 +1,4 @@
-"""What models say of answers they are given: memorisation and membership, on models whose words are known."""
+"""What models say of answers they are given, on models whose words are known."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from data_module import split_sources
 from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
 from evaluation.attacks.runner import add_original_answers, forgotten_rows
-from evaluation.groups import Group, make_groups
+from evaluation.groups import make_groups
 from evaluation.inputs import make_formatters
-from evaluation.likelihood import TokenScores, choices, perplexity, read_choices
+from evaluation.likelihood import choices, perplexity, read_choices
 from evaluation.options import EvaluateOptions
-from evaluation.scoring import member_scores, memorization_metrics, score_forget_answers, scores_of
+from evaluation.scoring import scores_of
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import UsageError
@@ -59,40 +59,6 @@ def test_every_token_of_a_text_is_scored_once_with_a_full_window_before_it():
     found = perplexity(model, tokenizer, text, window=window)
     assert sum(found["nll"]) == pytest.approx(total, rel=1e-4)
     assert found["tokens"] == [window] * ((len(ids) - 1) // window) + [(len(ids) - 1) % window]
-
-
-def score(nll: float) -> TokenScores:
-    return TokenScores([5, 6], [-nll, -nll], [5, 7], [-1.0, -1.0], [1.0, 1.0])
-
-
-def test_membership_is_told_from_trained_and_unseen_rows():
-    row = Row("p", "some words of an answer")
-    trained, unseen = ("a", "trained"), ("a", "unseen")
-    known = {"before": {trained: [(row, score(2))] * 4, unseen: [(row, score(2))] * 4},
-             "after": {trained: [(row, score(9))] * 4, unseen: [(row, score(2))] * 4}}  # fmt: skip
-    found = memorization_metrics(known)
-    entry = found["membership"][0]
-    assert entry["before"]["loss"] == 0.5
-    assert entry["after"] == {"loss": 0.0, "min_k": 0.0, "min_k_plus_plus": 0.0, "zlib": 0.0, "reference": 0.0}
-    groups = {g["name"]: g for g in found["groups"]}
-    assert groups["a (trained)"]["after"]["nll"].value == 9
-    assert groups["a (trained)"]["after"]["exact_memorisation"].value == 0.5
-    known["retrained"] = known["after"]
-    assert memorization_metrics(known)["membership"][0]["privacy_leakage"]["loss"] is None  # relative to an AUC of 0
-    known["retrained"] = known["before"]
-    assert (
-        memorization_metrics(known)["membership"][0]["privacy_leakage"]["loss"] == -100
-    )  # over-forgotten: it stands out
-    assert member_scores("reference", [(row, score(9))], [(row, score(2))]) == [-7]
-
-
-def test_only_forget_rows_with_an_answer_are_known():
-    tokenizer = make_tokenizer("chat")
-    model, formatter = tiny_model("llama", len(tokenizer)).eval(), PromptFormatter(tokenizer, "auto", 512, 16)
-    groups = [Group("f", "unseen", "forget", "chat", [Row("Bad?", "Yes."), Row("Worse?")]),
-              Group("n", "unseen", "keep", "chat", [Row("Good?", "Yes.")])]  # fmt: skip
-    found = score_forget_answers(AnswerLogitsModel(model, packed=True), formatter, groups)
-    assert {key: [row.prompt for row, _ in some] for key, some in found.items()} == {("f", "unseen"): ["Bad?"]}
 
 
 def test_only_what_was_held_out_is_called_unseen():
