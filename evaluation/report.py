@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 
 from evaluation.page import tables
-from evaluation.page.cards import held, shown_checks, verdict_cards
+from evaluation.page.cards import held, lead_of, shown_checks, verdict_cards
 from evaluation.page.model_card import write_model_card
 from evaluation.page.numbers import NO_FIGURE
 from evaluation.page.pairs import clamp, example_pairs, label_of, models_of, shown_groups
@@ -56,7 +56,7 @@ def write_report(path: Path, report: dict, lines: list[dict], train_log: TrainLo
         report=report,
         models=models_of(report),
         cards=verdict_cards(report),
-        why=sentence(report["verdict"]["why"]),
+        lead=lead_of(report["verdict"]),
         requirements=shown_checks(report["verdict"]["requirements"]),
         judges=[judge for judge in report["judges"] if judge["decides"]],
         pairs=example_pairs(report, lines),

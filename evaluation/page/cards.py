@@ -51,14 +51,25 @@ def verdict_cards(report: dict) -> list[Card]:
     for part in report["verdict"]["parts"]:
         colour, icon = look_of(part["answer"])
         decisive = deciding_check(part)
-        said = part.get("said") or ""
         cards.append(
             Card(name=part["name"], head=HEADS.get(part["name"], part["name"].capitalize()),
-                 answer=part["answer"][:1].upper() + part["answer"][1:], remark="" if said == part["answer"] else said,
+                 answer=part["answer"][:1].upper() + part["answer"][1:], remark=remark_of(part),
                  why=sentence(part["why"]), colour=colour, icon=icon,
                  deciding=shown_check(decisive) if decisive else None, checks=shown_checks(part["checks"]))
         )  # fmt: skip
     return cards
+
+
+def remark_of(part: dict) -> str:
+    """Return what a part's answer has in brackets behind it, or says in its place."""
+    said = (part.get("said") or "").removeprefix(part["answer"]).strip()
+    return said[1:-1] if said.startswith("(") and said.endswith(")") else said
+
+
+def lead_of(verdict: dict) -> str:
+    """Return the sentence that says why; empty if a card or the requirements say it."""
+    is_said = verdict["requirements"] or any(part["why"] and part["why"] in verdict["why"] for part in verdict["parts"])
+    return "" if is_said else sentence(verdict["why"])
 
 
 def look_of(answer: str) -> tuple[str, str]:
