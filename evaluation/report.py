@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 
 from evaluation.page import tables
-from evaluation.page.cards import held, lead_of, shown_checks, verdict_cards
+from evaluation.page.cards import deciders, held, lead_of, shown_checks, verdict_cards
 from evaluation.page.model_card import write_model_card
 from evaluation.page.numbers import NO_FIGURE
 from evaluation.page.pairs import clamp, example_pairs, label_of, models_of, shown_groups
@@ -58,7 +58,7 @@ def write_report(path: Path, report: dict, lines: list[dict], train_log: TrainLo
         cards=verdict_cards(report),
         lead=lead_of(report["verdict"]),
         requirements=shown_checks(report["verdict"]["requirements"]),
-        judges=[judge for judge in report["judges"] if judge["decides"]],
+        judges=deciders(report),
         pairs=example_pairs(report, lines),
         group_tables=group_tables(report),
         families=attack_families(report),
@@ -127,8 +127,8 @@ def print_verdict(report: dict) -> None:
         print(f"required  {check['figure']} {bound_text(check)}: {value}, {held(check['holds'])}")
     for note in verdict["notes"]:
         print(textwrap.fill(f"note: {note}", LINE_WIDTH, subsequent_indent="  "))
-    for judge in (judge for judge in report["judges"] if judge["decides"]):
-        print(textwrap.fill(f"judge: {judge['name']}. {judge['limits']}", LINE_WIDTH, subsequent_indent="  "))
+    for judge in deciders(report):
+        print(textwrap.fill(f"judge: {judge.name}. {judge.limits}", LINE_WIDTH, subsequent_indent="  "))
 
 
 def terminal_tables(report: dict) -> list[tables.Table]:

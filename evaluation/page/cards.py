@@ -60,6 +60,23 @@ def verdict_cards(report: dict) -> list[Card]:
     return cards
 
 
+@dataclasses.dataclass(frozen=True)
+class Decider:
+    """A judge that decides, over how many of the groups that count, and what it cannot tell."""
+
+    name: str
+    groups: int
+    limits: str
+
+
+def deciders(report: dict) -> list[Decider]:
+    """Return the judges that decide over a group that counts."""
+    counts = {judge["name"]: sum(g["counts"] and g["judge"] == judge["name"] for g in report["groups"])
+              for judge in report["judges"]}  # fmt: skip
+    return [Decider(judge["name"], counts[judge["name"]], sentence(judge["limits"]))
+            for judge in report["judges"] if counts[judge["name"]]]  # fmt: skip
+
+
 def remark_of(part: dict) -> str:
     """Return what a part's answer has in brackets behind it, or says in its place."""
     said = (part.get("said") or "").removeprefix(part["answer"]).strip()
