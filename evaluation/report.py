@@ -14,12 +14,12 @@ from pathlib import Path
 import jinja2
 
 from evaluation.page import tables
-from evaluation.page.cards import held, shown_checks, verdict_cards
+from evaluation.page.cards import deciders, held, lead_of, shown_checks, verdict_cards
 from evaluation.page.model_card import write_model_card
 from evaluation.page.numbers import NO_FIGURE
 from evaluation.page.pairs import clamp, example_pairs, label_of, models_of, shown_groups
 from evaluation.page.rows import attack_bound, attack_families, control_rows, group_tables, learned_anyway
-from evaluation.page.wording import bound_text, figure_text
+from evaluation.page.wording import bound_text, figure_text, sentence
 from evaluation.plots import curves_plot, front_plot, layers_plot, relearn_plot
 from evaluation.train_log import TrainLog
 from utils import atomic_write_text
@@ -56,8 +56,9 @@ def write_report(path: Path, report: dict, lines: list[dict], train_log: TrainLo
         report=report,
         models=models_of(report),
         cards=verdict_cards(report),
+        lead=lead_of(report["verdict"]),
         requirements=shown_checks(report["verdict"]["requirements"]),
-        judges=[judge for judge in report["judges"] if judge["decides"]],
+        judges=deciders(report),
         pairs=example_pairs(report, lines),
         group_tables=group_tables(report),
         families=attack_families(report),
@@ -119,15 +120,15 @@ def print_verdict(report: dict) -> None:
     verdict = report["verdict"]
     width = max((len(part["name"]) for part in verdict["parts"]), default=0)
     for part in verdict["parts"]:
-        start = f"{part['name'].ljust(width)}  {part['answer']}: "
-        print(textwrap.fill(start + part["why"], LINE_WIDTH, subsequent_indent=" " * (width + 2)))
+        start = f"{part['name'].ljust(width)}  {part.get('said') or part['answer']}: "
+        print(textwrap.fill(start + sentence(part["why"]), LINE_WIDTH, subsequent_indent=" " * (width + 2)))
     for check in verdict["requirements"]:
         value = figure_text(check["figure"], check["value"], check["low"], check["high"])
         print(f"required  {check['figure']} {bound_text(check)}: {value}, {held(check['holds'])}")
     for note in verdict["notes"]:
         print(textwrap.fill(f"note: {note}", LINE_WIDTH, subsequent_indent="  "))
-    for judge in (judge for judge in report["judges"] if judge["decides"]):
-        print(textwrap.fill(f"judge: {judge['name']}. {judge['limits']}", LINE_WIDTH, subsequent_indent="  "))
+    for judge in deciders(report):
+        print(textwrap.fill(f"judge: {judge.name}. {judge.limits}", LINE_WIDTH, subsequent_indent="  "))
 
 
 def terminal_tables(report: dict) -> list[tables.Table]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from evaluation.page.numbers import Bar, bar
-from evaluation.page.wording import bound_text, figure_text, figure_title
+from evaluation.page.wording import bound_text, figure_text, figure_title, sentence
 
 HEADS = {"forgotten": "Forgotten", "kept": "Kept", "resists": "Resists attacks"}
 # what a part of the verdict can say -> (colour class, icon); the words stand beside them, so neither is needed to read
@@ -31,11 +31,13 @@ class ShownCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """One part of the verdict. `deciding`: the check that the card shows, None if nothing was measured."""
+    """One part of the verdict. `remark`: what the answer leaves out, such as which attacks alone were tried.
+    `deciding`: the check that the card shows, None if nothing was measured."""
 
     name: str
     head: str
     answer: str
+    remark: str
     why: str
     colour: str
     icon: str
@@ -48,13 +50,43 @@ def verdict_cards(report: dict) -> list[Card]:
     cards = []
     for part in report["verdict"]["parts"]:
         colour, icon = look_of(part["answer"])
-        decisive = deciding_check(part["checks"])
+        decisive = deciding_check(part)
         cards.append(
             Card(name=part["name"], head=HEADS.get(part["name"], part["name"].capitalize()),
-                 answer=part["answer"][:1].upper() + part["answer"][1:], why=part["why"], colour=colour, icon=icon,
+                 answer=part["answer"][:1].upper() + part["answer"][1:], remark=remark_of(part),
+                 why=sentence(part["why"]), colour=colour, icon=icon,
                  deciding=shown_check(decisive) if decisive else None, checks=shown_checks(part["checks"]))
         )  # fmt: skip
     return cards
+
+
+@dataclasses.dataclass(frozen=True)
+class Decider:
+    """A judge that decides, over how many of the groups that count, and what it cannot tell."""
+
+    name: str
+    groups: int
+    limits: str
+
+
+def deciders(report: dict) -> list[Decider]:
+    """Return the judges that decide over a group that counts."""
+    counts = {judge["name"]: sum(g["counts"] and g["judge"] == judge["name"] for g in report["groups"])
+              for judge in report["judges"]}  # fmt: skip
+    return [Decider(judge["name"], counts[judge["name"]], sentence(judge["limits"]))
+            for judge in report["judges"] if counts[judge["name"]]]  # fmt: skip
+
+
+def remark_of(part: dict) -> str:
+    """Return what a part's answer has in brackets behind it, or says in its place."""
+    said = (part.get("said") or "").removeprefix(part["answer"]).strip()
+    return said[1:-1] if said.startswith("(") and said.endswith(")") else said
+
+
+def lead_of(verdict: dict) -> str:
+    """Return the sentence that says why; empty if a card or the requirements say it."""
+    is_said = verdict["requirements"] or any(part["why"] and part["why"] in verdict["why"] for part in verdict["parts"])
+    return "" if is_said else sentence(verdict["why"])
 
 
 def look_of(answer: str) -> tuple[str, str]:
@@ -79,12 +111,15 @@ def held(holds: str) -> str:
     return {"yes": "holds", "no": "fails"}.get(holds, holds)
 
 
-def deciding_check(checks: list[dict]) -> dict | None:
-    """Return the check that says most: a failed one before an open one before one that holds; among these the one
-    that is worst against its bound. None if nothing was measured."""
+def deciding_check(part: dict) -> dict | None:
+    """Return the check that a part's sentence is about; if that is none of them, the one that says most: a failed one
+    before an open one before one that holds, among these the one that is worst against its bound. None if nothing was
+    measured."""
     # a silent alarm has decided nothing
-    measured = [check for check in checks
+    measured = [check for check in part["checks"]
                 if check["value"] is not None and not (check.get("alarm") and check["holds"] == "yes")]  # fmt: skip
+    if named := [check for check in measured if check.get("why") and part["why"].startswith(check["why"])]:
+        return named[0]
     return min(measured, key=lambda check: (MOST_TELLING.index(check["holds"]), slack(check)), default=None)
 
 

@@ -13,6 +13,7 @@ import jinja2
 import yaml
 
 from evaluation.page.tables import group_table, worst_attack_line
+from evaluation.page.wording import sentence
 from sources.containers import RECORD_KINDS, TEXT_KINDS, kind_of
 from sources.folders import HUB
 from utils import atomic_write_text
@@ -150,4 +151,4 @@ _cards = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_cards.filters |= {"code": code, "plain": plain}
+_cards.filters |= {"code": code, "plain": plain, "sentence": sentence}

@@ -1,4 +1,4 @@
-"""Numbers as a reader sees them, and where they lie on a bar."""
+"""Numbers as a reader sees them, and where they lie on a bar. The sign of a rounded zero is left out."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def decimal(figure: dict | None, digits: int = 2) -> str:
     """Return a mean with its interval, such as '0.65 (0.61 to 0.70)', or a dash."""
     if figure is None or figure["value"] is None:
         return NO_FIGURE
-    return f"{figure['value']:.{digits}f}{_interval(figure, lambda x: f'{x:.{digits}f}')}"
+    return f"{figure['value']:z.{digits}f}{_interval(figure, lambda x: f'{x:z.{digits}f}')}"
 
 
 def points(figure: dict | None) -> str:
     """Return a difference of rates in percentage points with its interval, such as '-1.2 points (-3.1 to +0.8)'."""
     if figure is None or figure["value"] is None:
         return NO_FIGURE
-    return f"{100 * figure['value']:+.1f} points{_interval(figure, lambda x: f'{100 * x:+.1f}')}"
+    return f"{100 * figure['value']:+z.1f} points{_interval(figure, lambda x: f'{100 * x:+z.1f}')}"
 
 
-def short(figure: dict | float | None, form: str = "{:.2f}") -> str:
+def short(figure: dict | float | None, form: str = "{:z.2f}") -> str:
     """Return a value without its interval, or a dash. figure: an Estimate, or a bare number."""
     value = figure["value"] if isinstance(figure, dict) else figure
     return NO_FIGURE if value is None else form.format(value)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+from evaluation.figures import has_unknowing_control
 from evaluation.page.numbers import NO_FIGURE, Place, percent, place, short_percent
 from evaluation.page.pairs import models_of, shown_groups
 from evaluation.page.wording import parse_figure
 
 SHAPES = {"before": "ring", "after": "square", "retrained": "diamond"}  # a shape of its own, for the colour-blind
 EXAMPLES_SHOWN = 3
-UNKNOWING = "a model that never knew the rows"  # the control of an attack that teaches rows
+FAMILIES = {"prompt": "Asked in another way", "sampling": "Asked many times", "weights": "With changed weights",
+            "fine-tuning": "After fine-tuning", "reading": "Looked for, not asked"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,19 +144,19 @@ def attack_families(report: dict) -> list[Family]:
         if not attack["is_control"]:
             families.setdefault(attack["family"], []).append(attack)
     ordered = {name: sorted(attacks, key=_from_worst) for name, attacks in families.items()}
-    return [make_family(name, attacks, attack_bound(report))
+    return [make_family(name, [attack_row(attack, attack_bound(report, attack["name"])) for attack in attacks])
             for name, attacks in sorted(ordered.items(), key=lambda entry: _from_worst(entry[1][0]))]  # fmt: skip
 
 
-def make_family(name: str, attacks: list[dict], bound: float | None) -> Family:
-    """Return a family of attacks that are in order from the worst. bound: of the verdict, in percent."""
-    rows = [attack_row(attack, bound) for attack in attacks]
+def make_family(name: str, rows: list[AttackRow]) -> Family:
+    """Return a family of attacks that are in order from the worst."""
     first: dict[tuple[str, bool], AttackRow] = {}  # what is only shown hides nothing that is judged
     for row in rows:
         first.setdefault((row.name, row.judged), row)
     examples = [{**example, "name": row.name, "variant": row.variant} for row in rows for example in row.examples]
     others = [row for row in rows if first[row.name, row.judged] is not row]
-    return Family(name, list(first.values()), others, examples[:EXAMPLES_SHOWN])
+    head = FAMILIES.get(name, name[:1].upper() + name[1:])
+    return Family(head, list(first.values()), others, examples[:EXAMPLES_SHOWN])
 
 
 def _from_worst(attack: dict) -> tuple:
@@ -166,8 +168,7 @@ def _from_worst(attack: dict) -> tuple:
 def learned_anyway(attack: dict) -> float:
     """Return the share that a model gives under the same attack that never knew the rows: it has not come back. 0 if
     the control is the original, which shows the most that could come back."""
-    control = attack.get("control")
-    return control["value"] or 0.0 if control and attack.get("control_name") == UNKNOWING else 0.0
+    return (attack["control"]["value"] or 0.0) if has_unknowing_control(attack) else 0.0
 
 
 def counted_share(attack: dict) -> float | None:
@@ -191,9 +192,10 @@ def control_rows(report: dict) -> list[AttackRow]:
     return [attack_row(attack, None) for attack in report.get("attacks") or () if attack["is_control"]]
 
 
-def attack_bound(report: dict) -> float | None:
-    """Return the verdict's bound on what attacks bring back, in percent; None if it has none."""
-    return first_bound(report, lambda name: (name.place, name.measure) == ("attack", "worst"))
+def attack_bound(report: dict, attack: str | None = None) -> float | None:
+    """Return the verdict's bound on what an attack brings back, or any attack, in percent; None if it has none."""
+    return first_bound(report, lambda name: name.place == "attack" and name.column in ("", "counted")
+                       and (attack is None or name.measure in ("worst", attack)))  # fmt: skip
 
 
 def worst_attack(report: dict) -> dict | None:

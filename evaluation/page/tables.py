@@ -64,7 +64,7 @@ def memorisation_table(report: dict) -> Table:
 
 def arrows(entry: dict, models: list[str], name: str) -> str:
     """Return a measure of every model without intervals, such as '97 -> 6'; a dash if no model has one."""
-    form = "{:.2f}"
+    form = "{:z.2f}"
     figures = [entry.get(model, {}).get(name) for model in models]
     if all(figure is None or figure["value"] is None for figure in figures):
         return NO_FIGURE
@@ -136,7 +136,7 @@ def paper_table(report: dict) -> Table:
             alike = [other for other in after["harmful"] if Path(other).name == name]
             rates = [short_percent(side["harmful"][judge]).removesuffix(" %") for side in (before, after)]
             row[f"harmful, % ({name if len(alike) == 1 else judge})"] = " -> ".join(rates)
-        for measure, title, form in (("diversity", "diversity", "{:.2f}"), ("utility", "utility", "{:.2f}"),
+        for measure, title, form in (("diversity", "diversity", "{:z.2f}"), ("utility", "utility", "{:z.2f}"),
                                      ("fluency", "fluency (perplexity)", "{:.1f}")):  # fmt: skip
             row[title] = " -> ".join(short(side.get(measure), form) for side in (before, after))
         row["similarity"] = short(group["pair"].get("similarity"))

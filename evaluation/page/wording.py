@@ -10,12 +10,17 @@ from evaluation.page.numbers import decimal, percent, points
 REGISTERED = {measure.name: measure for measure in MEASURES}
 PLACES = {"forget": "forget side", "keep": "keep side", "text": "given text", "lm_eval": "lm-evaluation-harness"}
 COLUMNS = {"before": "before", "after": "", "retrained": "retrained", "change": "change", "ratio": "after / before",
-           "control": "control", "counted": "less the control"}  # fmt: skip
+           "control": "control", "counted": ""}  # fmt: skip
 ENDS = {"low": "lower end of the interval", "high": "upper end of the interval", "n": "rows"}
 GROUPS = {"all": "", "worst": "worst group"}
 TITLES = {"mc1": "MC1", "mc2": "MC2"}
 SHARES = ("mc1", "mc2", "harmful")  # rates that are no measure of answers
 BOUNDS = {"<": "below", "<=": "at most", "==": "exactly", ">=": "at least", ">": "above"}
+
+
+def sentence(text: str) -> str:
+    """Return a text that begins with a capital and ends with a full stop."""
+    return text[:1].upper() + text[1:] + ("" if not text or text.endswith((".", "!", "?")) else ".")
 
 
 def measure_title(name: str) -> str:
@@ -89,7 +94,7 @@ def figure_title(figure: str) -> str:
     name = parse_figure(figure)
     if name.place == "attack":
         which = "worst attack" if name.measure == "worst" else name.measure.replace("_", " ")
-        words = [which, name.group, "came back"]
+        words = [which, name.group, "counts as come back" if name.column == "counted" else "came back"]
     else:
         words = [measure_title(name.measure), PLACES.get(name.place, name.place), GROUPS.get(name.group, name.group)]
     return ", ".join(filter(None, [*words, COLUMNS.get(name.column, ""), ENDS.get(name.end, "")]))

@@ -113,4 +113,6 @@ def full_report(text: str = "answered") -> tuple[dict, list[dict]]:
         lm_eval={text: {text: {"before": stderr, "after": stderr, "change": stderr}}},
     )  # fmt: skip
     report["judges"][0] |= {"name": text, "limits": text, "harmful_classes": [text]}
+    for one in groups:
+        one["judge"] = text
     return report, lines

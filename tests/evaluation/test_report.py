@@ -164,15 +164,17 @@ def test_a_phone_shows_every_number_and_paper_takes_six_pages(tmp_path):
 
 # ------------------------------------------------------------------------------------------ what it shows
 def test_the_card_shows_the_figure_that_decides():
-    """The one that fails most; where all hold, the one nearest to its bound; none where nothing was measured."""
+    """The one that the sentence names, else the one that fails most; where all hold, the one nearest to its bound."""
     near, far = check("keep.retained", ">=", 0.85, 0.88), check("keep.similarity", ">=", 0.6, 0.9)
     failed = check("keep.repetitive", "<=", 0.1, 0.4, "no")
     unclear = check("keep.answered.ratio", ">=", 0.9, 0.91, "too few rows to say")
     missing = check("text.perplexity.ratio", "<=", 1.1, None, "not measured")
-    assert deciding_check([far, near, missing]) is near  # .03 / .85 against .3 / .6
-    assert deciding_check([near, unclear]) is unclear
-    assert deciding_check([near, unclear, failed]) is failed
-    assert deciding_check([missing]) is None
+    assert deciding_check(part("kept", "yes", far, near, missing)) is near  # .03 / .85 against .3 / .6
+    assert deciding_check(part("kept", "too few rows to say", near, unclear)) is unclear
+    assert deciding_check(part("kept", "no", near, unclear, failed)) is failed
+    assert deciding_check(part("kept", "not measured", missing)) is None
+    named = far | {"why": "answers are like the original's"}
+    assert deciding_check(part("kept", "yes", near, named, why="answers are like the original's")) is named
 
 
 @pytest.mark.parametrize(
@@ -189,6 +191,17 @@ def test_a_card_never_speaks_by_colour_alone(said, colour, icon):
     assert card.answer.lower() == said
 
 
+@pytest.mark.parametrize(
+    ("answer_of_part", "said", "remark"),
+    [("yes", "yes (quantise alone)", "quantise alone"), ("yes", "yes", ""), ("yes", "", ""),
+     ("shown, not judged", "relearning: shown, not judged", "relearning: shown, not judged")],
+)  # fmt: skip
+def test_a_card_says_what_its_answer_leaves_out(answer_of_part, said, remark):
+    report = make_report([group("a (unseen)", "forget")])
+    report["verdict"]["parts"] = [part("resists", answer_of_part) | {"said": said}]
+    assert verdict_cards(report)[0].remark == remark
+
+
 def test_a_bar_marks_figure_interval_and_bound():
     """On 0 to 1: 6 % from 1 to 11, at most 10 %. A ratio of 1.5 against 1.1 takes a longer track, 0 to 1.705."""
     assert bar(check("forget.answered", "<=", 0.10, 0.06)) == Bar(Place(6.0, 1.0, 11.0), 10.0, 0.0, 10.0)
@@ -201,6 +214,7 @@ def test_a_bar_marks_figure_interval_and_bound():
 @pytest.mark.parametrize(
     ("figure", "title", "shown"),
     [("forget.answered", "answered, forget side", "6 %"), ("attack.worst", "worst attack, came back", "6 %"),
+     ("attack.relearn.counted", "relearn, counts as come back", "6 %"),
      ("keep.worst.retained", "retained, keep side, worst group", "6 %"),
      ("forget.a.b (unseen).answered.ratio.high",
       "answered, forget side, a.b (unseen), after / before, upper end of the interval", "6 %"),
@@ -265,9 +279,10 @@ def test_attacks_come_worst_first_and_what_is_only_shown_comes_last():
                attack("relearn", "d", 0.9, family="teaching", judged=False),
                attack("prune", "e", 0.4, family="weights"), attack("control", "f", 1.0, is_control=True)]  # fmt: skip
     report = make_report([group("a (unseen)", "forget")], attacks=attacks)
-    report["verdict"]["parts"] = [part("resists", "no", check("attack.worst", "<=", 0.25, 0.4, "no"))]
+    checks = [check(f"attack.{name}.counted", "<=", 0.25, 0.4, "no") for name in ("prefill", "rephrase", "relearn")]
+    report["verdict"]["parts"] = [part("resists", "no", *checks)]
     families = attack_families(report)
-    assert [family.name for family in families] == ["weights", "prompts", "teaching"]
+    assert [family.name for family in families] == ["With changed weights", "Prompts", "Teaching"]
     assert [row.variant for row in families[1].worst] == ["b", "c"]
     assert [row.variant for row in families[1].others] == ["a"]
     assert [row.is_over for row in families[1].worst] == [True, False]
@@ -299,7 +314,7 @@ def test_the_terminal_begins_with_the_verdict(capsys):
     report, lines = full_report()
     print_report(report, lines, 2)
     said = capsys.readouterr().out.splitlines()
-    assert said[:3] == ["forgotten  yes: answered", "kept       too few rows to say: One sentence says why.",
+    assert said[:3] == ["forgotten  yes: Answered.", "kept       too few rows to say: One sentence says why.",
                         "resists    no: One sentence says why."]  # fmt: skip
 
 
