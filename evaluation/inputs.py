@@ -8,6 +8,7 @@ import hashlib
 from data_module import Sides, read_sides, split_sides
 from evaluation import verdict
 from evaluation.attacks import attack_names
+from evaluation.attacks.rows import read_relearn_data
 from evaluation.groups import Group, make_groups
 from evaluation.judges.classifier import classes_of, refuse_no_reward_model
 from evaluation.judges.embedder import SentenceEmbedder
@@ -29,6 +30,7 @@ class EvaluationInputs:
     splits: dict[str, dict[str, dict[str, list[Row]]]]  # "forget" or "keep" -> source -> split -> rows
     formatters: dict[str, PromptFormatter]  # "before" and "after"
     attacks: list[str]
+    relearn_sets: dict[str, list[Row]]  # of --relearn_data, by name
     judges: dict[str, list[str]]  # judge model -> the names of its harmful classes
     train_log: TrainLog
     choice_rows: list[dict]  # multiple-choice questions
@@ -36,7 +38,7 @@ class EvaluationInputs:
 
     def hash(self) -> str:
         """Return a hash of all that was read from files: they may have changed under the same names."""
-        read = (self.groups, self.splits, self.choice_rows, self.text, self.train_log)
+        read = (self.groups, self.splits, self.choice_rows, self.text, self.train_log, self.relearn_sets)
         return hashlib.sha256(repr(read).encode()).hexdigest()
 
 
@@ -63,6 +65,7 @@ def read_inputs(options) -> EvaluationInputs:
         refuse_no_reward_model(options.reward_model, **options.trust())
     return EvaluationInputs(
         groups=groups, splits=splits, formatters=formatters, attacks=attacks, judges=judges,
+        relearn_sets=read_relearn_data(options),
         train_log=read_train_log(options.train_log),
         choice_rows=read_choices(options.mc_data, "--mc_data")[: options.mc_rows] if options.mc_data else [],
         text=read_text(options.perplexity_text, "--perplexity_text") if options.perplexity_text else "",

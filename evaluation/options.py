@@ -44,15 +44,23 @@ class EvaluateOptions(CommonOptions):
     )
     train_log: str | None = option(None, "JSON-lines log of the training run; the report plots its curves")
     attacks: list[str] = option(
-        ["none"], "attacks to run: all, none, or names among quantise prefill rephrase few_shot sampling relearn probe"
-    )
+        ["none"], "attacks to run: all, none, or names among quantise prune ablate prefill suffix rephrase few_shot "
+        "reverse sampling multiple_choice relearn probe"
+    )  # fmt: skip
     attack_prompts: POSITIVE = option(32, "maximum forgotten prompts that an attack tries to recover")
     relearn_lr: number(float, 0, above=True) = option(
         1e-4, "learning rate of the relearning attack (adapters of rank 16 on every layer)"
     )
-    quick: bool = option(False, "run small attacks: 6 prompts, 4 samples, 8 relearning steps")
+    quick: bool = option(
+        False, "run small attacks: 6 prompts, 4 samples, 4-bit weights alone, 30 % pruned alone, 8 relearning steps"
+    )
     require: list[str] = option(
         [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 if one fails (if unset: built-in criteria)"
     )
     reuse: bool = option(False, "print the existing report if the same models and options made it")
     examples: COUNT = option(6, "number of example answers printed side by side at the end")
+    # attacks
+    relearn_data: list[str] = option(
+        [], "rows that the relearning attack fine-tunes on, in the forms of --forget_data, a set a source (if unset: "
+        "forget rows that the run trained on, and the first two sources of --normal_data)"
+    )  # fmt: skip
