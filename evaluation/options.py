@@ -52,7 +52,9 @@ class EvaluateOptions(CommonOptions):
         1e-4, "learning rate of the relearning attack (adapters of rank 16 on every layer)"
     )
     quick: bool = option(
-        False, "run small attacks: 6 prompts, 4 samples, 4-bit weights alone, 30 % pruned alone, 8 relearning steps"
+        False,
+        "run small attacks: 6 prompts, 6 rephrasings, 4 samples, 4-bit weights alone, 30 % pruned alone, 8 "
+        "relearning steps on forgotten rows alone",
     )
     require: list[str] = option(
         [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 if one fails (if unset: built-in criteria)"

@@ -70,15 +70,18 @@ class AttackData:
 class AttackConfig:
     """The size of the attacks.
 
-    num_examples: rows of each kind that an adversary shows or teaches. relearn_answers: how often the prompts are asked
-    during fine-tuning. ablated_layers: how many layers' directions are tried.
+    num_rephrasings: how many of them are asked; None: all. num_examples: rows of each kind that an adversary shows or
+    teaches. num_keep_sets: keep sources that are taught if --relearn_data names no rows; each takes minutes.
+    relearn_answers: how often the prompts are asked during fine-tuning. ablated_layers: how many are tried.
     """
 
     max_new_tokens: int
     batch_size: int
     seed: int
+    num_rephrasings: int | None = None
     num_samples: int = 16
     num_examples: int = 20
+    num_keep_sets: int = 2
     relearn_steps: int = 100
     relearn_answers: int = 3
     relearn_lr: float = EvaluateOptions.relearn_lr

@@ -42,7 +42,8 @@ def rephrase(target: AttackTarget) -> list[AttackResult]:
     if formatter.chat_template:
         styles["chat"] = "chat"
     templates = {name: target.prompts(style) for name, style in styles.items() if style != formatter.style}
-    return target.answer_variants(templates | wrapped(target, WRAPPERS))
+    variants = templates | wrapped(target, WRAPPERS)
+    return target.answer_variants(dict(list(variants.items())[: target.config.num_rephrasings]))
 
 
 def affirmative_suffix(target: AttackTarget) -> list[AttackResult]:

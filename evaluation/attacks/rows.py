@@ -11,7 +11,7 @@ from collections.abc import Callable
 from data_module import prompt_hash, sample
 from engine.generation import generate
 from engine.trained_on import TrainedOn
-from evaluation.attacks.base import AskedRow, AttackData, RelearnSet
+from evaluation.attacks.base import AskedRow, AttackConfig, AttackData, RelearnSet
 from evaluation.groups import free_name, trained_rows, unseen_groups
 from prompts.formatter import PromptFormatter
 from sources.rows import Row, read_sources
@@ -19,7 +19,6 @@ from utils import UsageError, log
 
 Given = Callable[[list[AskedRow], list[str]], list[bool]]  # whether each answer gives what was asked for
 
-DEFAULT_SETS = 2  # keep sources that are taught if --relearn_data names no rows: each takes minutes
 FORGOTTEN = "forgotten rows"
 FEWEST_TAUGHT = 4  # with fewer other forgotten rows, half of the attacked ones are taught
 DRAWN = 1.5  # examples drawn for each one used: some get no answer from the original
@@ -63,7 +62,7 @@ def forgotten_rows(lines: list[dict], style: str, count: int, seed: int) -> Forg
 # ------------------------------------------------------------------------------------------------- examples
 def read_relearn_data(options) -> dict[str, list[Row]]:
     """Return {name: rows} of each source of --relearn_data. Raises UsageError if one cannot be read."""
-    sets, taken = {}, set()
+    sets, taken = {}, {FORGOTTEN}
     for source in read_sources(options.relearn_data, "--relearn_data", fields=options.fields):
         sets[free_name(source.spec, taken)] = source.rows
     return sets
@@ -77,12 +76,15 @@ class ExampleMaker:
     formatter: PromptFormatter
     given: Given
     options: object
-    count: int  # rows of each kind
+    config: AttackConfig
 
-    def draw(self, rows: list[Row], *, answers: bool = True) -> list[Row]:
-        """Return at most `count` of the rows, with answers if asked for."""
-        drawn = sample(rows, int(DRAWN * self.count) if answers else self.count, self.options.seed)
-        return (self.add_answers(drawn) if answers else drawn)[: self.count]
+    def draw(self, kinds: dict[str, list[Row]]) -> dict[str, list[Row]]:
+        """Return at most `num_examples` rows of each kind, with answers. The original answers all kinds at once."""
+        count = self.config.num_examples
+        drawn = {kind: sample(rows, int(DRAWN * count), self.options.seed) for kind, rows in kinds.items()}
+        answered = {row.key: row for row in self.add_answers([row for rows in drawn.values() for row in rows])}
+        return {kind: [answered[row.key] for row in rows if row.key in answered][:count]
+                for kind, rows in drawn.items()}  # fmt: skip
 
     def add_answers(self, rows: list[Row]) -> list[Row]:
         """Return the rows with the answer that came with them, else with the original model's own.
@@ -118,12 +120,20 @@ def collect_data(
                                   for row in trained_rows(parts["train"], trained_on)])  # fmt: skip
     keep = {source: not_among(attacked, [row for part in parts.values() for row in part])
             for source, parts in splits["keep"].items()}  # fmt: skip
-    if "examples" in needs or not own_sets:
-        data.forget_train_rows = maker.draw(forget)
-    if "examples" in needs:
-        data.keep_rows = maker.draw([row for rows in keep.values() for row in rows], answers=False)
+    taught: dict[str, list[Row]] = {}
     if "relearn" in needs:
-        data.relearn_sets = given_sets(own_sets, attacked, maker) if own_sets else default_sets(data, keep, maker)
+        taught = own_rows(own_sets, attacked) or first_sources(keep, maker.config.num_keep_sets)
+    drawn = maker.draw({FORGOTTEN: forget, **taught} if "examples" in needs or not own_sets else taught)
+    data.forget_train_rows = drawn.get(FORGOTTEN, [])
+    if "examples" in needs:
+        keep_rows = [row for rows in keep.values() for row in rows]
+        data.keep_rows = sample(keep_rows, maker.config.num_examples, maker.options.seed)
+    if "relearn" in needs:
+        sets = [RelearnSet(name, drawn[name]) for name in taught if drawn[name] or own_sets]
+        if empty := next((taught.name for taught in sets if not taught.rows), None):
+            raise UsageError(f"--relearn_data {empty}: holds no row to teach, beside those that are asked, with an "
+                             "answer of its own or of the original")  # fmt: skip
+        data.relearn_sets = sets if own_sets else [*forgotten_set(data), *sets]
     return data
 
 
@@ -132,38 +142,28 @@ def not_among(attacked: set[str], rows: list[Row]) -> list[Row]:
     return [row for row in rows if not row.is_text and prompt_hash(row.key) not in attacked]
 
 
-def given_sets(own_sets: dict[str, list[Row]], attacked: set[str], maker: ExampleMaker) -> list[RelearnSet]:
-    """Return the sets of --relearn_data, a set a source. Attacked prompts are left out of them, and that is said.
-
-    Raises UsageError if a source has no other row with an answer.
-    """
-    sets = []
+def own_rows(own_sets: dict[str, list[Row]], attacked: set[str]) -> dict[str, list[Row]]:
+    """Return the rows of --relearn_data by set. Attacked prompts are left out of them, and that is said."""
+    taught = {name: not_among(attacked, rows) for name, rows in own_sets.items()}
     for name, rows in own_sets.items():
-        others = not_among(attacked, rows)
-        if len(others) < len(rows):
-            log.warning("--relearn_data %s: %d of its rows are asked by the attack, and are not taught", name,
-                        len(rows) - len(others))  # fmt: skip
-        taught = maker.draw(others)
-        if not taught:
-            raise UsageError(f"--relearn_data {name}: holds no row to teach, beside those that are asked, with an "
-                             "answer of its own or of the original")  # fmt: skip
-        sets.append(RelearnSet(name, taught))
-    return sets
+        if left_out := len(rows) - len(taught[name]):
+            log.warning("--relearn_data %s: %d of its rows are asked by the attack, and are not taught", name, left_out)
+    return taught
 
 
-def default_sets(data: AttackData, keep: dict[str, list[Row]], maker: ExampleMaker) -> list[RelearnSet]:
-    """Return what is taught if no option names it: forgotten rows, and the first keep sources that hold prompts.
+def first_sources(keep: dict[str, list[Row]], count: int) -> dict[str, list[Row]]:
+    """Return the first `count` keep sources that hold prompts, by name."""
+    names_taken: set[str] = {FORGOTTEN}
+    sources = [source for source, rows in keep.items() if rows][:count]
+    return {free_name(source, names_taken): keep[source] for source in sources}
 
-    If there are too few forgotten rows beside the attacked ones, half of these are taught and the others asked.
-    """
-    sets = []
+
+def forgotten_set(data: AttackData) -> list[RelearnSet]:
+    """Return the set of forgotten rows. If there are too few beside the attacked ones, half of these are taught and the
+    others asked."""
     if len(data.forget_train_rows) >= FEWEST_TAUGHT:
-        sets.append(RelearnSet(FORGOTTEN, data.forget_train_rows))
-    elif len(data.asked) > 1:
-        taught = [dataclasses.replace(asked.row, response=asked.answer) for asked in data.asked[::2]]
-        sets.append(RelearnSet(f"half of the {FORGOTTEN}", taught, list(range(1, len(data.asked), 2))))
-    names_taken: set[str] = set()
-    prompts = {source: rows for source, rows in keep.items() if rows}
-    for source in list(prompts)[:DEFAULT_SETS]:
-        sets.append(RelearnSet(free_name(source, names_taken), maker.draw(prompts[source])))
-    return [taught for taught in sets if taught.rows]
+        return [RelearnSet(FORGOTTEN, data.forget_train_rows)]
+    if len(data.asked) < 2:
+        return []
+    taught = [dataclasses.replace(asked.row, response=asked.answer) for asked in data.asked[::2]]
+    return [RelearnSet(f"half of the {FORGOTTEN}", taught, list(range(1, len(data.asked), 2)))]

@@ -21,8 +21,8 @@ from evaluation.metrics.texts import on_topic
 from utils import UsageError, log
 
 QUICK_PROMPTS = 6
-QUICK = {"num_samples": 4, "num_examples": 4, "relearn_steps": 8, "relearn_answers": 1, "quantised_bits": (4,),
-         "pruned_shares": (0.3,), "ablated_layers": 4}  # fmt: skip
+QUICK = {"num_rephrasings": 6, "num_samples": 4, "num_examples": 4, "num_keep_sets": 0, "relearn_steps": 8,
+         "relearn_answers": 1, "quantised_bits": (4,), "pruned_shares": (0.3,), "ablated_layers": 4}  # fmt: skip
 NUM_EXAMPLES = 3  # answers that are shown of a variant
 CONTROL_NAMES = {"original": "the original", "retrained": "a model that never knew the rows", "chance": "guessing"}
 GIVEN_LABEL = "given"  # of an example, if nobody tells the judge's own label
@@ -66,7 +66,7 @@ def ask_attacks(
         return []
     config = make_config(options)
     maker = ExampleMaker(original=get_model("before").model, formatter=inputs.formatters["before"], given=given,
-                         options=options, count=config.num_examples)  # fmt: skip
+                         options=options, config=config)  # fmt: skip
     needs = set().union(*(ATTACKS[name].needs for name in names))
     data = collect_data(rows, inputs.splits, inputs.relearn_sets, needs, maker)
 

@@ -10,7 +10,7 @@ from test_attacks import make_target
 
 from engine.trained_on import TrainedOn
 from evaluation.attacks import ATTACKS, attack_names
-from evaluation.attacks.base import AskedRow, Attack, AttackResult, Probe, one_answer_each
+from evaluation.attacks.base import AskedRow, Attack, AttackConfig, AttackResult, Probe, one_answer_each
 from evaluation.attacks.rows import ExampleMaker, collect_data, forgotten_rows, read_relearn_data
 from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks, read_probes
 from evaluation.options import EvaluateOptions
@@ -51,11 +51,12 @@ def test_attacked_are_forgotten_prompts_of_every_group(caplog):
     assert len(forgotten_rows(lines, "chat", 100, seed=3).rows) == 60
 
 
-def maker(tmp_path=None, count=20, **said) -> ExampleMaker:
+def maker(tmp_path=None, **said) -> ExampleMaker:
     """A maker of examples whose original says "yes" or what it is given for a prompt."""
     options = EvaluateOptions(model_name=str(tmp_path or "none"))
     formatter = SimpleNamespace(prompt_of=lambda row, ask: row.prompt)
-    return ExampleMaker(original=said, formatter=formatter, given=given, options=options, count=count)
+    return ExampleMaker(original=said, formatter=formatter, given=given, options=options,
+                        config=AttackConfig(max_new_tokens=5, batch_size=8, seed=1))  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
