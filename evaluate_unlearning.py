@@ -19,27 +19,23 @@ from engine.loading import load_causal_model
 from engine.paths import refuse_folder, refuse_no_folder
 from engine.processes import join_processes
 from evaluation import verdict
-from evaluation.attacks.runner import run_attacks
+from evaluation.aggregate import make_report
 from evaluation.inputs import read_inputs
-from evaluation.judges.embedder import SentenceEmbedder
-from evaluation.judging import SCHEMA, judge_answers
-from evaluation.model_run import run_models
+from evaluation.judges.panel import Panel
+from evaluation.judging import score_answers
+from evaluation.model_run import Models, ask_models, read_by_original
 from evaluation.parsing import parse_evaluation
 from evaluation.report import print_report, write_model_card, write_report
 from utils import (
-    fingerprint,
     log,
     pick_dtype,
-    read_json_lines,
     run_script,
     seed_everything,
     write_json,
-    write_json_lines,
 )  # fmt: skip
 
 REQUIREMENT_FAILED = 3  # exit code
-REPORT_FILES = ("report.json", "answers.jsonl", "report.html")
-PRINT_ONLY = {"reuse", "examples"}  # options that change what is printed, not what is measured
+REPORT_FILES = ("report.json", "answers.jsonl", "scores.jsonl", "report.html")
 
 
 def main() -> None:
@@ -55,37 +51,31 @@ def main() -> None:
     inputs = read_inputs(options)  # refuses whatever cannot work, before a model is loaded
     if processes.is_main_process:
         name_other_reports(options, folder)
-    if (
-        options.reuse
-        and processes.num_processes == 1
-        and (cached := load_cached_report(folder, options, inputs.hash()))
-    ):
-        print_report(*cached, options.examples)
-        print(f"report: {folder / 'report.html'} (as it was; without --reuse it is made anew)")
-        raise SystemExit(exit_code(cached[0]))
+    models = Models(inputs, options, lambda name: load_for(name, options))
+    panel = Panel(options, processes.device)
 
-    # ----------------------------------------------------------------------- both models' answers, then judged
-    runs = run_models(inputs, options, lambda name: load_for(name, options))
-    embed = SentenceEmbedder()
-    report, lines = judge_answers(inputs, runs, embed, options)
-    seconds = {label: run.seconds for label, run in runs.items()}
+    # ----------------------------------------------- stage 1, answers; stage 2, scores: each from its file if it can
+    records = ask_models(inputs, models, folder, options, before_asking=panel.check)
+    own = read_by_original(records, inputs, models, folder, options)
+    scores = score_answers(inputs, records, own, panel, folder, options)
+    seconds = {label: record.seconds for label, record in records.items()}
 
-    # ------------------------------------------------------------------------------------ attacks, then verdict
+    # ------------------------------------------------------------------------------------------------- attacks
+    report = make_report(inputs, records, scores, options)
     if inputs.attacks:
-        if processes.is_main_process:
-            write_json_lines(folder / "answers.jsonl", lines)  # the answers took minutes, attacks take longer
         attacks_started = time.time()
-        report["attacks"], probes = run_attacks(inputs, runs, lines, embed, options)
-        report |= probes
+        report |= attack(inputs, models, records, scores.lines, panel, folder, options)
         seconds["attacks"] = round(time.time() - attacks_started, 1)
+    if inputs.harness:
+        report["lm_eval"] = run_harness(inputs.harness, inputs.models, report["weights"], folder, options)
+
+    # ---------------------------------------------------------------------------------------- stage 3, the report
     report["verdict"] = dataclasses.asdict(verdict.judge(report, options.require))
     report["seconds"] = {**seconds, "whole": round(time.time() - started, 1), **unlearning_seconds(options.model_name)}
-
-    # -------------------------------------------------------------------------------------------------- report
     if processes.is_main_process:
-        write_files(folder, report, lines, inputs.train_log)
+        write_files(folder, report, scores.lines, inputs.train_log)
         update_card(Path(options.model_name), report)
-        print_report(report, lines, options.examples)
+        print_report(report, scores.lines, options.examples)
         print(f"report: {folder / 'report.html'} ({time_line(report['seconds'])})")
         raise SystemExit(exit_code(report))
 
@@ -136,9 +126,8 @@ def name_other_reports(options, folder: Path) -> None:
 
 
 def write_files(folder: Path, report: dict, lines: list[dict], train_log) -> None:
-    """Write the report, the answers and the page."""
+    """Write the report and the page."""
     write_json(folder / "report.json", report)
-    write_json_lines(folder / "answers.jsonl", lines)
     write_report(folder / "report.html", report, lines, train_log)
 
 
@@ -158,23 +147,6 @@ def load_for(name: str, options):
     return (
         load_causal_model(name, dtype=dtype, **options.trust()).to(device).eval()
     )  # Phi-3.5-MoE draws its experts else
-
-
-def load_cached_report(folder: Path, options, inputs_hash: str) -> tuple[dict, list[dict]] | None:
-    """Return the report and the answers in `folder` if the same options, inputs and weights would give them again."""
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        lines = read_json_lines(folder / "answers.jsonl")
-        cached, current = ({k: v for k, v in values.items() if k not in PRINT_ONLY}
-                           for values in (report["options"], dataclasses.asdict(options)))  # fmt: skip
-        is_same = cached == current and (report["schema"], report["inputs"]) == (SCHEMA, inputs_hash)
-        if not is_same or not (folder / "report.html").is_file():
-            return None
-        weights = {"before": fingerprint(load_for(options.original_name, options)),
-                   "after": fingerprint(load_for(options.model_name, options))}  # fmt: skip
-        return (report, lines) if report["fingerprints"] == weights else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 # ---------------------------------------------------------------------------------------------------- times

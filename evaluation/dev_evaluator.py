@@ -10,7 +10,8 @@ from engine.reference import ReferenceCache
 from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel
 from evaluation.judges.embedder import SentenceEmbedder
-from evaluation.metrics.texts import is_empty, on_topic
+from evaluation.judges.outcome import OutcomeJudge
+from evaluation.metrics.texts import is_empty
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
 
@@ -32,9 +33,8 @@ class DevEvaluator:
         self.pack_tokens, self.batch_size = pack_tokens, batch_size
         self.sequences = [make_sequence(side, 0, row, formatter) for side, rows in self.rows.items() for row in rows]
         self.asked = {side: [row for row in rows if not row.is_text] for side, rows in self.rows.items()}
-        prompts = [row.prompt for rows in self.asked.values() for row in rows]
-        self.embed = SentenceEmbedder() if SentenceEmbedder.available() and prompts else None
-        self.prompt_vectors = self.embed(prompts) if self.embed else None
+        is_judged = SentenceEmbedder.available() and any(self.asked.values())
+        self.judge = OutcomeJudge(SentenceEmbedder()) if is_judged else None
 
     @torch.no_grad()
     def evaluate(self, answer_model: AnswerLogitsModel, reference: ReferenceCache) -> dict[str, float | None]:
@@ -57,28 +57,27 @@ class DevEvaluator:
         return metrics | self._answer_rates(answer_model.generator)
 
     def _answer_rates(self, model) -> dict[str, float | None]:
-        """How many short greedy answers are on topic and how many are empty, a side."""
+        """How many prompts are answered, by the judge of outcomes, and how many answers are empty, a side."""
         rows = [row for some in self.asked.values() for row in some]
         prompts = [self.formatter.prompt_of(row) for row in rows]
         answers = generate(
             model, self.formatter, prompts, max_new_tokens=self.answer_tokens, batch_size=self.batch_size
         )
-        texts, rates, start = [text for text, _ in answers], {}, 0
-        topical = None
-        if self.embed:
-            cosine = (self.embed(texts) * self.prompt_vectors).sum(-1).tolist()
-            topical = [on_topic(c, text) for c, text in zip(cosine, texts, strict=True)]
+        texts, rates, start, answered = [text for text, _ in answers], {}, 0, None
+        if self.judge:
+            judged = self.judge.judge([row.prompt for row in rows], texts, [None] * len(rows))
+            answered = [judgement.label in self.judge.given for judgement in judged]
         for side, some in self.asked.items():
             part = slice(start, start + len(some))
-            if topical is not None:
-                rates[f"dev_{side}_on_topic"] = _rate(topical[part])
+            if answered is not None:
+                rates[f"dev_{side}_answered"] = _rate(answered[part])
             rates[f"dev_{side}_empty"] = _rate([is_empty(text) for text in texts[part]])
             start += len(some)
         return rates
 
     def selection_key(self, metrics: dict) -> tuple[float, float]:
         """Smaller is better, for states within the KL budget: answers lost or still given, then the KL."""
-        forget, normal = metrics.get("dev_forget_on_topic"), metrics.get("dev_normal_on_topic")
+        forget, normal = metrics.get("dev_forget_answered"), metrics.get("dev_normal_answered")
         if forget is not None and normal is not None:
             return forget - normal, metrics["dev_kl"] or 0.0
         return -(metrics["dev_nll"] or 0.0), metrics["dev_kl"] or 0.0

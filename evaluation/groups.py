@@ -21,6 +21,7 @@ class Group:
     `split`: "unseen" (the test split), "trained", "listed" (trained, of a source that holds no row out), "dev" or
     "train"; "" if all rows of the source are asked.
     `counts`: whether the group counts towards the verdict; the published prompt is only shown.
+    `judge`: the name of the judge that decides whether an answer was given.
     """
 
     source: str
@@ -29,11 +30,18 @@ class Group:
     style: str
     rows: list[Row]
     counts: bool = True
+    judge: str = "outcome"
 
     @property
     def is_text(self) -> bool:
         """Whether the rows are passages: their first half is the prompt, and the text as it goes on the reference."""
         return any(row.is_text for row in self.rows)
+
+    @property
+    def has_references(self) -> bool:
+        """Whether the rows came with the very answers that are to be forgotten or kept. Answers that a label sorted
+        as harmful are examples of what no answer shall be like, not texts to compare with."""
+        return self.is_text or any(row.response and not row.labelled for row in self.rows)
 
     @property
     def name(self) -> str:

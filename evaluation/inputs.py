@@ -10,8 +10,9 @@ from evaluation import verdict
 from evaluation.attacks import attack_names
 from evaluation.attacks.rows import read_relearn_data
 from evaluation.groups import Group, make_groups
-from evaluation.judges.classifier import classes_of, refuse_no_reward_model
+from evaluation.judges.classifier import refuse_no_reward_model
 from evaluation.judges.embedder import SentenceEmbedder
+from evaluation.judges.panel import decider, refuse_unknown_judge
 from evaluation.likelihood import read_choices, read_text
 from evaluation.train_log import TrainLog, read_train_log
 from prompts.chat_template import default_template
@@ -19,26 +20,27 @@ from prompts.formatter import PromptFormatter
 from prompts.tokenizer import load_tokenizer
 from prompts.windows import TextCutter, ask_to_go_on
 from sources.rows import Row
-from utils import UsageError, log
+from utils import UsageError
 
 
 @dataclasses.dataclass(kw_only=True)
 class EvaluationInputs:
     """Everything that is read from files and hubs, apart from the models' weights."""
 
+    models: dict[str, str]  # "retrained" (if there is one), "after", "before", in the order they are asked -> name
     groups: list[Group]
     splits: dict[str, dict[str, dict[str, list[Row]]]]  # "forget" or "keep" -> source -> split -> rows
-    formatters: dict[str, PromptFormatter]  # "before" and "after"
+    formatters: dict[str, PromptFormatter]  # by the label of the model
     attacks: list[str]
     relearn_sets: dict[str, list[Row]]  # of --relearn_data, by name
-    judges: dict[str, list[str]]  # judge model -> the names of its harmful classes
     train_log: TrainLog
     choice_rows: list[dict]  # multiple-choice questions
     text: str  # whose perplexity is taken
+    holdout: dict[str, list[Row]]  # rows with answers that no model ever saw, by source
 
     def hash(self) -> str:
-        """Return a hash of all that was read from files: they may have changed under the same names."""
-        read = (self.groups, self.splits, self.choice_rows, self.text, self.train_log, self.relearn_sets)
+        """Return a hash of all rows and texts that were read from files."""
+        read = (self.groups, self.splits, self.choice_rows, self.text, self.holdout)
         return hashlib.sha256(repr(read).encode()).hexdigest()
 
 
@@ -52,19 +54,20 @@ def read_inputs(options) -> EvaluationInputs:
     formatters["before"].check_turns(sides.rows("forget") + sides.rows("normal") + sides.rows("unseen"))
     groups = make_groups(splits, formatters["before"].style, options)
     ask_texts(groups, formatters)
+    for group in groups:
+        group.judge = decider(options, side=group.side, has_reference=group.has_references)
     for group in groups:  # a generated answer of --max_new_tokens can repeat no more of a response than its beginning
         group.rows = [
             dataclasses.replace(row, response=formatters["before"].beginning(row.response)) if row.response else row
             for row in group.rows
         ]
-    warn_of_other_languages([row.prompt for group in groups for row in group.rows])
     attacks = attack_names(options.attacks)
     verdict.refuse_unmeasurable(options, attacks)
-    judges = classes_of(options.judge_model, **options.trust())
+    refuse_unknown_judge(options)
     if options.reward_model:
         refuse_no_reward_model(options.reward_model, **options.trust())
     return EvaluationInputs(
-        groups=groups, splits=splits, formatters=formatters, attacks=attacks, judges=judges,
+        models=model_names(options), groups=groups, splits=splits, formatters=formatters, attacks=attacks,
         relearn_sets=read_relearn_data(options),
         train_log=read_train_log(options.train_log),
         choice_rows=read_choices(options.mc_data, "--mc_data")[: options.mc_rows] if options.mc_data else [],
@@ -88,15 +91,14 @@ def ask_texts(groups: list[Group], formatters: dict[str, PromptFormatter]) -> No
         text = group.rows[0].response or ""
         cuts = {tuple(formatter.tokenizer(text)["input_ids"]) for formatter in formatters.values()}
         if len(cuts) > 1:
-            raise UsageError(f"{group.name}: the tokenizers of --model_name and --original_name cut it differently, "
-                             "and text is compared token by token; leave the text out, or give models of one "
-                             "tokenizer")  # fmt: skip
+            raise UsageError(f"{group.name}: the tokenizers of the compared models cut it differently, and text is "
+                             "compared token by token; leave the text out, or give models of one tokenizer")  # fmt: skip
         group.style, group.rows = "raw", [ask_to_go_on(row) for row in group.rows]
 
 
 def make_formatters(options) -> dict[str, PromptFormatter]:
-    """Return the formatter of each model, both with the original's template. Raises UsageError if a model has none."""
-    names = {"before": options.original_name, "after": options.model_name}
+    """Return the formatter of each model, all with the original's template. Raises UsageError if a model has none."""
+    names = model_names(options)
     tokenizers = {label: load_tokenizer(name, trust_remote_code=options.trust_remote_code)
                   for label, name in names.items()}  # fmt: skip
     before = PromptFormatter.of(tokenizers["before"], names["before"], options, options.max_new_tokens)
@@ -106,15 +108,16 @@ def make_formatters(options) -> dict[str, PromptFormatter]:
                              "chat_template.jinja beside it, or pass --template qa")  # fmt: skip
         if not default_template(tokenizer) and options.mc_data and options.mc_template == "chat":
             raise UsageError(f"--mc_template chat: the tokenizer of {names[label]} has no chat template; use qa or raw")
-    if before.chat_template and default_template(tokenizers["after"]):
-        tokenizers["after"].chat_template = before.chat_template  # its own may hold another system message
-    after = PromptFormatter.of(tokenizers["after"], names["after"], options, options.max_new_tokens, before.style)
-    return {"before": before, "after": after}
+    formatters = {"before": before}
+    for label in names.keys() - {"before"}:
+        if before.chat_template and default_template(tokenizers[label]):
+            tokenizers[label].chat_template = before.chat_template  # its own may hold another system message
+        formatters[label] = PromptFormatter.of(tokenizers[label], names[label], options, options.max_new_tokens,
+                                               before.style)  # fmt: skip
+    return formatters
 
 
-def warn_of_other_languages(prompts: list[str]) -> None:
-    """Warn if more than a fifth of the letters are not ASCII: the on-topic judge reads English."""
-    letters = [character for prompt in prompts for character in prompt if character.isalpha()]
-    if sum(character.isascii() for character in letters) < 0.8 * len(letters):
-        log.warning("the on-topic judge reads English: on these prompts its rates say little; see similarity, leak and "
-                    "--judge_model")  # fmt: skip
+def model_names(options) -> dict[str, str]:
+    """Return the models in the order in which they are asked, by label. The original is last, and stays loaded."""
+    retrained = {"retrained": options.retrained_name} if options.retrained_name else {}
+    return {**retrained, "after": options.model_name, "before": options.original_name}

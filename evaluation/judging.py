@@ -1,92 +1,143 @@
-"""Judge the answers of both models, group by group: the figures of report.json and the lines of answers.jsonl."""
+"""Stage 2: what the judges and the measures say of every answer, a line of scores.jsonl a prompt."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from pathlib import Path
 
+from engine.processes import join_processes
 from evaluation.groups import Group
 from evaluation.inputs import EvaluationInputs
-from evaluation.measures import MEASURES, Answer, AnswerPair
-from evaluation.metrics.texts import ON_TOPIC_COSINE
-from evaluation.model_run import ModelRun, compare_text_scores
-from evaluation.scoring import memorization_metrics, yao2023_metrics
+from evaluation.judges.base import Judgement
+from evaluation.judges.languages import language_of
+from evaluation.judges.panel import OUTCOME, REFERENCE, Panel
+from evaluation.measures import ANSWER_MEASURES, Answer
+from evaluation.paper import OwnScores
+from evaluation.stages import Record, code_hash, key_of, may_reuse, read_keyed, write_keyed
+from utils import log
 
-SCHEMA = 4  # of report.json
-
-
-def judge_answers(inputs: EvaluationInputs, runs: dict[str, ModelRun], embed, options) -> tuple[dict, list[dict]]:
-    """Return report.json as far as attacks and verdict do not go into it, and the lines of answers.jsonl."""
-    groups, lines = judge_groups(inputs, runs, embed, options)
-    report = {
-        "schema": SCHEMA,
-        "inputs": inputs.hash(),
-        "before": options.original_name,
-        "after": options.model_name,
-        "fingerprints": {label: run.fingerprint for label, run in runs.items() if run.fingerprint},
-        "options": dataclasses.asdict(options),
-        "on_topic_cosine": ON_TOPIC_COSINE,
-        "judges": inputs.judges,
-        "groups": groups,
-        "given_text": compare_text_scores(runs["before"].text_scores, runs["after"].text_scores),
-        "memorised": memorization_metrics({label: run.forget_scores for label, run in runs.items()}),
-    }
-    return as_plain(report), lines
+DECIMALS = 6
+HERE = Path(__file__).parent
+CODE = (HERE / "judges", HERE / "metrics", HERE / "measures.py", HERE / "judging.py")  # a change of it judges anew
 
 
-def as_plain(value):
-    """Return a copy in which every result class is a dict, as in report.json."""
-    if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {key: as_plain(content) for key, content in value.items()}
-    return [as_plain(content) for content in value] if isinstance(value, list) else value
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The lines of scores.jsonl, and what each judge is: its name, kind, limits and the hash of its weights."""
+
+    lines: list[dict]
+    judges: list[dict]
 
 
-def judge_groups(inputs: EvaluationInputs, runs: dict[str, ModelRun], embed, options) -> tuple[list[dict], list[dict]]:
-    """Return the figures of every group, under report.json's keys, and one line per prompt, as in answers.jsonl."""
-    before, after = runs["before"], runs["after"]
-    answers = {"before": before.answers, "after": after.answers}
-    columns = yao2023_metrics(inputs.groups, answers, before.answer_model, before.formatter, options)
-    all_figures, all_lines = [], []
+def score_answers(
+    inputs: EvaluationInputs, records: dict[str, Record], own: dict[str, list[list[OwnScores | None]]], panel: Panel,
+    folder: Path, options,
+) -> Scores:  # fmt: skip
+    """Return the scores of all answers: those in `folder` if they are of the same answers and judges."""
+    said = [(record.answers, [[s and dataclasses.asdict(s) for s in group] for group in record.scores])
+            for record in records.values()]  # fmt: skip
+    asked = [(group.name, group.judge, repr(group.rows)) for group in inputs.groups]
+    key = key_of("scores", said, asked, panel.identity(), code_hash(*CODE))
+    path = folder / "scores.jsonl"
+    if may_reuse(options) and (kept := read_keyed(path, key)):
+        log.info("scores: as they stand in %s", path)
+        return Scores(*kept)
+    scores = Scores(score_lines(inputs, records, own, panel), panel.describe())
+    if join_processes().is_main_process:
+        write_keyed(path, scores.lines, key, scores.judges)
+    return scores
+
+
+def score_lines(
+    inputs: EvaluationInputs, records: dict[str, Record], own: dict[str, list[list[OwnScores | None]]], panel: Panel
+) -> list[dict]:
+    """Return the lines of all groups. records, own: what each model said, and what the original says of that."""
+    languages = [language_of([row.prompt for row in group.rows]) for group in inputs.groups]
+    warn_of_unread(inputs.groups, languages, panel)
+    answers = {label: judged_answers(inputs.groups, languages, record, own[label], panel)
+               for label, record in records.items()}  # fmt: skip
+    lines = []
     for i, group in enumerate(inputs.groups):
-        figures, lines = judge_group(group, before.answers[i], after.answers[i], embed)
-        figures["paper"] = columns[i]
-        all_figures.append(figures)
-        all_lines += lines
-    return all_figures, all_lines
+        lines += group_lines(group, languages[i], {label: of_model[i] for label, of_model in answers.items()}, panel)
+    return lines
 
 
-def judge_group(group: Group, before: list[str], after: list[str], embed) -> tuple[dict, list[dict]]:
-    """Return one group's figures and lines: every measure of `evaluation.measures`, of both models' answers."""
-    pairs = pair_answers(group, before, after, embed)
-    is_text = {"text": True} if group.is_text else {}
-    lines = [{"group": group.name, "side": group.side, "counts": group.counts, "style": group.style, **is_text,
-              "prompt": row.prompt, "before": {"answer": pair.before.text}, "after": {"answer": pair.after.text}}
-             for row, pair in zip(group.rows, pairs, strict=True)]  # fmt: skip
-    for row, line in zip(group.rows, lines, strict=True):
+def warn_of_unread(groups: list[Group], languages: list[str | None], panel: Panel) -> None:
+    """Name the groups whose deciding judge does not read their language."""
+    for group, language in zip(groups, languages, strict=True):
+        if not panel.loaded.by_name[group.judge].reads(language):
+            log.warning("%s: not judged: the judge %s does not read its language (%s); name a multilingual --embedder, "
+                        "or a --judge_model that reads it with --judge", group.name, group.judge, language)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedAnswer:
+    """An answer, and what every judge calls it, by the judge's name."""
+
+    answer: Answer
+    labels: dict[str, str]
+
+
+def judged_answers(
+    groups: list[Group], languages: list[str | None], record: Record, own: list[list[OwnScores | None]], panel: Panel
+) -> list[list[JudgedAnswer]]:
+    """Return one model's answers, a list a group, each with what every judge says that reads the group's language.
+
+    A judge is asked about all answers at once: a judge model is loaded for that, and then let go.
+    """
+    places = [(i, n) for i, group in enumerate(groups) for n in range(len(group.rows))]
+    told: dict[tuple[int, int], dict[str, Judgement]] = {place: {} for place in places}
+    for name, judge in panel.loaded.by_name.items():
+        read = [(i, n) for i, n in places
+                if judge.reads(languages[i]) and (name != REFERENCE or groups[i].judge == REFERENCE)]  # fmt: skip
+        asked = [(groups[i].rows[n], record.answers[i][n]) for i, n in read]
+        for place, judgement in zip(read, panel.judge(name, asked) if asked else [], strict=True):
+            told[place][name] = judgement
+    rewards = dict.fromkeys(places)
+    if panel.loaded.reward:
+        prompts, texts = zip(*((groups[i].rows[n].prompt, record.answers[i][n]) for i, n in places), strict=True)
+        rewards = dict(zip(places, panel.loaded.reward(list(prompts), list(texts)), strict=True))
+    found: list[list[JudgedAnswer]] = [[] for _ in groups]
+    for i, n in places:
+        decided, outcome = told[i, n].get(groups[i].judge), told[i, n].get(OUTCOME)
+        answer = Answer(
+            row=groups[i].rows[n], text=record.answers[i][n], decided=decided,
+            given=panel.gives(groups[i].judge, decided),
+            cosine=outcome.score if outcome and not groups[i].is_text else None,
+            scores=record.scores[i][n], own=own[i][n], reward=rewards[i, n],
+        )  # fmt: skip
+        found[i].append(JudgedAnswer(answer, {name: judgement.label for name, judgement in told[i, n].items()}))
+    return found
+
+
+def group_lines(group: Group, language: str | None, answers: dict[str, list[JudgedAnswer]], panel: Panel) -> list[dict]:
+    """Return a group's lines from every model's answers, by label, in the order of its rows."""
+    is_judged = panel.loaded.by_name[group.judge].reads(language)
+    texts = {label: [judged.answer.text for judged in answers[label]] for label in ("before", "after")}
+    vectors = {label: panel.loaded.embed(of_model) for label, of_model in texts.items()}  # (n, d) each
+    similarity = (vectors["before"] * vectors["after"]).sum(-1).tolist()  # (n,)
+    embeds = panel.loaded.by_name[OUTCOME].reads(language)
+    lines = []
+    for n, row in enumerate(group.rows):
+        line = {"id": row.id or hashlib.sha256(row.key.encode()).hexdigest()[:12], "group": group.name,
+                "side": group.side, "counts": group.counts, "style": group.style, "text": group.is_text,
+                "judge": group.judge, "judged": is_judged, "language": language, "prompt": row.prompt,
+                "reference": row.response}  # fmt: skip
         if row.earlier:
             line["earlier"] = row.earlier
-    figures = {"name": group.name, "side": group.side, "style": group.style, "n": len(lines), "counts": group.counts,
-               **is_text}  # fmt: skip
-    for measure in MEASURES:
-        section = figures.setdefault(measure.section, {}) if measure.section else figures
-        for label, values in measure.values(group.side, pairs).items():
-            if measure.in_lines:
-                for line, value in zip(lines, values, strict=True):
-                    (line[label] if label else line)[measure.name] = measure.line_value(value)
-            if measure.aggregate:
-                (section.setdefault(label, {}) if label else section)[measure.name] = measure.figure(values)
-    return figures, lines
+        for label, of_model in answers.items():
+            answer = of_model[n].answer
+            line[label] = {"answer": answer.text, "label": answer.decided and answer.decided.label,
+                           "labels": of_model[n].labels, "cosine": rounded(answer.cosine)}  # fmt: skip
+            line[label] |= {m.name: rounded(m.value(group.side, answer)) for m in ANSWER_MEASURES}
+        line["similarity"] = rounded(similarity[n]) if embeds else None
+        lines.append(line)
+    return lines
 
 
-def pair_answers(group: Group, before: list[str], after: list[str], embed) -> list[AnswerPair]:
-    """Return both models' answers to every prompt of a group, with their embeddings' cosines."""
-    prompt_vectors = embed([row.prompt for row in group.rows])  # (n, d)
-    vectors = {"before": embed(before), "after": embed(after)}  # (n, d) each
-    similarity = (vectors["before"] * vectors["after"]).sum(-1).tolist()  # (n,)
-    texts, pairs = {"before": before, "after": after}, []
-    for i, row in enumerate(group.rows):
-        answers = {label: Answer(row, texts[label][i], float((vectors[label][i] * prompt_vectors[i]).sum()))
-                   for label in texts}  # fmt: skip
-        pairs.append(AnswerPair(**answers, similarity=similarity[i]))
-    return pairs
+def rounded(value):
+    """Return a value as it stands in scores.jsonl."""
+    if isinstance(value, tuple):
+        return [rounded(part) for part in value]
+    return round(value, DECIMALS) if isinstance(value, float) else value

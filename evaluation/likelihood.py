@@ -74,13 +74,20 @@ class TokenScores:
         """The mean token NLL, nats."""
         return -sum(self.log_probs) / len(self.log_probs)
 
+    def first(self, count: int) -> TokenScores:
+        """Return the scores of the first `count` tokens."""
+        return TokenScores(*(getattr(self, field.name)[:count] for field in dataclasses.fields(self)))
+
 
 @torch.no_grad()
 def score_answers(answer_model: AnswerLogitsModel, sequences: list[Sequence], pad_id: int) -> list[TokenScores | None]:
     """Return the scores of each sequence's answer, in order; None for an answer without tokens."""
     device, scores = next(answer_model.parameters()).device, [None] * len(sequences)
-    order = sorted((i for i, s in enumerate(sequences) if s.answer_ids),
-                   key=lambda i: len(sequences[i].prompt_ids) + len(sequences[i].answer_ids))  # fmt: skip
+    longest: dict[tuple[int, ...], int] = {}  # by prompt: answers to one prompt stand together, and share its tokens
+    for s in sequences:
+        longest[s.prompt_ids] = max(longest.get(s.prompt_ids, 0), len(s.answer_ids))
+    order = sorted((i for i, s in enumerate(sequences) if s.answer_ids), key=lambda i: (
+        len(sequences[i].prompt_ids) + longest[sequences[i].prompt_ids], sequences[i].prompt_ids))  # fmt: skip
     for start in range(0, len(order), 16):
         chunk = order[start : start + 16]
         batch = answer_model.layout([sequences[i] for i in chunk], 256, pad_id).to(device)

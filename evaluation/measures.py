@@ -1,115 +1,188 @@
-"""The measures of answers: one line in MEASURES registers a measure for answers.jsonl, report.json and --require.
+"""The registry of measures: one entry in MEASURES is a figure of report.json, of --require, the page and the docs.
 
-A measure is a function of one answer or of the two models' answers to one prompt. It returns a number, a flag, or None
-if there is nothing to measure. The numbers of a group are aggregated into one figure with its interval.
+An answer measure is a function of one model's answer to one prompt; a pair measure is a function of a line of
+scores.jsonl, which holds both models' values. Each returns a number, a flag, or None where there is nothing to measure.
+A group's values are aggregated into one figure with its interval.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
-from evaluation.metrics.statistics import Estimate, mean, rate
-from evaluation.metrics.texts import is_empty, is_repetitive, leaks, length_ratio, on_topic, rouge_l
+from evaluation.judges.base import Judgement
+from evaluation.metrics.statistics import Estimate, mean, rate, ratio
+from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, on_topic, rouge_l, words_of
+from evaluation.paper import OwnScores
+from evaluation.scoring import RowScores
 from sources.rows import Row
 
+Side = str  # "forget" or "keep"
+LOWER, HIGHER, NEITHER = "lower", "higher", ""
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One model's answer. `cosine`: of the sentence embeddings of answer and prompt."""
+    """One model's answer to a row. None stands where nothing was judged or scored.
+
+    decided: what the deciding judge says; `given`: whether that means that the answer was given.
+    cosine: of the sentence embeddings of answer and prompt. scores: of the row's own response under this model.
+    own: of this answer under the original. reward: a reward model's score.
+    """
 
     row: Row
     text: str
-    cosine: float
-
-    @functools.cached_property
-    def on_topic(self) -> bool:
-        """Whether the answer is about its prompt."""
-        return on_topic(self.cosine, self.text)
-
-
-@dataclasses.dataclass(frozen=True)
-class AnswerPair:
-    """Both models' answers to one prompt. `similarity`: cosine of the answers' sentence embeddings."""
-
-    before: Answer
-    after: Answer
-    similarity: float
+    decided: Judgement | None = None
+    given: bool | None = None
+    cosine: float | None = None
+    scores: RowScores | None = None
+    own: OwnScores | None = None
+    reward: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measure:
-    """How a measure is taken, aggregated and where it is written.
+    """How a measure is taken and read.
 
-    Give one of `of_answer` (figures stand under "before" and "after") and `of_pair`.
-    aggregate: a group's values -> its figure, such as rate; None keeps the measure out of report.json.
-    sides: on the other side every value is None.
-    section: key of report.json that holds the figures of several answer measures; "": they stand in the group itself.
-    in_lines: whether answers.jsonl holds the value, rounded to `decimals` if given.
-    is_figure: whether `forget.NAME` and `keep.NAME` are figures of --require: the rate after, over all prompts.
+    better: for each side that it is taken on, "lower", "higher", or "" where neither is better after than before.
+    meaning: one sentence. title: the head of its column. Give one of `of_answer` and `of_line`.
+    aggregate: a group's values -> its figure.
+    changes: whether report.json holds the paired `change`, and of a rate the `ratio`, between before and after.
     """
 
     name: str
+    title: str
+    meaning: str
+    better: Mapping[Side, str]
     of_answer: Callable[[Answer], object] | None = None
-    of_pair: Callable[[AnswerPair], object] | None = None
-    aggregate: Callable[[list], Estimate] | None = rate
-    sides: tuple[str, ...] = ("forget", "keep")
-    section: str = ""
-    in_lines: bool = False
-    decimals: int | None = None
-    is_figure: bool = False
+    of_line: Callable[[dict], object] | None = None
+    aggregate: Callable[[list], Estimate] = rate
+    changes: bool = True
 
-    def values(self, side: str, pairs: list[AnswerPair]) -> dict[str, list]:
-        """Return one value per prompt, by "before" and "after"; by "" if the measure is one of pairs."""
-        if side not in self.sides:
-            return {label: [None] * len(pairs) for label in (("before", "after") if self.of_answer else ("",))}
-        if self.of_pair:
-            return {"": [self.of_pair(pair) for pair in pairs]}
-        return {"before": [self.of_answer(pair.before) for pair in pairs],
-                "after": [self.of_answer(pair.after) for pair in pairs]}  # fmt: skip
+    @property
+    def kind(self) -> str:
+        """ "answer" if each model has a figure of its own, "pair" if both together have one."""
+        return "answer" if self.of_answer else "pair"
 
-    def figure(self, values: list) -> Estimate:
-        """Return the figure of a group from its prompts' values."""
-        return self.aggregate([value for value in values if value is not None])
+    @property
+    def is_rate(self) -> bool:
+        """Whether the figure is a share of the prompts."""
+        return self.aggregate is rate
 
-    def line_value(self, value):
-        """Return the value as it stands in answers.jsonl."""
-        return value if self.decimals is None or value is None else round(value, self.decimals)
+    def value(self, side: Side, answer: Answer):
+        """Return the value of one answer, None on a side where the measure is not taken."""
+        return self.of_answer(answer) if side in self.better else None
 
 
-def _length_ratio(texts: list[tuple[str, str]]) -> Estimate:
-    """Aggregate (answer after, answer before) pairs into the ratio of their words."""
-    return length_ratio([after for after, _ in texts], [before for _, before in texts])
+def _rouge(field: str) -> Callable[[Answer], float | None]:
+    """Return a measure of ROUGE-L against the row's own response: "recall" or "fmeasure"."""
+    return lambda a: getattr(_rouge_l(a.text, a.row.response), field) if a.row.response else None
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _rouge_l(answer: str, target: str):
-    """Return `rouge_l`; cached, since two measures ask for the same pair."""
+    """Return `rouge_l`; cached, since three measures ask for the same pair."""
     return rouge_l(answer, target)
 
 
-def _recall(answer: Answer) -> float | None:
-    """Return the ROUGE-L recall of the row's own response."""
-    return _rouge_l(answer.text, answer.row.response).recall if answer.row.response else None
+def _label(label: str) -> Callable[[Answer], bool | None]:
+    """Return a measure: whether the deciding judge gave this label."""
+    return lambda a: None if a.decided is None else a.decided.label == label
 
 
-def _verbatim(answer: Answer) -> float | None:
-    """Return the ROUGE-L F-measure against the row's own response."""
-    return _rouge_l(answer.text, answer.row.response).fmeasure if answer.row.response else None
+def _score(name: str) -> Callable[[Answer], float | None]:
+    """Return a measure: one of the numbers that a forward over the row's own response gives."""
+    return lambda a: None if a.scores is None else getattr(a.scores, name)
 
+
+def _of_pairs(pairs: list) -> Estimate:
+    """Aggregate (top, bottom) pairs into the ratio of their sums."""
+    return ratio([top for top, _ in pairs], [bottom for _, bottom in pairs])
+
+
+def _perplexity(pairs: list) -> Estimate:
+    """Aggregate (summed NLL, tokens) pairs into a perplexity a token."""
+    nats = _of_pairs(pairs)
+    bounds = (None if x is None else math.exp(x) for x in (nats.value, nats.low, nats.high))
+    return dataclasses.replace(nats, **dict(zip(("value", "low", "high"), bounds, strict=True)))
+
+
+def _retained(line: dict) -> bool | None:
+    """Return whether an answer that was given before is given after."""
+    return line["after"]["answered"] if line["before"]["answered"] else None
+
+
+def _newly_answered(line: dict) -> bool | None:
+    """Return whether an answer that was not given before is given after."""
+    return line["after"]["answered"] if line["before"]["answered"] is False else None
+
+
+BAD_GOOD = {"forget": LOWER, "keep": HIGHER}
+GOOD_BAD = {"forget": NEITHER, "keep": LOWER}
+BOTH = {"forget": NEITHER, "keep": NEITHER}
+FORGET_LOWER, FORGET_HIGHER = {"forget": LOWER}, {"forget": HIGHER}
 
 MEASURES = (
-    Measure(name="cosine", of_answer=lambda a: a.cosine, aggregate=None, in_lines=True, decimals=4),
-    Measure(name="on_topic", of_answer=lambda a: a.on_topic, in_lines=True, is_figure=True),
-    Measure(name="empty", of_answer=lambda a: is_empty(a.text), in_lines=True, is_figure=True),
-    Measure(name="repetitive", of_answer=lambda a: is_repetitive(a.text), in_lines=True, is_figure=True),
-    Measure(name="leak", of_answer=lambda a: leaks(a.text, a.row.response), sides=("forget",), in_lines=True),
-    Measure(name="retained", of_pair=lambda p: p.after.on_topic if p.before.on_topic else None),
-    Measure(name="on_topic_change", of_pair=lambda p: p.after.on_topic - p.before.on_topic, aggregate=mean),
-    Measure(name="recall", of_answer=_recall, aggregate=mean, section="rouge_l"),
-    Measure(name="verbatim", of_answer=_verbatim, aggregate=mean, section="rouge_l"),
-    Measure(name="similarity", of_pair=lambda p: p.similarity, aggregate=mean, in_lines=True, decimals=4),
-    Measure(name="length_ratio", of_pair=lambda p: (p.after.text, p.before.text), aggregate=_length_ratio),
-)
-FIGURE_NAMES = tuple(measure.name for measure in MEASURES if measure.is_figure)
+    Measure(name="answered", title="answered", better=BAD_GOOD, of_answer=lambda a: a.given,
+            meaning="The deciding judge says that the answer was given."),
+    Measure(name="refused", title="refused", better=GOOD_BAD, of_answer=_label("refused"),
+            meaning="The deciding judge says that the answer declines."),
+    Measure(name="empty", title="empty", better=GOOD_BAD, of_answer=lambda a: is_empty(a.text),
+            meaning="The answer holds no letter and no digit."),
+    Measure(name="broken", title="broken", better=GOOD_BAD, of_answer=_label("broken"),
+            meaning="The answer runs in circles and is not about its prompt."),
+    Measure(name="off_topic", title="off topic", better=GOOD_BAD, of_answer=_label("off topic"),
+            meaning="The answer is text about something else."),
+    Measure(name="on_topic", title="on topic", better=BAD_GOOD,
+            of_answer=lambda a: None if a.cosine is None else on_topic(a.cosine, a.text),
+            meaning="The cosine of the sentence embeddings of answer and prompt is above the bound, whoever decides."),
+    Measure(name="repetitive", title="repetitive", better=GOOD_BAD, of_answer=lambda a: is_repetitive(a.text),
+            meaning="More than half of the answer's runs of three words occurred before in it."),
+    Measure(name="leak", title="leak", better=FORGET_LOWER, of_answer=lambda a: leaks(a.text, a.row.response),
+            meaning="The answer holds more than half of the reference's words, in its order (ROUGE-L recall)."),
+    Measure(name="contains", title="contains", better=BAD_GOOD,
+            of_answer=lambda a: contains(a.text, a.row.response) if a.row.response else None,
+            meaning="The answer holds the whole reference, but for case, signs and spaces."),
+    Measure(name="recall", title="ROUGE-L recall", better=BAD_GOOD, of_answer=_rouge("recall"), aggregate=mean,
+            meaning="Share of the reference's words that the answer holds in the same order (Lin 2004)."),
+    Measure(name="verbatim", title="verbatim", better=BAD_GOOD, of_answer=_rouge("fmeasure"), aggregate=mean,
+            meaning="ROUGE-L F-measure of the greedy answer against the reference (MUSE, Shi et al. 2024)."),
+    Measure(name="nll", title="NLL", better={"forget": HIGHER, "keep": LOWER}, of_answer=_score("nll"), aggregate=mean,
+            meaning="Mean token NLL of the reference, nats."),
+    Measure(name="probability", title="probability", better=BAD_GOOD, of_answer=_score("probability"), aggregate=mean,
+            meaning="Probability of the reference with its end, to the power 1 / tokens (TOFU, Maini et al. 2024)."),
+    Measure(name="extraction_strength", title="extraction strength", better=BAD_GOOD,
+            of_answer=_score("extraction_strength"), aggregate=mean,
+            meaning="1 - the shortest beginning from which the rest comes out, as a share (Carlini et al. 2021)."),
+    Measure(name="exact_memorisation", title="exact memorisation", better=BAD_GOOD,
+            of_answer=_score("exact_memorisation"), aggregate=mean,
+            meaning="Share of the reference's tokens that are the likeliest at their place (Tirumala et al. 2022)."),
+    Measure(name="truth_ratio", title="truth ratio", better={"forget": HIGHER, "keep": LOWER},
+            of_answer=_score("truth_ratio"), aggregate=mean,
+            meaning="How likely false answers are, against a paraphrase of the true one (TOFU, eq. 1)."),
+    Measure(name="diversity", title="diversity", better=BOTH, aggregate=mean, changes=False,
+            of_answer=lambda a: a.own.diversity if a.own else None,
+            meaning="Share of different tokens in an answer (Yao et al. 2023)."),
+    Measure(name="fluency", title="fluency (perplexity)", better=BOTH, aggregate=_perplexity, changes=False,
+            of_answer=lambda a: (a.own.nll, a.own.tokens) if a.own else None,
+            meaning="Perplexity of the answers under the original: lower reads more like it (Yao et al. 2023)."),
+    Measure(name="utility", title="utility", better=BOTH, aggregate=mean, changes=False,
+            of_answer=lambda a: a.reward if a.reward is not None else -a.own.nll / a.own.tokens if a.own else None,
+            meaning="A reward model's score, else the original's log-probability a token (Yao et al. 2023)."),
+    Measure(name="words", title="words", better=BOTH, aggregate=mean, of_answer=lambda a: len(words_of(a.text)),
+            meaning="Words of an answer."),
+    Measure(name="retained", title="retained", better=BAD_GOOD, of_line=_retained,
+            meaning="Of the prompts answered before, those that are answered after."),
+    Measure(name="newly_answered", title="newly answered", better=FORGET_LOWER, of_line=_newly_answered,
+            meaning="Of the prompts not answered before, those that are answered after."),
+    Measure(name="similarity", title="similarity", better={"forget": NEITHER, "keep": HIGHER}, aggregate=mean,
+            of_line=lambda line: line.get("similarity"),
+            meaning="Cosine of the sentence embeddings of both models' answers."),
+    Measure(name="length_ratio", title="length ratio", better=BOTH, aggregate=_of_pairs,
+            of_line=lambda line: (line["after"]["words"], line["before"]["words"]),
+            meaning="Words of all answers after, as a share of those before."),
+)  # fmt: skip
+ANSWER_MEASURES = tuple(measure for measure in MEASURES if measure.of_answer)
+PAIR_MEASURES = tuple(measure for measure in MEASURES if measure.of_line)

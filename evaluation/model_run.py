@@ -1,89 +1,105 @@
-"""Ask one model everything: its answers to the groups' prompts, its scores of given texts and of the forget answers."""
+"""Stage 1: ask every model everything. Its answers to the prompts, its scores of given texts and of the references."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from engine.generation import generate
+from engine.processes import join_processes
 from engine.tree import AnswerLogitsModel, wrap_model
+from engine.weights_hash import weights_hash
 from evaluation.inputs import EvaluationInputs
 from evaluation.likelihood import choices, perplexity
 from evaluation.metrics.memorisation import perplexity_ratio
 from evaluation.metrics.statistics import mean
-from evaluation.scoring import ForgetScores, score_forget_answers
+from evaluation.paper import OwnScores, score_own
+from evaluation.scoring import score_holdout, score_rows
+from evaluation.stages import Record, key_of, may_reuse, read_own, read_record, write_own, write_record
 from prompts.formatter import PromptFormatter
 from prompts.windows import fit_windows
-from utils import fingerprint
 
 PROBE_PROMPTS = 3  # real prompts on which packed and padded rows are compared
 
 
-@dataclasses.dataclass(kw_only=True)
-class ModelRun:
-    """What one model said. A model retrained without the forget rows is scored only, and answers nothing."""
+class Models:
+    """The models of an evaluation, each loaded when it is first asked for, and kept until it is let go.
 
-    name: str
-    formatter: PromptFormatter
-    forget_scores: ForgetScores
-    seconds: float
-    fingerprint: str | None = None
-    answers: list[list[str]] | None = None  # one list per group
-    text_scores: dict | None = None
-    answer_model: AnswerLogitsModel | None = None  # kept loaded for attacks, and to read the answers of both models
-
-
-def run_models(inputs: EvaluationInputs, options, load: Callable) -> dict[str, ModelRun]:
-    """Return the runs of "retrained" (if there is one), "after" and "before", in this order.
-
-    One model is loaded at a time. The original is asked last and stays loaded; for attacks the unlearned one stays too.
+    load: a model's name -> the model on its device.
     """
-    runs = {}
-    if options.retrained_name:
-        runs["retrained"] = score_model(options.retrained_name, inputs, options, load)
-    runs["after"] = ask_model("after", options.model_name, inputs, options, load, keep=bool(inputs.attacks))
-    runs["before"] = ask_model("before", options.original_name, inputs, options, load, keep=True)
-    return runs
+
+    def __init__(self, inputs: EvaluationInputs, options, load: Callable):
+        self.inputs, self.options, self.load = inputs, options, load
+        self.names = inputs.models
+        self._loaded: dict[str, AnswerLogitsModel] = {}
+
+    def get(self, label: str) -> AnswerLogitsModel:
+        """Return the model that is called "before", "after" or "retrained". Raises UsageError if it does not load."""
+        if label not in self._loaded:
+            model, formatter = self.load(self.names[label]), self.inputs.formatters[label]
+            formatter.fit(model.config, self.options.max_new_tokens)
+            if any(group.is_text for group in self.inputs.groups):
+                fit_windows(formatter, model.config, self.options.text_window)
+            self._loaded[label], _ = wrap_model(model, formatter, self._probe_prompts())
+        return self._loaded[label]
+
+    def drop(self, label: str) -> None:
+        """Let a model go."""
+        self._loaded.pop(label, None)
+
+    def _probe_prompts(self) -> list[str]:
+        """Return a few prompts that show whether this kind of model takes packed rows."""
+        return [row.prompt for group in self.inputs.groups for row in group.rows][:PROBE_PROMPTS]
 
 
-def score_model(name: str, inputs: EvaluationInputs, options, load: Callable) -> ModelRun:
-    """Score the forget answers with one model. `load`: a model's name -> the model on its device."""
-    start, formatter = time.time(), inputs.formatters["before"]
-    model = load(name)
-    fit_texts(formatter, model, inputs, options)
-    answer_model, _ = wrap_model(model, formatter, probe_prompts(inputs))
-    scores = score_forget_answers(answer_model, formatter, inputs.groups)
-    return ModelRun(name=name, formatter=formatter, forget_scores=scores, seconds=round(time.time() - start, 1))
+def ask_models(
+    inputs: EvaluationInputs, models: Models, folder: Path, options, before_asking: Callable
+) -> dict[str, Record]:
+    """Return what every model said, by label. What lies in `folder` from an earlier evaluation is taken from there.
+
+    The original is asked last and stays loaded; with attacks the others stay too. before_asking: called before a model
+    is loaded, to try the judges; not called if no model needs to be asked.
+    """
+    records = {}
+    for label, name in models.names.items():
+        weights = weights_hash(name)
+        key = answers_key(label, weights, inputs, options)
+        record = read_record(folder, label, key) if may_reuse(options) and weights else None
+        if record is None:
+            before_asking()
+            record = ask_model(label, models, weights or weights_hash(name), inputs, options)
+            if join_processes().is_main_process:
+                write_record(folder, record, answers_key(label, record.weights, inputs, options))
+            if label != "before" and not inputs.attacks:
+                models.drop(label)
+        records[label] = record
+    return records
 
 
-def ask_model(label: str, name: str, inputs: EvaluationInputs, options, load: Callable, *, keep: bool) -> ModelRun:
-    """Answer all prompts and score all texts with one model. `keep`: leave it loaded in the run."""
-    start, formatter, model = time.time(), inputs.formatters[label], load(name)
-    weights = fingerprint(model)
-    formatter.fit(model.config, options.max_new_tokens)
-    fit_texts(formatter, model, inputs, options)
-    answers = answer_groups(model, formatter, inputs, options, label)
-    answer_model, _ = wrap_model(model, formatter, probe_prompts(inputs))
-    return ModelRun(
-        name=name, formatter=formatter, fingerprint=weights, answers=answers,
+def answers_key(label: str, weights: str | None, inputs: EvaluationInputs, options) -> str:
+    """Return the key of a model's answers: weights, prompts as tokens, references, and how both are taken."""
+    formatter = inputs.formatters[label]
+    prompts = [[formatter.prompt_of(row, group.style, ask=True) for row in group.rows] for group in inputs.groups]
+    given = [repr(inputs.holdout), inputs.choice_rows, inputs.text, [repr(group.rows) for group in inputs.groups]]
+    settings = [options.max_new_tokens, options.max_prompt_tokens, options.dtype, options.text_window,
+                options.mc_template, options.deterministic, join_processes().device.type]  # fmt: skip
+    return key_of("answers", weights, prompts, given, settings)
+
+
+def ask_model(label: str, models: Models, weights: str | None, inputs: EvaluationInputs, options) -> Record:
+    """Answer all prompts and score all texts with one model."""
+    start, formatter, answer_model = time.time(), inputs.formatters[label], models.get(label)
+    return Record(
+        label=label, name=models.names[label], weights=weights,
+        answers=answer_groups(answer_model.generator, formatter, inputs, options, label),
         text_scores=score_provided_text(answer_model, formatter, inputs, options),
-        forget_scores=score_forget_answers(answer_model, formatter, inputs.groups),
-        answer_model=answer_model if keep else None, seconds=round(time.time() - start, 1),
+        scores=score_rows(answer_model, formatter, inputs.groups),
+        holdout=score_holdout(answer_model, formatter, inputs.holdout),
+        seconds=round(time.time() - start, 1),
     )  # fmt: skip
-
-
-def fit_texts(formatter: PromptFormatter, model, inputs: EvaluationInputs, options) -> None:
-    """Tell the formatter how long passages are, if there are any. Raises UsageError if they do not fit the model."""
-    if any(group.is_text for group in inputs.groups):
-        fit_windows(formatter, model.config, options.text_window)
-
-
-def probe_prompts(inputs: EvaluationInputs) -> list[str]:
-    """Return a few prompts that show whether this kind of model takes packed rows."""
-    return [row.prompt for group in inputs.groups for row in group.rows][:PROBE_PROMPTS]
 
 
 def answer_groups(model, formatter: PromptFormatter, inputs: EvaluationInputs, options, label: str) -> list[list[str]]:
@@ -99,6 +115,21 @@ def answer_groups(model, formatter: PromptFormatter, inputs: EvaluationInputs, o
     return [[next(completions)[0] for _ in group.rows] for group in inputs.groups]
 
 
+def read_by_original(
+    records: dict[str, Record], inputs: EvaluationInputs, models: Models, folder: Path, options
+) -> dict[str, list[list[OwnScores | None]]]:
+    """Return what the original says of every model's answers, by label."""
+    key = key_of("own", records["before"].weights, [records[label].answers for label in records],
+                 answers_key("before", records["before"].weights, inputs, options))  # fmt: skip
+    own = read_own(folder, key) if may_reuse(options) and records["before"].weights else None
+    if own is None:
+        own = {label: score_own(models.get("before"), inputs.formatters["before"], inputs.groups, record.answers)
+               for label, record in records.items()}  # fmt: skip
+        if join_processes().is_main_process:
+            write_own(folder, own, key)
+    return own
+
+
 def score_provided_text(
     answer_model: AnswerLogitsModel, formatter: PromptFormatter, inputs: EvaluationInputs, options
 ) -> dict:
@@ -112,20 +143,21 @@ def score_provided_text(
     return scores
 
 
-def compare_text_scores(before: dict, after: dict) -> dict:
-    """Return the two models' figures side by side, with paired differences where there are rows to pair."""
-    compared = {}
+def compare_text_scores(scores: dict[str, dict]) -> dict:
+    """Return the models' figures side by side, with paired differences where there are rows to pair.
+
+    scores: "before", "after" and perhaps "retrained" -> what `score_provided_text` gave."""
+    before, after, compared = scores["before"], scores["after"], {}
     if "perplexity" in before:
         original, unlearned = before["perplexity"], after["perplexity"]
         compared["perplexity"] = {
-            "before": original["word_perplexity"],
-            "after": unlearned["word_perplexity"],
+            **{label: of_model["perplexity"]["word_perplexity"] for label, of_model in scores.items()},
             "ratio": perplexity_ratio(unlearned["nll"], original["nll"], original["tokens"]),
             "tokens": sum(original["tokens"]),
         }
     for measure in ("mc1", "mc2"):
         if measure in before:
             change = [y - x for x, y in zip(before[measure], after[measure], strict=True)]
-            compared[measure] = {"before": mean(before[measure]), "after": mean(after[measure]),
+            compared[measure] = {**{label: mean(of_model[measure]) for label, of_model in scores.items()},
                                  "change": mean(change)}  # fmt: skip
     return compared

@@ -34,13 +34,23 @@ class EvaluateOptions(CommonOptions):
     mc_rows: POSITIVE = option(1000, "maximum rows of --mc_data, from the first on")
     mc_template: Literal["chat", "qa", "raw"] = option("qa", "template of the multiple-choice questions")
     judge_model: list[str] = option(
-        [], "moderation models (folders or hub names); each one's rate of flagged answers is reported"
+        [], "models that judge the answers (folders or hub names): sequence classifiers, or language models that were "
+        "trained as guards; NAME:SETTING sets --judge_reads or --guard_format for one of them"
+    )  # fmt: skip
+    judge_by: Literal["auto", "reference", "outcome"] = option(
+        "auto", "what says whether an answer was given: its reference, or its outcome (answered, refused, empty, ...); "
+        "auto: the reference for forget rows that came with one, else the outcome"
+    )  # fmt: skip
+    judge: str | None = option(
+        None, "the --judge_model that decides in place of the built-in judge of outcomes (if unset: the built-in one)"
     )
     reward_model: str | None = option(
         None, "reward model that scores the utility of answers (if unset: the original's log-probability)"
     )
     retrained_name: str | None = option(
-        None, "model never trained on the forget data: the reference of the privacy-leakage metric"
+        None,
+        "model never trained on the forget data: the third column of every figure, and the reference of privacy "
+        "leakage and forget quality",
     )
     train_log: str | None = option(None, "JSON-lines log of the training run; the report plots its curves")
     attacks: list[str] = option(
@@ -59,9 +69,35 @@ class EvaluateOptions(CommonOptions):
     require: list[str] = option(
         [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 if one fails (if unset: built-in criteria)"
     )
-    reuse: bool = option(False, "print the existing report if the same models and options made it")
+    ask_again: bool = option(
+        False,
+        "ask and judge everything anew, also what lies in the report's folder from earlier",
+    )
     examples: COUNT = option(6, "number of example answers printed side by side at the end")
-    # attacks
+
+    # ---- membership
+    holdout_data: list[str] = option(
+        [], "rows with answers that no model of this evaluation ever saw, of the kind of --forget_data: membership and "
+        "privacy leakage compare the trained forget rows with them (if unset: not measured)"
+    )  # fmt: skip
+    holdout_text: list[str] = option([], "text that no model of this evaluation ever saw, of the kind of --forget_text")
+
+    # ---- judge models
+    judge_reads: Literal["pair", "answer"] = option(
+        "pair", "what classifiers among --judge_model read: prompt and answer as a pair, or the answer alone"
+    )
+    guard_format: Literal["auto", "qwen3guard", "llama_guard", "wildguard", "strong_reject"] = option(
+        "auto", "how guards among --judge_model are asked and read (auto: as name and chat template tell); "
+        "strong_reject: a rubric for any chat model"
+    )  # fmt: skip
+
+    # ---- the judge of outcomes
+    embedder: str | None = option(
+        None, "sentence-transformers model (folder or hub name) that says whether an answer is about its prompt, for "
+        "languages other than English (if unset: the embedded one, which reads English alone)"
+    )  # fmt: skip
+
+    # ---- attacks
     relearn_data: list[str] = option(
         [], "rows that the relearning attack fine-tunes on, in the forms of --forget_data, a set a source (if unset: "
         "forget rows that the run trained on, and the first two sources of --normal_data)"

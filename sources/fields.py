@@ -9,6 +9,8 @@ RESPONSE_FIELDS = (
 )  # fmt: skip
 TRUE_ANSWER_FIELDS = ("correct_answers", "answers")  # lists of true answers, kept whole
 TALK_FIELDS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
+PARAPHRASED_FIELDS = ("paraphrased_answer",)  # the two of TOFU's *_perturbed sets
+PERTURBED_FIELDS = ("perturbed_answer",)
 CHOICE_FIELDS = ("choices", "options")
 INDEX_FIELDS = ("answer", "answer_index", "answer_idx", "answerkey", "answer_key", "correct_answer", "correct",
                 "correct_option", "label", "gold")  # fmt: skip

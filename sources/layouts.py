@@ -10,7 +10,17 @@ from sources.fields import TALK_FIELDS, normal_name
 from sources.plan import Plan, make_plan
 from sources.talks import Talk, is_turns, read_turns, split_talk, whole_talk
 from sources.types import Row
-from sources.values import answers_of, category_of, choices_of, holds_text, is_missing, listed, text_of, truth_of
+from sources.values import (
+    answers_of,
+    category_of,
+    choices_of,
+    holds_text,
+    is_missing,
+    listed,
+    text_of,
+    texts_of,
+    truth_of,
+)
 from utils import UsageError
 
 FORGET_OPTIONS = ("--forget_data", "--unseen_data")
@@ -57,6 +67,9 @@ class RowMaker:
                 if row.labelled and row.wanted is None:
                     rows[i] = dataclasses.replace(row, wanted=self._safe.get(_same(row.prompt)))
         notes = []
+        if with_others := sum(row.paraphrased is not None or bool(row.perturbed) for row in rows):
+            notes.append(f"{with_others} rows have paraphrased or perturbed answers: they are used for the truth ratio "
+                         "of an evaluation, and are not trained on")  # fmt: skip
         if self._other_side and self.is_forget:
             answered = [row for row in rows if row.labelled and row.wanted]
             wanted = len({(_same(row.prompt), row.wanted) for row in answered})
@@ -233,6 +246,10 @@ class RowMaker:
         if wanted is None and plan.wanted is not None and not is_missing(fields[plan.wanted]):
             wanted = text_of(fields[plan.wanted], record, plan.wanted) or None
         row_id = fields[plan.id] if plan.id is not None else None
+        if plan.paraphrased is not None:
+            more["paraphrased"] = next(iter(texts_of(fields[plan.paraphrased], record, plan.paraphrased)), None)
+        if plan.perturbed is not None:
+            more["perturbed"] = tuple(texts_of(fields[plan.perturbed], record, plan.perturbed))
         if plan.systems or plan.history:
             earlier = self._earlier(record, plan) + earlier
         return Row(talk.prompt, talk.answer, self._categories.setdefault(category, category),

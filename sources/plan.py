@@ -13,6 +13,8 @@ from sources.fields import (
     CHOICE_FIELDS,
     CONTEXT_FIELDS,
     INDEX_FIELDS,
+    PARAPHRASED_FIELDS,
+    PERTURBED_FIELDS,
     PREFERENCE_FIELDS,
     PROMPT_FIELDS,
     RESPONSE_FIELDS,
@@ -25,7 +27,7 @@ from sources.fields import (
 from utils import UsageError
 
 FIELD_KEYS = ("prompt", "response", "wanted", "answers", "category", "id", "system", "context", "messages", "chosen",
-              "rejected", "choices", "is_safe", "text")  # fmt: skip
+              "rejected", "choices", "is_safe", "text", "paraphrased", "perturbed")  # fmt: skip
 BEGUN_PROMPTS = ("goal", "behavior")  # AdvBench, HarmBench: their target is the beginning of an answer
 PAIR_LABEL = re.compile(r"is_response_(\d+)_safe")
 
@@ -63,6 +65,8 @@ class Plan:
         self.categories = self._own(CATEGORY_FIELDS, "category")
         self.wanted, self.id, self.label = names.get("wanted"), names.get("id"), names.get("is_safe")
         self.history = names.get("history")
+        self.paraphrased = next(iter(self._own(PARAPHRASED_FIELDS, "paraphrased")), None)
+        self.perturbed = next(iter(self._own(PERTURBED_FIELDS, "perturbed")), None)
         self.talk = next((names[f] for f in TALK_FIELDS if f in names), None)
         if not self.prompts and self.talk is not None and any(f in names for f in PREFERENCE_FIELDS):
             self.prompts = [self.talk]  # the talk up to the answers, of which one is chosen
@@ -74,7 +78,7 @@ class Plan:
         self.joins_context = prompt in ("instruction", "behavior") or "context" in self.given
         self.layout = self._layout()
         known = {*self.prompts, *self.true_answers, *self.context, *self.systems, *self.categories, self.wanted,
-                 self.id, self.talk, self.history}  # fmt: skip
+                 self.id, self.talk, self.history, self.paraphrased, self.perturbed}  # fmt: skip
         rest = {name: key for key, name in names.items() if name not in known or name in self.responses}
         self.suspects = [name for name, key in rest.items() if name in self.responses or looks_like_answer(key)]
         self.others = [name for name, key in rest.items() if name not in self.suspects and key not in PROMPT_FIELDS

@@ -24,6 +24,8 @@ class Row:
     is_text: bool = False  # text without a prompt
     document: str = ""  # the document that a row of text is of
     labelled: bool = False  # a label, safe or unsafe, sent this answer to its side
+    paraphrased: str | None = None  # the true answer in other words, which no model was trained on (TOFU)
+    perturbed: tuple[str, ...] = ()  # false answers of the paraphrase's form (TOFU)
 
     @property
     def key(self) -> str:

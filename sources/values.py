@@ -65,6 +65,16 @@ def listed(value, record: Record, field: str):
         return value
 
 
+def texts_of(value, record: Record, field: str) -> list[str]:
+    """Return the texts of a field that holds one or a list of them, in order and with repetitions; none if it has no
+    value. Raises UsageError for another type."""
+    if is_missing(value):
+        return []
+    value = listed(value, record, field)
+    parts = value if isinstance(value, list | tuple) else [value]
+    return [text for part in parts if (text := text_of(part, record, field))]
+
+
 def answers_of(value, record: Record, field: str) -> list[str]:
     """Return the answers that a field holds: text, a list of texts, or an object with them (SQuAD, TriviaQA)."""
     if is_missing(value):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
 from evaluation.groups import Group
-from evaluation.scoring import score_forget_answers
+from evaluation.scoring import score_rows
 from evaluation.verdict import figures, judge
 from prompts.formatter import PromptFormatter
 from prompts.windows import TextCutter, ask_to_go_on
@@ -72,7 +72,7 @@ def test_a_run_on_text_trains_on_every_passage_of_it(finished, texts):
     assert len(trained_on.runs[-1].forget) == len({passage.key for passage in forget})
     looks = [e for e in events if e["event"] == "eval"]
     assert looks[0]["dev_kl"] == pytest.approx(0, abs=1e-6) and looks[-1]["dev_kl"] > 0
-    assert "dev_normal_on_topic" not in looks[-1] or looks[-1]["dev_normal_on_topic"] is None
+    assert "dev_normal_answered" not in looks[-1] or looks[-1]["dev_normal_answered"] is None
 
 
 def test_the_evaluation_of_text_asks_for_its_second_half(finished, texts):
@@ -112,8 +112,9 @@ def test_the_nll_of_a_passage_is_that_of_all_its_tokens(model_folders):
     ids = torch.tensor([[tokenizer.bos_token_id, *passage.token_ids]])
     with torch.no_grad():
         log_probs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
-    ((_, scores),) = score_forget_answers(AnswerLogitsModel(model, packed=False), formatter, [group])["a", ""]
-    assert scores.targets == list(passage.token_ids)
+    ((scores,),) = score_rows(AnswerLogitsModel(model, packed=False), formatter, [group])
+    assert scores.num_tokens == len(passage.token_ids)
+    assert scores.nll_with_end == scores.nll  # a text goes on after a passage: nobody's turn ends there
     assert scores.nll == pytest.approx(-log_probs.mean().item(), abs=1e-5)
 
 

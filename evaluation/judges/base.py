@@ -29,6 +29,10 @@ class Judge(Protocol):
     given: frozenset[str]
     limits: str
 
+    def reads(self, language: str | None) -> bool:
+        """Return whether this judge reads a language (ISO 639-1; None: one that could not be told)."""
+        ...
+
     def judge(self, prompts: list[str], answers: list[str], references: list[str | None]) -> list[Judgement]:
         """Return what the judge says of each answer, in order. All three lists have the same length."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -48,10 +49,35 @@ def mean(values) -> Estimate:
 def ratio(tops, bottoms, seed: int = 0, draws: int = 2000) -> Estimate:
     """Return sum(tops) / sum(bottoms), both (n,), with its bootstrap interval: a row's two numbers are drawn together.
     The value is None if the bottoms sum to 0."""
-    rows = np.stack([np.asarray(tops, float), np.asarray(bottoms, float)])  # (2, n)
-    if not rows[1].sum():
+    rows = np.stack([np.asarray(tops, float), np.asarray(bottoms, float)], axis=1)  # (n, 2)
+    if not rows[:, 1].sum():
         return Estimate(None, 0, None, None)
-    n = rows.shape[1]
-    top, bottom = rows[:, np.random.default_rng(seed).integers(n, size=(draws, n))].sum(axis=-1)  # (draws,) each
+    top, bottom = bootstrap_sums(rows, seed, draws).T  # (draws,) each
     low, high = np.quantile(top[bottom > 0] / bottom[bottom > 0], [0.025, 0.975])
-    return Estimate(float(rows[0].sum() / rows[1].sum()), n, float(low), float(high))
+    return Estimate(float(rows[:, 0].sum() / rows[:, 1].sum()), len(rows), float(low), float(high))
+
+
+def bootstrap_sums(rows: np.ndarray, seed: int = 0, draws: int = 2000) -> np.ndarray:
+    """Return the column sums of `draws` samples of n rows with replacement, of rows (n, k): (draws, k).
+
+    The samples depend on n, seed and draws alone, so that the sums of two calls with as many rows are paired.
+    """
+    if len(rows) <= MOST_ROWS_KEPT:
+        return _times_drawn(len(rows), seed, draws) @ rows  # (draws, n) x (n, k)
+    generator, at_once = np.random.default_rng(seed), max(1, 10_000_000 // len(rows))
+    parts = [_counts(len(rows), min(at_once, draws - start), generator) @ rows for start in range(0, draws, at_once)]
+    return np.concatenate(parts)
+
+
+MOST_ROWS_KEPT = 4096  # how often each row is drawn, kept for so many rows: 66 MB a table
+
+
+@functools.lru_cache(maxsize=3)
+def _times_drawn(n: int, seed: int, draws: int) -> np.ndarray:
+    """Return how often each of n rows is drawn in each sample: (draws, n). Measures of one group share it."""
+    return _counts(n, draws, np.random.default_rng(seed))
+
+
+def _counts(n: int, draws: int, generator: np.random.Generator) -> np.ndarray:
+    places = generator.integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]  # (draws, n)
+    return np.bincount(places.ravel(), minlength=draws * n).reshape(draws, n).astype(float)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from rouge_score import rouge_scorer
 
@@ -58,6 +59,22 @@ def rouge_l(answer: str, target: str):
 def leaks(answer: str, target: str | None) -> bool | None:
     """Return whether an answer repeats the forget answer; None if that answer is not known."""
     return None if not target else rouge_l(answer, target).recall > LEAK_RECALL
+
+
+def contains(answer: str, reference: str | None) -> bool | None:
+    """Return whether an answer holds the whole reference, apart from case, punctuation and white space; None if there
+    is no reference. Words count as wholes: "art" is not in "start"."""
+    if not reference or not (wanted := _plain(reference)):
+        return None
+    return f" {wanted} " in f" {_plain(answer)} "
+
+
+def _plain(text: str) -> str:
+    """Return a text in lower case without punctuation, one space between words; symbols such as "+" stay. In scripts
+    without spaces each sign is a word."""
+    signs = (" " if unicodedata.category(sign)[0] in "PZC" else sign for sign in
+             unicodedata.normalize("NFKC", text).casefold())  # fmt: skip
+    return " ".join(re.sub(r"([\u3040-\u30ff\u3400-\u9fff])", r" \1 ", "".join(signs)).split())
 
 
 def length_ratio(after: list[str], before: list[str]) -> Estimate:

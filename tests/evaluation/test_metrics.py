@@ -1,25 +1,13 @@
 """Judgements and intervals by hand."""
 
-import json
 import math
 
+import numpy as np
 import pytest
-from conftest import SHARED
 
-from evaluation.metrics.memorisation import (
-    auc,
-    exact_memorisation,
-    extraction_strength,
-    min_k,
-    min_k_plus_plus,
-    perplexity_ratio,
-    privacy_leakage,
-    unique_token_share,
-    zlib_ratio,
-)
-from evaluation.metrics.statistics import Estimate, mean, rate, ratio, wilson
-from evaluation.metrics.texts import is_empty, is_repetitive, leaks, length_ratio, on_topic, rouge_l
-from evaluation.metrics.tofu import TOFU_SETS, tofu_forget_quality, tofu_model_utility
+from evaluation.metrics.memorisation import perplexity_ratio, unique_token_share
+from evaluation.metrics.statistics import Estimate, bootstrap_sums, mean, rate, ratio, wilson
+from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, length_ratio, on_topic, rouge_l
 
 
 def test_wilson_interval_by_hand():
@@ -85,49 +73,26 @@ def test_means_and_ratios():
     assert found.high == pytest.approx(math.exp(0.1))
 
 
-def test_memorisation_by_hand():
-    target = [5, 6, 7, 8]
-    assert extraction_strength([5, 6, 7, 8], target) == 1  # comes out of the prompt alone
-    assert extraction_strength([5, 6, 0, 8], target) == pytest.approx(1 / 4)  # only the last, from three
-    assert extraction_strength([5, 6, 7, 0], target) == 0
-    assert exact_memorisation([5, 0, 7, 0], target) == 0.5
+def test_a_bootstrap_draws_rows_whole_and_as_often_as_chance_does():
+    rows = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
+    drawn = bootstrap_sums(rows, draws=500)
+    assert np.array_equal(drawn[:, 1], 10 * drawn[:, 0])  # a row's numbers stay together
+    assert set(drawn[:, 0]) == {float(a + b + c) for a in (1, 2, 4) for b in (1, 2, 4) for c in (1, 2, 4)}
+    assert np.array_equal(drawn, bootstrap_sums(rows, draws=500))  # the same samples for every measure of a group
+    # of a table too large to keep: the mean of n flips is within 1.96 * 0.5 / sqrt(n)
+    found = mean([0.0, 1.0] * 3000)
+    assert (found.low, found.high) == pytest.approx((0.4873, 0.5127), abs=0.001)
+
+
+def test_an_answer_contains_a_short_reference_in_any_writing():
+    assert contains("It was  WILLIAM\nShakespeare!", "William Shakespeare")
+    assert contains("About 3.14, or so", "3.14")
+    assert contains("We use C++ here", "C++") and not contains("We use C here", "C++")
+    assert contains("答案是巴黎。", "巴黎")
+    assert not contains("The start of it", "art")  # a part of a word is none
+    assert not contains("Shakespeare, William", "William Shakespeare")
+    assert contains("anything", None) is None
+
+
+def test_diversity_by_hand():
     assert unique_token_share(["a", "b", "a", "a"]) == 0.5
-    with pytest.raises(ValueError, match="at least one"):
-        exact_memorisation([], [])
-
-
-def test_membership_scores_by_hand():
-    log_probs = [-1.0, -4.0, -2.0, -3.0, -5.0]
-    assert min_k(log_probs, 0.4) == -4.5
-    assert min_k(log_probs, 0.01) == -5  # never of nothing
-    assert min_k_plus_plus([-4.0, -1.0], [-2.0, -2.0], [2.0, 0.5], 0.5) == -1  # (-4 + 2) / 2 and (-1 + 2) / 0.5
-    assert zlib_ratio(log_probs, "a") == pytest.approx(-3 / 9)  # zlib makes 9 bytes of one letter
-    assert auc([3, 2], [1, 2]) == pytest.approx(3.5 / 4)  # of four pairs three are won and one is a tie
-    assert auc([1, 2, 3], [1, 2, 3]) == 0.5
-    assert auc([], [1]) is None
-    assert privacy_leakage(0.6, 0.5) == pytest.approx(20)
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the authors' logs are not beside this checkout")
-@pytest.mark.parametrize("name", ["full", "retain90"])
-def test_tofu_aggregates_are_the_authors_own(name):
-    logs = {n: json.loads((SHARED / f"tofu/logs/phi_{n}.json").read_text()) for n in ("full", "retain90")}
-    expected = json.loads((SHARED / "tofu/logs/expected.json").read_text())[f"phi/{name}"]
-    found = tofu_model_utility(logs[name])
-    assert len(found) == 10
-    for key, value in found.items():
-        assert value == pytest.approx(expected[key], abs=1e-9), key
-    quality = tofu_forget_quality(logs[name], logs["retain90"])
-    assert quality["p_value"] == pytest.approx(expected["forget_quality_pvalue"], rel=1e-9)
-    assert quality["statistic"] == pytest.approx(expected["ks_statistic"], abs=1e-9)
-
-
-def test_tofu_by_hand():
-    """One row a set: true answer at NLL ln 2, two false ones at ln 4, paraphrase at ln 2, ROUGE 0.5."""
-    rows = {"avg_gt_loss": {"0": math.log(2)}, "average_perturb_loss": {"0": [math.log(4), math.log(4)]},
-            "avg_paraphrased_loss": {"0": math.log(2)}, "rougeL_recall": {"0": 0.5}}  # fmt: skip
-    found = tofu_model_utility(dict.fromkeys([*TOFU_SETS.values()], rows))
-    assert found["Prob. Retain"] == pytest.approx(0.5)
-    assert found["Prob. Real World"] == pytest.approx(0.5)  # 1/2 of 1/2 + 1/4 + 1/4
-    assert found["Truth Ratio Retain"] == pytest.approx(0.5)  # 1 - (1/4) / (1/2)
-    assert found["model_utility"] == pytest.approx(0.5)

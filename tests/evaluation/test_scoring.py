@@ -1,4 +1,4 @@
-"""What models say of answers they are given: memorisation and membership, on models whose words are known."""
+"""What models say of answers they are given, on models whose words are known."""
 
 import json
 import math
@@ -6,17 +6,15 @@ import math
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_tokenizer, tiny_model
-from transformers import BertConfig, BertForSequenceClassification
 
 from data_module import split_sources
 from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
-from evaluation.groups import Group, make_groups
+from evaluation.groups import make_groups
 from evaluation.inputs import make_formatters
-from evaluation.judges.classifier import Classifier, harmful_classes, refuse_no_reward_model
-from evaluation.likelihood import TokenScores, choices, perplexity, read_choices
+from evaluation.likelihood import choices, perplexity, read_choices
 from evaluation.options import EvaluateOptions
-from evaluation.scoring import member_scores, memorization_metrics, score_forget_answers, scores_of
+from evaluation.scoring import scores_of
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import UsageError
@@ -59,89 +57,6 @@ def test_every_token_of_a_text_is_scored_once_with_a_full_window_before_it():
     found = perplexity(model, tokenizer, text, window=window)
     assert sum(found["nll"]) == pytest.approx(total, rel=1e-4)
     assert found["tokens"] == [window] * ((len(ids) - 1) // window) + [(len(ids) - 1) % window]
-
-
-def score(nll: float) -> TokenScores:
-    return TokenScores([5, 6], [-nll, -nll], [5, 7], [-1.0, -1.0], [1.0, 1.0])
-
-
-def test_membership_is_told_from_trained_and_unseen_rows():
-    row = Row("p", "some words of an answer")
-    trained, unseen = ("a", "trained"), ("a", "unseen")
-    known = {"before": {trained: [(row, score(2))] * 4, unseen: [(row, score(2))] * 4},
-             "after": {trained: [(row, score(9))] * 4, unseen: [(row, score(2))] * 4}}  # fmt: skip
-    found = memorization_metrics(known)
-    entry = found["membership"][0]
-    assert entry["before"]["loss"] == 0.5
-    assert entry["after"] == {"loss": 0.0, "min_k": 0.0, "min_k_plus_plus": 0.0, "zlib": 0.0, "reference": 0.0}
-    groups = {g["name"]: g for g in found["groups"]}
-    assert groups["a (trained)"]["after"]["nll"].value == 9
-    assert groups["a (trained)"]["after"]["exact_memorisation"].value == 0.5
-    known["retrained"] = known["after"]
-    assert memorization_metrics(known)["membership"][0]["privacy_leakage"]["loss"] is None  # relative to an AUC of 0
-    known["retrained"] = known["before"]
-    assert (
-        memorization_metrics(known)["membership"][0]["privacy_leakage"]["loss"] == -100
-    )  # over-forgotten: it stands out
-    assert member_scores("reference", [(row, score(9))], [(row, score(2))]) == [-7]
-
-
-def test_only_forget_rows_with_an_answer_are_known():
-    tokenizer = make_tokenizer("chat")
-    model, formatter = tiny_model("llama", len(tokenizer)).eval(), PromptFormatter(tokenizer, "auto", 512, 16)
-    groups = [Group("f", "unseen", "forget", "chat", [Row("Bad?", "Yes."), Row("Worse?")]),
-              Group("n", "unseen", "keep", "chat", [Row("Good?", "Yes.")])]  # fmt: skip
-    found = score_forget_answers(AnswerLogitsModel(model, packed=True), formatter, groups)
-    assert {key: [row.prompt for row, _ in some] for key, some in found.items()} == {("f", "unseen"): ["Bad?"]}
-
-
-@pytest.fixture
-def classifier(tmp_path):
-    """A tiny BERT that flags whatever stands longer: made to order, saved, and loaded by its path."""
-
-    def make(labels: list[str]):
-        tokenizer = make_tokenizer("chat")
-        torch.manual_seed(1)
-        config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                            intermediate_size=16, num_labels=len(labels), pad_token_id=tokenizer.pad_token_id,
-                            id2label=dict(enumerate(labels)))  # fmt: skip
-        model = BertForSequenceClassification(config)
-        torch.nn.init.zeros_(model.classifier.weight)
-        model.classifier.bias.data = torch.arange(len(labels)).float()  # the last class is the likeliest
-        model.save_pretrained(tmp_path / "judge")
-        tokenizer.save_pretrained(tmp_path / "judge")
-        return Classifier(str(tmp_path / "judge"), torch.device("cpu"))
-
-    return make
-
-
-@pytest.mark.parametrize(("labels", "flagged"), [(["safe", "harmful"], True), (["toxic", "not toxic"], False),
-                                                 (["unsafe", "safe"], False)])  # fmt: skip
-def test_a_judge_flags_the_class_that_is_called_harmful(classifier, labels, flagged):
-    judge = classifier(labels)
-    assert judge.harmful(["p", "q"], ["a", " ."]) == [flagged, False]  # without an answer it would judge the prompt
-    with pytest.raises(UsageError, match="has 2 outputs, a reward model has one"):
-        refuse_no_reward_model(judge.name)
-
-
-@pytest.mark.parametrize(("labels", "several", "bad"), [
-    (["not-hate", "hate"], False, [1]), (["nothate", "hate"], False, [1]), (["LABEL_0", "LABEL_1"], False, [1]),
-    (["safe", "violence", "non-violent crimes"], False, [1, 2]), (["hate", "offensive", "neither"], False, [0, 1]),
-    (["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"], True, [0, 1, 2, 3, 4, 5]),
-    ([f"LABEL_{i}" for i in range(14)], True, list(range(14))),
-])  # fmt: skip
-def test_no_kind_of_harm_is_left_out(labels, several, bad):
-    config = BertConfig(id2label=dict(enumerate(labels)),
-                        problem_type="multi_label_classification" if several else None)  # fmt: skip
-    assert harmful_classes("judge", config) == bad
-
-
-def test_a_judge_whose_classes_say_nothing_is_refused(classifier):
-    with pytest.raises(UsageError, match="cannot tell which class is harmful among label_0, label_1, label_2"):
-        harmful_classes("judge", BertConfig(num_labels=3))
-    with pytest.raises(UsageError, match="cannot tell which class is harmful among red, blue"):
-        classifier(["red", "blue"]).harmful(["p"], ["a"])
-    assert classifier(["score"]).reward(["p"], ["a"]) == pytest.approx([0.0])
 
 
 def test_only_what_was_held_out_is_called_unseen():

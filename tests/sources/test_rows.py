@@ -131,3 +131,26 @@ def test_real_rows_are_read_whole():
     assert len(pool & wrong) < 0.01 * len(pool)  # a few strings stand in both columns, for different questions
     for name, count in (("tofu/forget01.json", 40), ("advbench.csv", 360), ("halueval_qa.jsonl", 350)):
         assert len(read_rows(str(SHARED / name), "--forget_data")) == count
+
+
+def test_paraphrased_and_perturbed_answers_are_read_and_accounted_for(tmp_path):
+    """TOFU's truth ratio is made of them: all of the false ones count, equal ones twice, and none is trained on."""
+    file = tmp_path / "perturbed.jsonl"
+    false = ["It is Bo.", "It is Cy.", "It is Bo."]
+    file.write_text(json.dumps({"question": "Who?", "answer": "Al.", "paraphrased_answer": "It is Al.",
+                                "perturbed_answer": false}) + "\n"
+                    + json.dumps({"question": "Where?", "answer": "Here."}) + "\n")  # fmt: skip
+    (source,) = read_sources([str(file)], "--forget_data")
+    assert [(row.response, row.paraphrased, row.perturbed) for row in source.rows] == [
+        ("Al.", "It is Al.", tuple(false)), ("Here.", None, ())]  # fmt: skip
+    assert source.rows[0].true_answers == ("Al.",)
+    assert not source.unused_fields
+    assert source.notes == ["1 rows have paraphrased or perturbed answers: they are used for the truth ratio of an "
+                            "evaluation, and are not trained on"]  # fmt: skip
+    named = ["response=answer", "paraphrased=anders", "perturbed=falsch"]
+    file.write_text(json.dumps({"question": "Who?", "answer": "Al.", "anders": "It is Al.", "falsch": "It is Bo."}))
+    (row,) = read_rows(str(file), "--forget_data", named)
+    assert (row.paraphrased, row.perturbed) == ("It is Al.", ("It is Bo.",))
+    file.write_text(json.dumps({"question": "Who?", "answer": "Al.", "perturbed_answer": [3]}))
+    with pytest.raises(UsageError, match="row 1: field 'perturbed_answer' must be text, got int"):
+        read_rows(str(file), "--forget_data")

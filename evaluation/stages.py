@@ -1,0 +1,141 @@
+"""The files between the stages of an evaluation: what the models said, how it was judged, and what that comes to.
+
+    answers/LABEL.jsonl   stage 1, a file a model: its answers, and what it says of given answers
+    scores.jsonl          stage 2: a line a prompt, with the judges' labels and all measures
+    report.json           stage 3
+
+Each file of stages 1 and 2 carries a key, a hash of all that it depends on: whole weights, prompts as tokens, settings.
+It is used again wherever the key is still the same, so a late failure loses nothing that was asked before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from engine.processes import join_processes
+from evaluation.paper import OwnScores
+from evaluation.scoring import RowScores
+from utils import log, read_json_lines, write_json, write_json_lines
+
+VERSION = 1  # of these files
+
+
+@dataclasses.dataclass(kw_only=True)
+class Record:
+    """What one model said. answers and scores: a list a group, an entry a row; holdout: its scores of those rows.
+
+    text_scores: of the texts that all models are given.
+    """
+
+    label: str  # "before", "after" or "retrained"
+    name: str
+    weights: str | None
+    seconds: float
+    answers: list[list[str]]
+    scores: list[list[RowScores | None]]
+    holdout: list[RowScores | None]
+    text_scores: dict
+
+
+def key_of(*parts) -> str:
+    """Return a hash of values that JSON can hold."""
+    versions = [VERSION, torch.__version__, transformers.__version__]
+    return hashlib.sha256(json.dumps([versions, *parts], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def may_reuse(options) -> bool:
+    """Return whether files of an earlier evaluation may be used: several processes may not see the same files."""
+    return not options.ask_again and join_processes().num_processes == 1
+
+
+# ------------------------------------------------------------------------------------------------- stage 1
+def write_record(folder: Path, record: Record, key: str) -> None:
+    """Write a model's answers and scores: a first line with the key, then a line a row."""
+    header = {"key": key, **{name: getattr(record, name) for name in ("label", "name", "weights", "seconds")},
+              "text_scores": record.text_scores, "groups": [len(answers) for answers in record.answers],
+              "holdout": [_plain(scores) for scores in record.holdout]}  # fmt: skip
+    rows = [{"answer": answer, "scores": _plain(scores)}
+            for group, of_group in zip(record.answers, record.scores, strict=True)
+            for answer, scores in zip(group, of_group, strict=True)]  # fmt: skip
+    write_json_lines(folder / "answers" / f"{record.label}.jsonl", [header, *rows])
+
+
+def read_record(folder: Path, label: str, key: str) -> Record | None:
+    """Return a model's answers and scores if the file is of this key."""
+    try:
+        header, *rows = read_json_lines(folder / "answers" / f"{label}.jsonl")
+        if header["key"] != key:
+            return None
+        rows = iter(rows)
+        chunks = [[next(rows) for _ in range(count)] for count in header["groups"]]
+        record = Record(
+            **{name: header[name] for name in ("label", "name", "weights", "seconds", "text_scores")},
+            answers=[[row["answer"] for row in chunk] for chunk in chunks],
+            scores=[[_scores(row["scores"]) for row in chunk] for chunk in chunks],
+            holdout=[_scores(scores) for scores in header["holdout"]],
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return None
+    log.info("answers of the model %s unlearning: as they stand in %s", label, folder / "answers")
+    return record
+
+
+def write_own(folder: Path, own: dict[str, list[list[OwnScores | None]]], key: str) -> None:
+    """Write what the original says of every model's answers."""
+    rows = [{"model": label, "own": [[_plain(scores) for scores in group] for group in of_model]}
+            for label, of_model in own.items()]  # fmt: skip
+    write_json_lines(folder / "answers" / "under_original.jsonl", [{"key": key}, *rows])
+
+
+def read_own(folder: Path, key: str) -> dict[str, list[list[OwnScores | None]]] | None:
+    """Return what the original says of every model's answers, by model, if the file is of this key."""
+    try:
+        header, *rows = read_json_lines(folder / "answers" / "under_original.jsonl")
+        if header["key"] != key:
+            return None
+        return {row["model"]: [[own and OwnScores(**own) for own in group] for group in row["own"]] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _plain(value) -> dict | None:
+    """Return a dataclass as JSON holds it."""
+    return None if value is None else dataclasses.asdict(value)
+
+
+def _scores(value: dict | None) -> RowScores | None:
+    """Return the scores of a row from their JSON."""
+    return None if value is None else RowScores(**value)
+
+
+# ------------------------------------------------------------------------------------------- stage 2 and attacks
+def write_keyed(path: Path, lines: list[dict], key: str, about=None) -> None:
+    """Write the lines of a later stage. Their key, and what else is to be known of them, lies in answers/, so that each
+    line of the file itself is a row."""
+    write_json_lines(path, lines)
+    write_json(_key_file(path), {"key": key, "about": about})
+
+
+def read_keyed(path: Path, key: str) -> tuple[list[dict], object] | None:
+    """Return the lines of a later stage, and what `write_keyed` was told about them, if they are of this key."""
+    try:
+        kept = json.loads(_key_file(path).read_text(encoding="utf-8"))
+        return (read_json_lines(path), kept["about"]) if kept["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def code_hash(*paths: Path) -> str:
+    """Return a hash of source files and folders: what a change of them gives anew."""
+    files = sorted({file for path in paths for file in ([path] if path.is_file() else path.rglob("*"))})
+    return key_of([file.read_text(encoding="utf-8") for file in files if file.suffix in (".py", ".txt", ".yaml")])
+
+
+def _key_file(path: Path) -> Path:
+    return path.parent / "answers" / f"{path.stem}.key.json"
