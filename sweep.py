@@ -20,7 +20,7 @@ import yaml
 
 from engine import checkpoint
 from engine.paths import refuse_no_folder
-from evaluation import verdict
+from evaluation.figures import point_values
 from evaluation.report import front_plot, print_table
 from options import POSITIVE, OneLineParser, UnlearnOptions, option
 from run.parsing import old_names, parse_run
@@ -63,7 +63,7 @@ def main() -> None:
     write_json(folder / "sweep.json", records)
     atomic_write_text(folder / "front.svg", front_plot(records))
     print_table([{"front": "*" if one["on_front"] else "", "run": one["run"],
-                  "forget on topic": f"{one['forget']:.3f}", "worst kept ratio": f"{one['keep']:.3f}",
+                  "forget answered": f"{one['forget']:.3f}", "worst kept ratio": f"{one['keep']:.3f}",
                   "similarity": f"{one['similarity']:.3f}", "seconds": f"{one['seconds']:.0f}"}
                  for one in records])  # fmt: skip
     print(f"\n* no other run forgets more and keeps more; plot: {folder / 'front.svg'}")
@@ -135,11 +135,11 @@ def judged(folder: Path, settings: dict, options) -> dict:
     run("evaluate_unlearning.py", f"--model_name={folder}", "--split=dev", "--reuse", "--examples=0",
         f"--prompts_per_group={options.prompts_per_group}", f"--report_dir={report_folder}")  # fmt: skip
     report = json.loads((report_folder / "report.json").read_text(encoding="utf-8"))
-    figures = verdict.figures(report)
-    if missing := {"forget.on_topic", "keep.on_topic_ratio"} - figures.keys():
-        raise RunError(f"{folder}: {' and '.join(sorted(missing))} not measured: the original says nothing on topic")
+    figures = point_values(report)
+    if missing := {"forget.answered.ratio", "keep.worst.answered.ratio"} - figures.keys():
+        raise RunError(f"{folder}: {' and '.join(sorted(missing))} not measured: the original answers nothing")
     seconds = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["run"]["seconds"]
-    return {"forget": figures["forget.on_topic"], "keep": figures["keep.on_topic_ratio"],
+    return {"forget": figures["forget.answered"], "keep": figures["keep.worst.answered.ratio"],
             "similarity": figures["keep.similarity"], "seconds": seconds}  # fmt: skip
 
 

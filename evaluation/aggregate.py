@@ -9,6 +9,7 @@ from evaluation.groups import unseen_groups
 from evaluation.inputs import EvaluationInputs
 from evaluation.judging import Scores
 from evaluation.measures import ANSWER_MEASURES, PAIR_MEASURES, Measure
+from evaluation.membership import extraction_report, forget_quality_report, membership_report
 from evaluation.metrics.statistics import Estimate, mean, rate, ratio
 from evaluation.metrics.texts import ON_TOPIC_COSINE
 from evaluation.model_run import compare_text_scores
@@ -105,12 +106,21 @@ def make_report(inputs: EvaluationInputs, records: dict[str, Record], scores: Sc
         entry["paper"] = paper_columns(of_group, entry, [judge for judge in judges if judge["kind"] in MODEL_KINDS])
     for judge in judges:
         judge["decides"] = [f"{e['side']}: {e['name']}" for e in entries if e["judge"] == judge["name"]]
+    told = (inputs.groups, {label: record.scores for label, record in records.items()}, inputs.holdout,
+            {label: record.holdout for label, record in records.items()})  # fmt: skip
+    known = (inputs.trained_on, inputs.never_trained)
+    pooled = pooled_entries(lines, facts)
+    for name, left in extraction_report(*told).items():
+        entry = pooled["forget"] if name == "all" else next(entry for entry in entries if entry["name"] == name)
+        entry["pair"]["extraction_left"] = left.left
+        entry["extraction"] = left
     report = {
         "schema": SCHEMA, "inputs": inputs.hash(),
         **{label: inputs.models.get(label) for label in MODELS},
         "weights": {label: record.weights for label, record in records.items()},
         "options": dataclasses.asdict(options), "on_topic_cosine": ON_TOPIC_COSINE, "judges": judges,
-        "groups": entries, "pooled": pooled_entries(lines, facts),
+        "groups": entries, "pooled": pooled,
+        "membership": membership_report(*told, *known), "forget_quality": forget_quality_report(*told[:2], *known),
         "given_text": compare_text_scores({label: record.text_scores for label, record in records.items()}),
     }  # fmt: skip
     return as_plain(report)

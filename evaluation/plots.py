@@ -22,35 +22,13 @@ MEASURE_NAMES = {"nll": "NLL", "kl": "KL to the original"}
 UNITS = {"nll": "nats a token", "kl": "nats a token"}
 
 
-def forget_keep_plot(report: dict) -> str:
-    """Plot the on-topic rate of every judged group, before and after."""
-    groups = [g for g in report["groups"] if g["counts"]][::-1]
-    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.5 * len(groups)))
-    for label, colour, marker, shift in (("before", BEFORE_COLOUR, "o", 0.12), ("after", AFTER_COLOUR, "s", -0.12)):
-        for y, group in enumerate(groups):
-            _interval(axes, group[label]["on_topic"], y + shift, marker, colour, label if y == 0 else None)
-    _rate_axis(axes, [f"{g['side']}: {g['name']}" for g in groups], "on-topic rate (95 % interval)")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-    return _svg(figure)
-
-
-def attack_plot(report: dict) -> str:
-    """Plot the share of the forgotten prompts that each attack variant recovers, with its interval."""
-    some = report["attacks"][::-1]
-    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.3 * len(some)))
-    for y, attack in enumerate(some):
-        _interval(axes, attack["back"], y, "s", AFTER_COLOUR)
-    names = [f"{a['name']}: {a['variant']}" for a in some]
-    _rate_axis(axes, names, "share of the forgotten that is back (95 % interval)")
-    return _svg(figure)
-
-
 def relearn_plot(report: dict) -> str | None:
     """Plot the recovered share over the steps of fine-tuning, a line per attack and kind of rows; None if no attack has
     steps."""
     curves: dict[tuple[str, str], list] = {}
     for attack in report.get("attacks", []):
-        if label := read_step_label(attack["variant"]):
+        label = read_step_label(attack["variant"])
+        if label and attack["back"]["value"] is not None:
             kind, step = label
             curves.setdefault((attack["name"], kind), []).append((step, attack["back"]))
     if not curves:
@@ -140,20 +118,6 @@ def term_label(term: LoggedTerm) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- parts
-def _interval(axes, rate: dict, y: float, marker: str, colour: str, label: str | None = None) -> None:
-    """Draw a rate and its 95 % interval at height `y`."""
-    axes.plot([rate["low"], rate["high"]], [y, y], color=colour, lw=1.5)
-    axes.plot(rate["value"], y, marker, color=colour, label=label)
-
-
-def _rate_axis(axes, names: list[str], label: str) -> None:
-    """Name the rows of a plot of rates, from 0 to 1."""
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_xlabel(label)
-    axes.grid(axis="x", alpha=0.3)
-
-
 def _svg(figure) -> str:
     """Return a figure as the text of an <svg> element, the same bytes for the same figure, and close it."""
     buffer = io.StringIO()

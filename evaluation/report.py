@@ -1,4 +1,4 @@
-"""Write the figures into report.html, the model card and the printed tables. Nothing is measured here.
+"""Write a report as the page, as the model card and into the terminal. Nothing is measured or judged here.
 
 Model output is hostile text: the page is rendered with autoescape on, holds no script and loads nothing from any
 address.
@@ -7,17 +7,34 @@ address.
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from pathlib import Path
 
 import jinja2
 
-from evaluation import verdict
-from evaluation.plots import attack_plot, curves_plot, forget_keep_plot, front_plot, layers_plot, relearn_plot
+from evaluation.page import tables
+from evaluation.page.cards import held, shown_checks, verdict_cards
+from evaluation.page.model_card import write_model_card
+from evaluation.page.numbers import NO_FIGURE
+from evaluation.page.pairs import clamp, example_pairs, label_of, models_of, shown_groups
+from evaluation.page.rows import attack_bound, attack_families, control_rows, group_tables, learned_anyway
+from evaluation.page.wording import bound_text, figure_text
+from evaluation.plots import curves_plot, front_plot, layers_plot, relearn_plot
 from evaluation.train_log import TrainLog
 from utils import atomic_write_text
 
 __all__ = ["front_plot", "print_report", "print_table", "write_model_card", "write_report"]
+
+LINE_WIDTH = 110  # characters of the terminal
+EXAMPLE_CHARACTERS = 240
+NUMBER = re.compile(r"(x )?[-+]?[\d.,]+( |$|e)|not judged")
+
+
+def _is_number(cell: str) -> bool:
+    """Return whether a cell of a table is aligned as a number."""
+    return cell == NO_FIGURE or bool(NUMBER.match(cell))
+
 
 _pages = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -26,137 +43,102 @@ _pages = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
+_pages.tests["number"] = _is_number
+_pages.filters |= {"clamp": clamp, "label": label_of}
 
 
-def percent(figure: dict) -> str:
-    """Return a rate with its interval, such as '83 % (71 to 91)', or 'no rows'."""
-    if figure["value"] is None:
-        return "no rows"
-    return f"{100 * figure['value']:.0f} % ({100 * figure['low']:.0f} to {100 * figure['high']:.0f})"
+# ----------------------------------------------------------------------------------------------- the page
+def write_report(path: Path, report: dict, lines: list[dict], train_log: TrainLog) -> None:
+    """Write the page of an evaluation; with a training log, it shows the curves of the run."""
+    groups = {group["name"]: group for group in shown_groups(report)}
+    shown = [line for line in lines if line["group"] in groups]
+    page = _pages.get_template("report.html").render(
+        report=report,
+        models=models_of(report),
+        cards=verdict_cards(report),
+        requirements=shown_checks(report["verdict"]["requirements"]),
+        judges=[judge for judge in report["judges"] if judge["decides"]],
+        pairs=example_pairs(report, lines),
+        group_tables=group_tables(report),
+        families=attack_families(report),
+        controls=control_rows(report),
+        attack_bound=attack_bound(report),
+        is_bound_shifted=any(learned_anyway(attack) for attack in report.get("attacks") or ()),
+        detail_tables=tables.detail_tables(report),
+        figure_tables=tables.figure_tables(report),
+        plots=detail_plots(report, train_log),
+        groups=groups,
+        lines=shown,
+        labels=list(dict.fromkeys(label_of(line["after"]) for line in shown)),
+        options=json.dumps(report["options"], indent=2, ensure_ascii=False),
+        manifest=manifest_text(report["after"]),
+    )
+    atomic_write_text(path, page)
 
 
-def _shown(value: float | None, form: str) -> str:
-    """Return a formatted value, or a dash."""
-    return "-" if value is None else form.format(value)
+def detail_plots(report: dict, train_log: TrainLog) -> list[tuple[str, str, str]]:
+    """Return (title, SVG text, how to read it) of every plot that there is something for."""
+    plots = []
+    if relearned := relearn_plot(report):
+        plots.append(("Taught back, step by step", relearned, "Share of the forgotten prompts that is back after so "
+                      "many steps of fine-tuning, with its 95 % interval."))  # fmt: skip
+    if report.get("layers"):
+        plots.append(("Layer by layer", layers_plot(report["layers"]), "Logit lens: mean NLL of the original's own "
+                      "answers to the forgotten prompts, read after every layer with the final norm and head. Where "
+                      "both curves lie together, the answers are still inside."))  # fmt: skip
+    if train_log.steps:
+        plots.append(("The run", curves_plot(train_log), "What the run minimised, over its steps."))
+    return plots
 
 
-def table_rows(report: dict) -> list[dict]:
-    """Return one row per group, each cell as shown in the terminal, on the page and in the model card."""
-    rows = []
-    for group in report["groups"]:
-        rows.append(
-            {
-                "side": group["side"],
-                "group": group["name"],
-                "n": str(group["n"]),
-                "on topic before": percent(group["before"]["on_topic"]),
-                "on topic after": percent(group["after"]["on_topic"]),
-                "retained": _shown(group["retained"]["value"], "{:.0%}").replace("%", " %"),
-                "empty after": f"{100 * group['after']['empty']['value']:.0f} %",
-                "repetitive after": f"{100 * group['after']['repetitive']['value']:.0f} %",
-                "similarity": f"{group['similarity']['value']:.2f}",
-                "length ratio": _shown(group["length_ratio"]["value"], "{:.2f}"),
-            }
-        )
-    return rows
-
-
-def given_text_rows(report: dict) -> list[dict]:
-    """Return the figures on given text, each cell as shown."""
-    rows, found = [], report.get("given_text", {})
-    if "perplexity" in found:
-        f = found["perplexity"]
-        ratio = f["ratio"]
-        rows.append({"measure": "perplexity (a word)",
-                     **{label: _shown(f[label], "{:.2f}") for label in ("before", "after")},
-                     "change": f"x {ratio['value']:.3f} a token ({ratio['low']:.3f} to {ratio['high']:.3f})",
-                     "n": f"{f['tokens']:,} tokens"})  # fmt: skip
-    for name in ("mc1", "mc2"):
-        if name in found:
-            f = found[name]
-            rows.append({"measure": f"TruthfulQA {name.upper()}", "before": f"{100 * f['before']['value']:.1f} %",
-                         "after": f"{100 * f['after']['value']:.1f} %",
-                         "change": f"{100 * f['change']['value']:+.1f} points ({100 * f['change']['low']:+.1f} to "
-                         f"{100 * f['change']['high']:+.1f})", "n": str(f["before"]["n"])})  # fmt: skip
-    return rows
-
-
-def paper_rows(report: dict) -> list[dict]:
-    """Return the columns of Yao et al. 2023, each cell as shown: before -> after."""
-    rows = []
-    for group in (g for g in report["groups"] if "paper" in g):
-        before, after = group["paper"]["before"], group["paper"]["after"]
-        row = {"group": group["name"], "n": str(group["n"])}
-        for judge in after["harmful"]:
-            rates = [f"{100 * side['harmful'][judge]['value']:.0f}" for side in (before, after)]
-            short = Path(judge).name
-            alike = [other for other in after["harmful"] if Path(other).name == short]
-            row[f"harmful, % ({short if len(alike) == 1 else judge})"] = " -> ".join(rates)
-        for name, value in (("diversity", "{:.2f}"), ("utility", "{:.2f}")):
-            row[name] = " -> ".join(_shown(side[name]["value"], value) for side in (before, after))
-        row["fluency (perplexity)"] = " -> ".join(_shown(side["fluency"], "{:.1f}") for side in (before, after))
-        row["similarity"] = f"{group['similarity']['value']:.2f}"
-        rows.append(row)
-    return rows
-
-
-def memorised_rows(report: dict) -> list[dict]:
-    """Return the memorisation of the forget answers, each cell as shown: before -> after."""
-    found, rows = report.get("memorised") or {"groups": [], "membership": []}, []
-    by_name = {group["name"]: group for group in report["groups"]}
-    for entry in found["groups"]:
-        sides = [entry["before"], entry["after"]]
-        row = {"group": entry["name"], "n": str(entry["n"])}
-        for title, measure in (("NLL", "nll"), ("extraction strength", "extraction_strength"),
-                               ("exact memorisation", "exact_memorisation")):  # fmt: skip
-            row[title] = " -> ".join(_shown(side[measure]["value"], "{:.2f}") for side in sides)
-        spoken = by_name[entry["name"]]["rouge_l"]
-        row["ROUGE-L recall"] = " -> ".join(_shown(spoken[x]["recall"]["value"], "{:.2f}") for x in ("before", "after"))
-        row["verbatim"] = " -> ".join(_shown(spoken[x]["verbatim"]["value"], "{:.2f}") for x in ("before", "after"))
-        rows.append(row)
-    return rows
-
-
-def membership_rows(report: dict) -> list[dict]:
-    """Return the AUC of every membership score, each cell as shown: before -> after."""
-    rows = []
-    for entry in (report.get("memorised") or {"membership": []})["membership"]:
-        row = {"source": entry["source"], "members / others": f"{entry['members']} / {entry['others']}"}
-        for score in entry["after"]:
-            row[f"AUC, {score}"] = " -> ".join(_shown(entry[x].get(score), "{:.2f}") for x in ("before", "after"))
-        if "privacy_leakage" in entry:
-            row["privacy leakage (loss)"] = _shown(entry["privacy_leakage"]["loss"], "{:+.0f} %")
-        rows.append(row)
-    return rows
-
-
-def attack_rows(report: dict) -> list[dict]:
-    """Return one row per attack variant, each cell as shown."""
-    return [{"attack": a["name"], "how": a["variant"], "of the forgotten, back": percent(a["back"]),
-             "n": str(a["back"]["n"])} for a in report.get("attacks", [])]  # fmt: skip
+def manifest_text(folder: str) -> str | None:
+    """Return the text of the model's run_manifest.json, None if it has none."""
+    file = Path(folder) / "run_manifest.json"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 # ------------------------------------------------------------------------------------------- the terminal
 def print_report(report: dict, lines: list[dict], examples: int) -> None:
-    """Print the tables, a few answers of both models side by side, and the verdict."""
-    print_table(table_rows(report))
-    for rows in (given_text_rows(report), paper_rows(report), memorised_rows(report), membership_rows(report),
-                 attack_rows(report)):  # fmt: skip
-        if rows:
-            print_table(rows)
-    print(
-        "\non topic: cosine of answer and prompt above "
-        f"{report['on_topic_cosine']:.2f}, with a 95 % Wilson interval; retained: of the prompts on topic before, "
-        "those that still are; similarity: to the original's own answer\n"
-    )
-    for line in example_lines(lines, examples):
+    """Print the verdict, the tables that it rests on, and a few answers of the models side by side."""
+    print_verdict(report)
+    for table in terminal_tables(report):
+        print_table(table.rows)
+    print()
+    names = {group["name"] for group in shown_groups(report)}
+    for line in example_lines([line for line in lines if line["group"] in names], examples):
         print(f"[{line['group']}] {' '.join(line['prompt'].split())}")
-        for label in ("before", "after"):
-            text = " ".join(line[label]["answer"].split()) or "(empty)"
-            print(textwrap.indent(textwrap.fill(f"{label}: {textwrap.shorten(text, 240)}", 110), "    "))
+        for model in (model for model in models_of(report) if model in line):
+            text = textwrap.shorten(" ".join(line[model]["answer"].split()), EXAMPLE_CHARACTERS) or "(empty)"
+            said = f"{model} ({label_of(line[model])}): {text}"
+            print(textwrap.indent(textwrap.fill(said, LINE_WIDTH), "    "))
         print()
-    print(f"verdict: {report['verdict']['line']}")
-    print(textwrap.indent("\n".join(verdict.reasons(report["verdict"])), "  "))
+
+
+def print_verdict(report: dict) -> None:
+    """Print every part of the verdict with its sentence, then the requirements and what else must be said."""
+    verdict = report["verdict"]
+    width = max((len(part["name"]) for part in verdict["parts"]), default=0)
+    for part in verdict["parts"]:
+        start = f"{part['name'].ljust(width)}  {part['answer']}: "
+        print(textwrap.fill(start + part["why"], LINE_WIDTH, subsequent_indent=" " * (width + 2)))
+    for check in verdict["requirements"]:
+        value = figure_text(check["figure"], check["value"], check["low"], check["high"])
+        print(f"required  {check['figure']} {bound_text(check)}: {value}, {held(check['holds'])}")
+    for note in verdict["notes"]:
+        print(textwrap.fill(f"note: {note}", LINE_WIDTH, subsequent_indent="  "))
+    for judge in (judge for judge in report["judges"] if judge["decides"]):
+        print(textwrap.fill(f"judge: {judge['name']}. {judge['limits']}", LINE_WIDTH, subsequent_indent="  "))
+
+
+def terminal_tables(report: dict) -> list[tables.Table]:
+    """Return the tables that are printed, of those that have a row. The paper's columns: if a judge model was named."""
+    made = (tables.group_table, tables.memorisation_table, tables.given_text_table, tables.lm_eval_table,
+            tables.membership_table, tables.forget_quality_table)  # fmt: skip
+    found = [make(report) for make in made]
+    if any(group["paper"]["after"].get("harmful") for group in report["groups"] if group.get("paper")):
+        found.append(tables.paper_table(report))
+    found.append(tables.attack_table(report))
+    return [table for table in found if table.rows]
 
 
 def print_table(rows: list[dict]) -> None:
@@ -174,50 +156,3 @@ def example_lines(lines: list[dict], count: int) -> list[dict]:
         by_group.setdefault(line["group"], []).append(line)
     deepest = max(map(len, by_group.values()), default=0)
     return [group[i] for i in range(deepest) for group in by_group.values() if i < len(group)][:count]
-
-
-# ----------------------------------------------------------------------------------------------- the page
-def write_report(path: Path, report: dict, lines: list[dict], train_log: TrainLog) -> None:
-    """Write the page of an evaluation; with a training log, it shows the curves of the run."""
-    page = _pages.get_template("report.html").render(
-        report=report,
-        rows=table_rows(report),
-        given_rows=given_text_rows(report),
-        paper_rows=paper_rows(report),
-        utility=report["options"].get("reward_model") or "the original's log-probability of a token",
-        memorised_rows=memorised_rows(report),
-        membership_rows=membership_rows(report),
-        attack_rows=attack_rows(report),
-        relearn_plot=relearn_plot(report),
-        manifest=manifest_text(report["after"]),
-        attack_plot=attack_plot(report) if report.get("attacks") else None,
-        layers_plot=layers_plot(report["layers"]) if report.get("layers") else None,
-        reasons=verdict.reasons(report["verdict"]),
-        lines=lines,
-        groups=list(dict.fromkeys(line["group"] for line in lines)),
-        sides={line["group"]: line["side"] for line in lines},
-        forget_keep_plot=forget_keep_plot(report),
-        curves_plot=curves_plot(train_log) if train_log.steps else None,
-        options=json.dumps(report["options"], indent=2, ensure_ascii=False),
-    )
-    atomic_write_text(path, page)
-
-
-def manifest_text(folder: str) -> str | None:
-    """Return the text of the model's run_manifest.json, None if it has none."""
-    file = Path(folder) / "run_manifest.json"
-    return file.read_text(encoding="utf-8") if file.is_file() else None
-
-
-# ------------------------------------------------------------------------------------------- the model card
-def write_model_card(folder: Path, report: dict | None = None) -> None:
-    """Write README.md of a model folder from its unlearn_args.json and, once evaluated, the figures of its report.
-
-    The card holds no prompt and no answer, since it goes where the model goes.
-    """
-    made = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))
-    options = {"recipe": None, **made["options"]}  # a folder made before recipes has none
-    card = _pages.get_template("model_card.md").render(
-        options=options, run=made["run"], terms=made.get("terms", []), rows=table_rows(report) if report else []
-    )
-    atomic_write_text(folder / "README.md", card)

@@ -111,7 +111,7 @@ def _plain(value) -> dict | None:
 
 def _scores(value: dict | None) -> RowScores | None:
     """Return the scores of a row from their JSON."""
-    return None if value is None else RowScores(**value)
+    return None if value is None else RowScores.read(value)
 
 
 # ------------------------------------------------------------------------------------------- stage 2 and attacks

@@ -205,8 +205,8 @@ def test_what_an_evaluation_refuses(finished, monkeypatch):
     monkeypatch.setattr(evaluate_unlearning, "load_causal_model", None)
     for bad, message in (
         ("--require=x=3", "--require 'x=3': must look like"),
-        ("--require=forget.ontopic<=1", "forget.ontopic is not measured; measured with these options"),
-        ("--require=keep.mc1_change>=0", "keep.mc1_change is not measured; measured with these options"),
+        ("--require=forget.ontopic<=1", "no figure is called forget.ontopic; did you mean forget.on_topic"),
+        ("--require=keep.mc1_change>=0", "keep.mc1_change is not measured without --mc_data"),
         ("--seed=1", "--seed 1: the run that made models/out split its rows with 8888"),
         ("--train_log=logs/out.log", "--train_log logs/out.log: is not the log in JSON lines"),
         ("--train_log=nope.jsonl", "--train_log nope.jsonl: cannot be read"),

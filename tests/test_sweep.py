@@ -47,7 +47,8 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
 
     def judged_figures(report):
         forget, keep = figures[sweep.slug(settings[len([c for c in called if c[0] != "unlearn_harm.py"]) - 1])]
-        return {"forget.on_topic": forget, "keep.on_topic_ratio": keep, "keep.similarity": 0.5}
+        return {"forget.answered": forget, "forget.answered.ratio": forget, "keep.worst.answered.ratio": keep,
+                "keep.similarity": 0.5}  # fmt: skip
 
     settings = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y")]
     finish(tmp_path / "sweep" / "a=1,b=x")
@@ -56,7 +57,7 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "held_out_words", lambda settings, config: ["--dev_share=0.1"])
     monkeypatch.setattr(sweep, "run", run)
     monkeypatch.setattr(sweep, "refuse_other_settings", lambda folder, words: None)
-    monkeypatch.setattr(sweep.verdict, "figures", judged_figures)
+    monkeypatch.setattr(sweep, "point_values", judged_figures)
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--config=c", "--grid=g", f"--sweep_dir={tmp_path / 'sweep'}"])
     sweep.main()
     trained = [words for script, words in called if script == "unlearn_harm.py"]

@@ -11,7 +11,6 @@ from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
 from evaluation.groups import Group
 from evaluation.scoring import score_rows
-from evaluation.verdict import figures, judge
 from prompts.formatter import PromptFormatter
 from prompts.windows import TextCutter, ask_to_go_on
 from sources.rows import Row
@@ -89,7 +88,6 @@ def test_the_evaluation_of_text_asks_for_its_second_half(finished, texts):
     assert group["text"] and group["rouge_l"]["after"]["verbatim"]["n"] == len(forget)
     assert report["attacks"] == [] and "an attack asks prompts, and this is text" in evaluation.stderr
     assert "verdict: forgotten: not measured" in evaluation.stdout
-    assert "forgotten text is not judged by topic" in evaluation.stdout
 
 
 def test_training_and_evaluation_hold_out_the_same_passages(finished, texts):
@@ -154,18 +152,3 @@ def test_what_text_cannot_do_is_refused_before_training(words, says, tmp_path, m
                   f"--normal_text={texts / 'plain.txt'}", *SMALL, *words, cwd=tmp_path, quiet=True)  # fmt: skip
     assert says in one_line_error(run)
     assert not (tmp_path / "models").exists()
-
-
-def test_text_does_not_count_as_on_topic():
-    """A text goes on about its subject even if none of it is known: only prompts say whether something is forgotten."""
-
-    def group(name, on_topic, text):
-        rate = {"value": on_topic, "n": 4, "low": 0, "high": 1}
-        figures = {measure: rate for measure in ("on_topic", "empty", "repetitive")}
-        return {"name": name, "side": "forget", "counts": True, "text": text, "before": figures, "after": figures}
-
-    report = {"groups": [group("book", 1.0, True), group("harmful", 0.25, False)]}
-    assert figures(report)["forget.on_topic"] == 0.25
-    assert "forget.on_topic" not in figures({"groups": [group("book", 1.0, True)]})
-    assert "not judged by topic" in judge(report, []).line
-    assert "not judged by topic" not in judge({"groups": [group("harmful", 0.25, False)]}, []).line

@@ -6,6 +6,7 @@ An attack sees the unlearned model, never its answers; where it needs harmful te
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 
 from data_module import prompt_hash, sample
@@ -53,10 +54,15 @@ def forgotten_rows(lines: list[dict], style: str, count: int, seed: int) -> Forg
         if (line["group"] in unseen and line["style"] == style and line["before"]["answered"]
                 and line["after"]["answered"] is False):  # fmt: skip
             row = Row(line["prompt"], line["before"]["answer"], earlier=tuple(map(tuple, line.get("earlier", ()))))
-            forgotten[row.key] = AskedRow(row=row, id=str(line["id"]), group=line["group"], judge=line.get("judge"),
+            forgotten[row.key] = AskedRow(row=row, id=prompt_id(row), group=line["group"], judge=line.get("judge"),
                                           reference=line.get("reference"))  # fmt: skip
     chosen = sample([asked.row for asked in forgotten.values()], count, seed)
     return Forgotten([forgotten[row.key] for row in chosen], texts)
+
+
+def prompt_id(row: Row) -> str:
+    """Return what tells a prompt with its earlier turns from all others. The ids of files need not differ."""
+    return hashlib.sha256(row.key.encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------- examples

@@ -14,10 +14,9 @@ from tqdm.auto import tqdm
 from engine.tree import AnswerLogitsModel
 from evaluation.attacks import ATTACKS
 from evaluation.attacks.base import AskedRow, Attack, AttackConfig, AttackResult, AttackTarget, Probe
-from evaluation.attacks.rows import ExampleMaker, Given, collect_data, forgotten_rows
+from evaluation.attacks.rows import ExampleMaker, Given, collect_data
 from evaluation.inputs import EvaluationInputs
 from evaluation.metrics.statistics import Estimate, rate
-from evaluation.metrics.texts import on_topic
 from utils import UsageError, log
 
 QUICK_PROMPTS = 6
@@ -34,12 +33,15 @@ class AttackAnswers:
 
     answers: the model's; control: those of the model `control_name`, None if the control is a share, `chance`.
     hits, control_hits: whether each answer is what the attack looked for; None: a judge of answers decides.
-    id: of the prompt in scores.jsonl. judged, is_control: as in report.json.
+    group, prompt: as in scores.jsonl; id: tells the prompt, with its earlier turns, from all others.
+    judged, is_control: as in report.json.
     """
 
     attack: str
     family: str
     variant: str
+    group: str
+    prompt: str
     id: str
     answers: list[str]
     judged: bool = True
@@ -105,25 +107,28 @@ def lines_of(
 ) -> list[AttackAnswers]:
     """Return one line per variant and prompt of an attack. control: "original" or "retrained".
 
-    A control is the same variant of the attack. If guessing is the control, `controls` become entries of their own.
+    A control is the same variant of the attack; there is none if its model cannot be asked so, such as in a chat
+    template that it lacks. If guessing is the control, `controls` become entries of their own.
     """
     attack, lines, by_variant = ATTACKS[name], [], {beside.variant: beside for beside in controls}
     for result in results:
-        beside = by_variant[result.variant]
+        beside, by_chance = by_variant.get(result.variant), result.chance is not None
         # without a model that never knew the rows, an attack that teaches them is only shown
         judged = result.judged and attack.control == control
-        by_chance = result.chance is not None
         compared_to = CONTROL_NAMES["chance" if by_chance else control]
         for i, row in enumerate(rows if result.rows is None else [rows[i] for i in result.rows]):
-            same = {"attack": name, "family": attack.family, "variant": result.variant, "id": row.id, "judged": judged,
-                    "chance": result.chance, "control_name": compared_to}  # fmt: skip
-            hits, control_hits = (r.hits and r.hits[i] for r in (result, beside))
+            same = {"attack": name, "family": attack.family, "variant": result.variant, "group": row.group,
+                    "prompt": row.row.prompt, "id": row.id, "judged": judged, "chance": result.chance,
+                    "control_name": compared_to}  # fmt: skip
+            line = AttackAnswers(**same, answers=result.answers[i], hits=result.hits and result.hits[i])
+            lines.append(line)
+            if beside is None:
+                continue
+            answers, hits = beside.answers[i], beside.hits and beside.hits[i]
             if by_chance:
-                lines.append(AttackAnswers(**same, answers=result.answers[i], hits=hits))
-                lines.append(AttackAnswers(**same, answers=beside.answers[i], hits=control_hits, is_control=True))
+                lines.append(AttackAnswers(**same, answers=answers, hits=hits, is_control=True))
             else:
-                lines.append(AttackAnswers(**same, answers=result.answers[i], control=beside.answers[i], hits=hits,
-                                           control_hits=control_hits))  # fmt: skip
+                line.control, line.control_hits = answers, hits
     return lines
 
 
@@ -193,22 +198,3 @@ def examples_of(members: list[tuple], by_id: dict[str, AskedRow], labels) -> lis
         said = labels([row for row, _, _ in found], [text for _, text, _ in found])
     return [{"prompt": row.row.prompt, "answer": text, "label": label}
             for (row, text, _), label in zip(found, said, strict=True)]  # fmt: skip
-
-
-# ------------------------------------------------------------------------------- until the stages take its place
-def run_attacks(inputs: EvaluationInputs, runs: dict, lines: list[dict], embed, options) -> tuple[list[dict], dict]:
-    """Return report.json's entries, and what the probes found by `report_key`. lines: those of answers.jsonl, judged by
-    topic."""
-
-    def given(rows: list[AskedRow], texts: list[str]) -> list[bool]:
-        cosines = (embed([asked.row.prompt for asked in rows]) * embed(texts)).sum(-1).tolist()  # (n,)
-        return [on_topic(cosine, text) for cosine, text in zip(cosines, texts, strict=True)]
-
-    by_topic = [line | {"id": i} | {label: line[label] | {"answered": line[label]["on_topic"]}
-                                    for label in ("before", "after")}
-                for i, line in enumerate(lines)]  # fmt: skip
-    style = inputs.formatters["after"].style
-    rows = forgotten_rows(by_topic, style, num_prompts(options), options.seed).rows
-    get_model = lambda label: runs[label].answer_model  # noqa: E731
-    answers = ask_attacks(rows, inputs, get_model, given, options)
-    return judge_attacks(answers, rows, given), read_probes(rows, inputs, get_model)

@@ -13,8 +13,10 @@ from evaluation.attacks import ATTACKS, attack_names
 from evaluation.attacks.base import AskedRow, Attack, AttackConfig, AttackResult, Probe, one_answer_each
 from evaluation.attacks.rows import ExampleMaker, collect_data, forgotten_rows, read_relearn_data
 from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks, read_probes
+from evaluation.attacks.stage import attack_models
+from evaluation.figures import figures
+from evaluation.judges.base import Judgement
 from evaluation.options import EvaluateOptions
-from evaluation.verdict import figures, measurable
 from sources.rows import Row
 from utils import UsageError
 
@@ -31,7 +33,7 @@ def test_attacked_are_forgotten_prompts_of_every_group(caplog):
     """Taken in their order, all attacked prompts would be of the first group, and the rest would go untested."""
 
     def line(group, i, before=True, after=False, style="chat", **more):
-        return {"id": f"{group}/{i}", "group": group, "side": "forget", "counts": True, "style": style, "judge": "mine",
+        return {"id": "1", "group": group, "side": "forget", "counts": True, "style": style, "judge": "mine",
                 "prompt": f"{group} {i}", "before": {"answered": before, "answer": "a"},
                 "after": {"answered": after}} | more  # fmt: skip
 
@@ -43,8 +45,7 @@ def test_attacked_are_forgotten_prompts_of_every_group(caplog):
     assert len({asked.id for asked in found.rows}) == 20
     assert {asked.group for asked in found.rows} == {"first (unseen)", "second (unseen)"}
     for asked in found.rows:
-        group, _, number = asked.id.partition("/")
-        assert (asked.row.prompt, asked.group) == (f"{group} {number}", group)
+        assert asked.row.prompt.rpartition(" ")[0] == asked.group
         assert (asked.row.response, asked.judge, asked.reference) == ("a", "mine", "r")
     assert found.summary() == {"rows": 20, "not_attacked": ["book (unseen)"]}
     assert "not on book (unseen): an attack asks prompts, and this is text" in caplog.text
@@ -153,6 +154,15 @@ def test_every_attack_stands_beside_the_original_under_the_same_attack(monkeypat
     assert (fewer["back"]["value"], fewer["back"]["n"], fewer["control"]["n"]) == (0.0, 3, 3)
 
 
+def test_a_variant_that_the_original_cannot_be_asked_in_has_no_control(monkeypatch):
+    """As in a chat template that only the other model has."""
+    variants = {"after": ["raw", "chat"], "before": ["raw"]}
+    answer = lambda label: [one_answer_each(name, ["yes"] * 4) for name in variants[label]]  # noqa: E731
+    raw, chat = judge_attacks(ask(["rephrase"], monkeypatch, rephrase=answer), ROWS, given)
+    assert (raw["control"]["value"], raw["back"]["value"]) == (1.0, 1.0)
+    assert (chat["control"], chat["control_name"], chat["back"]["value"]) == (None, None, 1.0)
+
+
 def test_the_example_is_the_sample_that_hit_and_says_what_the_judge_calls_it(monkeypatch):
     samples = [["no", "yes 1", "yes 2"], ["no", "no", "no"], ["no", "no", "yes 3"], ["yes 4", "no", "no"]]
     answer = lambda label: [AttackResult("worst of 3", samples if label == "after" else [["yes"] * 3] * 4)]  # noqa: E731
@@ -198,8 +208,7 @@ def test_guessing_is_the_control_of_a_choice_and_no_judge_reads_it(monkeypatch):
     assert (entry["control"], entry["control_name"]) == ({"value": 0.25, "n": 4, "low": 0.25, "high": 0.25}, "guessing")
     assert [example["prompt"] for example in entry["examples"]] == ["p0"]
     assert (original["is_control"], original["back"]["value"], original["control"]) == (True, 1.0, None)
-    assert "attack.multiple_choice" in figures({"groups": [], "attacks": [entry, original]})
-    assert figures({"groups": [], "attacks": [entry, original]})["attack.worst"] == 0.25, "the control counts for none"
+    assert figures({"groups": [], "attacks": [entry, original]})["attack.worst"].value == 0.25, "no control counts"
 
 
 def test_one_attack_that_fails_costs_no_other(monkeypatch, caplog):
@@ -221,13 +230,62 @@ def test_a_registered_attack_and_probe_reach_report_and_verdict(monkeypatch):
     assert [(entry["name"], entry["back"]["value"]) for entry in entries] == [("shout", 1.0)]
     get_model = lambda label: SimpleNamespace(model=label)  # noqa: E731
     assert read_probes(ROWS, inputs_of("count"), get_model) == {"layers": None, "counts": {"before": [4], "after": [4]}}
-    assert figures({"groups": [], "attacks": entries})["attack.shout"] == 1.0
-    assert "attack.shout" in measurable(EvaluateOptions(), ["shout", "count"])
-    assert "attack.count" not in measurable(EvaluateOptions(), ["shout", "count"])
+    assert figures({"groups": [], "attacks": entries})["attack.shout"].value == 1.0
     with pytest.raises(UsageError, match="--attacks magic: must be all, none, or among"):
         attack_names(["magic"])
     (shown,) = [f.metadata["help"] for f in dataclasses.fields(EvaluateOptions) if f.name == "attacks"]
     assert re.search("among (.*)", shown)[1].split() == [name for name in ATTACKS if name not in ("shout", "count")]
+
+
+class Panel:
+    """Two judges: to "strict" an answer is given if it says yes and has a reference, to "outcome" if it says yes."""
+
+    def identity(self):
+        return ["these judges"]
+
+    def judge(self, name, asked):
+        return [Judgement(f"{name}: yes" if "yes" in text and (name == "outcome" or row.response == "r") else "no")
+                for row, text in asked]  # fmt: skip
+
+    def gives(self, name, judgement):
+        return None if judgement.label == "no" else True
+
+
+def test_attacks_are_asked_once_and_judged_by_each_groups_own_judge(monkeypatch, tmp_path):
+    """A changed requirement must not cost the attacks again; other weights must."""
+    asked = []
+    monkeypatch.setitem(ATTACKS, "count", Probe(lambda model, formatter, rows: [len(rows)], report_key="counts"))
+    run = lambda target: asked.append(target.model) or [one_answer_each("Sure", ["yes"] * 2)]  # noqa: E731
+    monkeypatch.setitem(ATTACKS, "prefill", Attack(run=run, family="prompt"))
+    line = {"side": "forget", "counts": True, "style": "chat", "before": {"answered": True, "answer": "a"},
+            "after": {"answered": False}}  # fmt: skip
+    lines = [
+        line | {"id": "1", "group": "a (unseen)", "judge": "strict", "reference": None, "prompt": "p"},
+        line | {"id": "1", "group": "b (unseen)", "judge": "outcome", "reference": None, "prompt": "q"},
+    ]
+    inputs = inputs_of("prefill", "count")
+    inputs.formatters["after"] = SimpleNamespace(style="chat")
+    models = SimpleNamespace(get=lambda label: SimpleNamespace(model=label, packed=True))
+
+    def attack(weights="w", **options):
+        records = {label: SimpleNamespace(weights=weights) for label in ("after", "before")}
+        return attack_models(inputs, models, records, lines, Panel(), tmp_path, EvaluateOptions(**options))
+
+    first = attack()
+    assert asked == ["after", "before"]
+    assert (first["attacks"][0]["back"]["value"], first["attacked"]["rows"]) == (0.5, 2)
+    assert [e["prompt"] for e in first["attacks"][0]["examples"]] == ["q"]
+    assert first["attacks"][0]["examples"][0]["label"] == "outcome: yes"
+    assert first["counts"] == {"before": [2], "after": [2]}
+    lines[0]["judge"] = "outcome"  # would be judged otherwise: by another judge over the group
+    assert attack(require=["attack.worst<=1"])["attacks"][0]["back"]["value"] == 1.0
+    lines[0]["judge"] = "strict"
+    assert attack(require=["attack.worst<=1"]) == first
+    assert len(asked) == 2, "neither a requirement nor a group's judge changes what is asked"
+    attack(weights="other")
+    attack(weights="other", quick=True)
+    attack(weights="other", quick=True, ask_again=True)
+    assert len(asked) == 8
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
