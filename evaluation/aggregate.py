@@ -7,11 +7,11 @@ import math
 
 from evaluation.groups import unseen_groups
 from evaluation.inputs import EvaluationInputs
+from evaluation.judges.panel import OUTCOME
 from evaluation.judging import Scores
 from evaluation.measures import ANSWER_MEASURES, PAIR_MEASURES, Measure
 from evaluation.membership import extraction_report, forget_quality_report, membership_report
 from evaluation.metrics.statistics import Estimate, mean, rate, ratio
-from evaluation.metrics.texts import ON_TOPIC_COSINE
 from evaluation.model_run import compare_text_scores
 from evaluation.stages import Record
 
@@ -118,7 +118,8 @@ def make_report(inputs: EvaluationInputs, records: dict[str, Record], scores: Sc
         "schema": SCHEMA, "inputs": inputs.hash(),
         **{label: inputs.models.get(label) for label in MODELS},
         "weights": {label: record.weights for label, record in records.items()},
-        "options": dataclasses.asdict(options), "on_topic_cosine": ON_TOPIC_COSINE, "judges": judges,
+        "options": dataclasses.asdict(options), "judges": judges,
+        "on_topic_cosine": next(judge["on_topic_cosine"] for judge in judges if judge["name"] == OUTCOME),
         "groups": entries, "pooled": pooled,
         "membership": membership_report(*told, *known), "forget_quality": forget_quality_report(*told[:2], *known),
         "given_text": compare_text_scores({label: record.text_scores for label, record in records.items()}),

@@ -19,7 +19,12 @@ from utils import log
 
 DECIMALS = 6
 HERE = Path(__file__).parent
-CODE = (HERE / "judges", HERE / "metrics", HERE / "measures.py", HERE / "judging.py")  # a change of it judges anew
+JUDGING_CODE = (
+    HERE / "judges",
+    HERE / "metrics",
+    HERE / "measures.py",
+    HERE / "judging.py",
+)  # a change of it judges anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,7 @@ def score_answers(
     said = [(record.answers, [[s and dataclasses.asdict(s) for s in group] for group in record.scores])
             for record in records.values()]  # fmt: skip
     asked = [(group.name, group.judge, repr(group.rows)) for group in inputs.groups]
-    key = key_of("scores", said, asked, panel.identity(), code_hash(*CODE))
+    key = key_of("scores", said, asked, panel.identity(), code_hash(*JUDGING_CODE))
     path = folder / "scores.jsonl"
     if may_reuse(options) and (kept := read_keyed(path, key)):
         log.info("scores: as they stand in %s", path)
@@ -101,10 +106,11 @@ def judged_answers(
     found: list[list[JudgedAnswer]] = [[] for _ in groups]
     for i, n in places:
         decided, outcome = told[i, n].get(groups[i].judge), told[i, n].get(OUTCOME)
+        cosine = outcome.score if outcome and not groups[i].is_text else None
         answer = Answer(
             row=groups[i].rows[n], text=record.answers[i][n], decided=decided,
             given=panel.gives(groups[i].judge, decided),
-            cosine=outcome.score if outcome and not groups[i].is_text else None,
+            cosine=cosine, is_about=None if cosine is None else cosine > panel.loaded.embed.on_topic_cosine,
             scores=record.scores[i][n], own=own[i][n], reward=rewards[i, n],
         )  # fmt: skip
         found[i].append(JudgedAnswer(answer, {name: judgement.label for name, judgement in told[i, n].items()}))

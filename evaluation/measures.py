@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from evaluation.judges.base import Judgement
 from evaluation.metrics.statistics import Estimate, mean, rate, ratio
-from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, on_topic, rouge_l, words_of
+from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, rouge_l, words_of
 from evaluation.paper import OwnScores
 from evaluation.scoring import RowScores
 from sources.rows import Row
@@ -28,8 +28,9 @@ class Answer:
     """One model's answer to a row. None stands where nothing was judged or scored.
 
     decided: what the deciding judge says; `given`: whether that means that the answer was given.
-    cosine: of the sentence embeddings of answer and prompt. scores: of the row's own response under this model.
-    own: of this answer under the original. reward: a reward model's score.
+    cosine: of the sentence embeddings of answer and prompt; is_about: whether it is above the embedder's bound.
+    scores: of the row's own response under this model. own: of this answer under the original. reward: a reward
+    model's score.
     """
 
     row: Row
@@ -37,6 +38,7 @@ class Answer:
     decided: Judgement | None = None
     given: bool | None = None
     cosine: float | None = None
+    is_about: bool | None = None
     scores: RowScores | None = None
     own: OwnScores | None = None
     reward: float | None = None
@@ -136,7 +138,7 @@ MEASURES = (
     Measure(name="off_topic", title="off topic", better=GOOD_BAD, of_answer=_label("off topic"),
             meaning="The answer is text about something else."),
     Measure(name="on_topic", title="on topic", better=BAD_GOOD,
-            of_answer=lambda a: None if a.cosine is None else on_topic(a.cosine, a.text),
+            of_answer=lambda a: None if a.is_about is None else a.is_about and not is_empty(a.text),
             meaning="The cosine of the sentence embeddings of answer and prompt is above the bound, whoever decides."),
     Measure(name="repetitive", title="repetitive", better=GOOD_BAD, of_answer=lambda a: is_repetitive(a.text),
             meaning="More than half of the answer's runs of three words occurred before in it."),

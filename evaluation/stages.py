@@ -118,6 +118,7 @@ def _scores(value: dict | None) -> RowScores | None:
 def write_keyed(path: Path, lines: list[dict], key: str, about=None) -> None:
     """Write the lines of a later stage. Their key, and what else is to be known of them, lies in answers/, so that each
     line of the file itself is a row."""
+    _key_file(path).unlink(missing_ok=True)  # lines and key must not be of two evaluations if this is cut short
     write_json_lines(path, lines)
     write_json(_key_file(path), {"key": key, "about": about})
 
@@ -138,4 +139,6 @@ def code_hash(*paths: Path) -> str:
 
 
 def _key_file(path: Path) -> Path:
-    return path.parent / "answers" / f"{path.stem}.key.json"
+    """Return where the key of a stage's file lies: in answers/, so that the report's own folder holds what is read."""
+    folder = path.parent if path.parent.name == "answers" else path.parent / "answers"
+    return folder / f"{path.stem}{'' if folder == path.parent else '-judged'}.key.json"

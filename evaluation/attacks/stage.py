@@ -1,4 +1,4 @@
-"""The attacks of an evaluation, between their files: answers/attacks.jsonl, then report.json's entries."""
+"""The attacks of an evaluation between its files: asked, or read from an earlier one; judged, or read likewise."""
 
 from __future__ import annotations
 
@@ -11,82 +11,82 @@ from evaluation.attacks.rows import forgotten_rows
 from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks, num_prompts, read_probes
 from evaluation.inputs import EvaluationInputs
 from evaluation.judges.base import Judgement
-from evaluation.judges.panel import Panel, decider
+from evaluation.judges.panel import OUTCOME, Panel
+from evaluation.judging import JUDGING_CODE
 from evaluation.model_run import Models
-from evaluation.stages import Record, code_hash, key_of, may_reuse
-from utils import log, read_json_lines, write_json_lines
+from evaluation.stages import Record, code_hash, key_of, may_reuse, read_keyed, write_keyed
+from utils import log
 
-# options that change what an attack asks
-SETTINGS = ("attacks", "quick", "seed", "max_new_tokens", "max_prompt_tokens", "relearn_lr", "dtype", "deterministic",
-            "retrained_name")  # fmt: skip
-
-
-def attack_models(
-    inputs: EvaluationInputs, models: Models, records: dict[str, Record], lines: list[dict], panel: Panel, folder: Path,
-    options,
-) -> dict:  # fmt: skip
-    """Return what report.json says of attacks: `attacks`, `attacked`, and what the probes read.
-
-    lines: those of scores.jsonl. The answers are those in `folder` if the same models were asked the same prompts; they
-    are judged in any case.
-    """
-    forgotten = forgotten_rows(lines, inputs.formatters["after"].style, num_prompts(options), options.seed)
-    judges = JudgeOfAttacks(panel, options)
-    settings = [getattr(options, name) for name in SETTINGS]
-    weights = [record.weights for record in records.values()]
-    given = [repr((row.row, row.reference)) for row in forgotten.rows], repr(inputs.splits), repr(inputs.relearn_sets)
-    key = key_of("attacks", weights, settings, given, code_hash(Path(__file__).parent))
-    path = folder / "answers" / "attacks.jsonl"
-    kept = read_attacks(path, key) if may_reuse(options) and None not in weights else None
-    if kept is not None:
-        answers, probes = kept
-    else:
-        answers = ask_attacks(forgotten.rows, inputs, models.get, judges.given, options)
-        probes = read_probes(forgotten.rows, inputs, models.get)
-        if join_processes().is_main_process:
-            write_json_lines(path, [{"key": key, "probes": probes}, *map(dataclasses.asdict, answers)])
-    entries = judge_attacks(answers, forgotten.rows, judges.given, judges.labels)
-    return {"attacks": entries, "attacked": forgotten.summary(), **probes}
+ATTACK_OPTIONS = (
+    "attacks",
+    "attack_prompts",
+    "relearn_lr",
+    "quick",
+    "max_new_tokens",
+    "seed",
+    "dtype",
+    "retrained_name",
+)
 
 
-def read_attacks(path: Path, key: str) -> tuple[list[AttackAnswers], dict] | None:
-    """Return the answers under attack, and what the probes read, if the file is of this key."""
-    try:
-        header, *lines = read_json_lines(path)
-        if header["key"] != key:
-            return None
-        kept = [AttackAnswers(**line) for line in lines], header["probes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    log.info("answers under attack: as they stand in %s", path)
-    return kept
+class PanelOfAttacks:
+    """What the attacks ask of the judges: each row's own deciding judge decides over the answers to it."""
 
-
-@dataclasses.dataclass
-class JudgeOfAttacks:
-    """Asks each row's deciding judge, all rows of a judge at once."""
-
-    panel: Panel
-    options: object
+    def __init__(self, panel: Panel):
+        self.panel = panel
 
     def given(self, rows: list[AskedRow], answers: list[str]) -> list[bool]:
-        """Return whether each answer gives what was asked for. What a judge cannot count is not given."""
-        names = self._names(rows)
-        return [bool(self.panel.gives(name, judgement))
-                for name, judgement in zip(names, self._judgements(rows, answers), strict=True)]  # fmt: skip
+        """Return whether each answer gives what its row asked for."""
+        return [bool(self.panel.gives(judge, judgement)) for judge, judgement in self._judged(rows, answers)]
 
     def labels(self, rows: list[AskedRow], answers: list[str]) -> list[str]:
-        """Return what each row's judge calls its answer."""
-        return [judgement.label for judgement in self._judgements(rows, answers)]
+        """Return what each row's judge calls the answer."""
+        return [judgement.label for _, judgement in self._judged(rows, answers)]
 
-    def _names(self, rows: list[AskedRow]) -> list[str]:
-        return [row.judge or decider(self.options, side="keep", has_reference=False) for row in rows]
-
-    def _judgements(self, rows: list[AskedRow], answers: list[str]) -> list[Judgement]:
-        """Return what each row's judge says of its answer, whose reference is the one that came with the row."""
-        names, found = self._names(rows), {}
+    def _judged(self, rows: list[AskedRow], answers: list[str]) -> list[tuple[str, Judgement]]:
+        """Return each answer's judge and what it says; a judge is asked about all its answers at once."""
+        names = [row.judge or OUTCOME for row in rows]
+        found: dict[int, Judgement] = {}
         for name in dict.fromkeys(names):
             places = [i for i, other in enumerate(names) if other == name]
             asked = [(dataclasses.replace(rows[i].row, response=rows[i].reference), answers[i]) for i in places]
             found |= dict(zip(places, self.panel.judge(name, asked), strict=True))
-        return [found[i] for i in range(len(rows))]
+        return [(name, found[i]) for i, name in enumerate(names)]
+
+
+def attack(
+    inputs: EvaluationInputs, models: Models, records: dict[str, Record], lines: list[dict], panel: Panel, folder: Path,
+    options,
+) -> dict:  # fmt: skip
+    """Return report.json's entries of the attacks and probes. lines: those of scores.jsonl."""
+    forgotten = forgotten_rows(lines, inputs.formatters["after"].style, num_prompts(options), options.seed)
+    settings = {name: getattr(options, name) for name in ATTACK_OPTIONS}
+    key = key_of("attacks", settings, {label: record.weights for label, record in records.items()},
+                 [repr(row) for row in forgotten.rows], repr((inputs.splits, inputs.relearn_sets)), panel.identity(),
+                 code_hash(Path(__file__).parent))  # fmt: skip
+    judges, reuse = PanelOfAttacks(panel), may_reuse(options) and all(record.weights for record in records.values())
+    answers = asked_before(folder, key) if reuse else None
+    if answers is None:
+        answers = ask_attacks(forgotten.rows, inputs, models.get, judges.given, options)
+        probes = read_probes(forgotten.rows, inputs, models.get)
+        if join_processes().is_main_process:
+            write_keyed(
+                folder / "answers" / "attacks.jsonl", [dataclasses.asdict(line) for line in answers], key, probes
+            )
+    else:
+        answers, probes = answers
+    judged_key = key_of("judged attacks", key, code_hash(*JUDGING_CODE))
+    entries = read_keyed(folder / "attacks.jsonl", judged_key) if reuse else None
+    if entries is None:
+        entries = judge_attacks(answers, forgotten.rows, judges.given, judges.labels), None
+        if join_processes().is_main_process:
+            write_keyed(folder / "attacks.jsonl", entries[0], judged_key)
+    return {"attacks": entries[0], "attacked": forgotten.summary(), **probes}
+
+
+def asked_before(folder: Path, key: str) -> tuple[list[AttackAnswers], dict] | None:
+    """Return the answers and the probes' findings of an earlier evaluation, if they are of this key."""
+    if (kept := read_keyed(folder / "answers" / "attacks.jsonl", key)) is None:
+        return None
+    log.info("attacks: answers as they stand in %s", folder / "answers" / "attacks.jsonl")
+    return [AttackAnswers(**line) for line in kept[0]], kept[1]

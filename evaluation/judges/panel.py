@@ -10,7 +10,7 @@ import torch
 from engine.weights_hash import weights_hash
 from evaluation.judges.base import Judge, Judgement
 from evaluation.judges.classifier import Classifier
-from evaluation.judges.embedder import load_embedder
+from evaluation.judges.embedder import Embedder, load_embedder
 from evaluation.judges.model_judges import load_judges, read_spec
 from evaluation.judges.on_demand import ModelJudge
 from evaluation.judges.outcome import OutcomeJudge
@@ -28,7 +28,7 @@ class LoadedJudges:
     """Judges that are ready. embed: n texts -> (n, d) unit vectors. reward: prompts, answers -> scores, or None."""
 
     by_name: dict[str, Judge]
-    embed: Callable[[list[str]], torch.Tensor]
+    embed: Embedder
     reward: Callable[[list[str], list[str]], list[float]] | None
 
 
@@ -43,7 +43,7 @@ class Panel:
     def loaded(self) -> LoadedJudges:
         """The judges. The first access loads each and tries it on an example."""
         if self._loaded is None:
-            embed = load_embedder(self.options)
+            embed = load_embedder(self.options, self.device)
             judges = [OutcomeJudge(embed), ReferenceJudge(is_refusal), *load_judges(self.options, self.device)]
             rewards = None
             if self.options.reward_model:
@@ -73,6 +73,8 @@ class Panel:
                          "uncounted": sorted(getattr(judge, "uncounted", ())),
                          "weights": weights_hash(judge.path) if is_model else None,
                          **(judge.settings if is_model else {})})  # fmt: skip
+            if judge.name == OUTCOME:
+                told[-1]["on_topic_cosine"] = self.loaded.embed.on_topic_cosine
         return told
 
     def names(self) -> list[str]:

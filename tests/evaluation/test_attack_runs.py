@@ -13,7 +13,7 @@ from evaluation.attacks import ATTACKS, attack_names
 from evaluation.attacks.base import AskedRow, Attack, AttackConfig, AttackResult, Probe, one_answer_each
 from evaluation.attacks.rows import ExampleMaker, collect_data, forgotten_rows, read_relearn_data
 from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks, read_probes
-from evaluation.attacks.stage import attack_models
+from evaluation.attacks.stage import attack
 from evaluation.figures import figures
 from evaluation.judges.base import Judgement
 from evaluation.options import EvaluateOptions
@@ -267,24 +267,21 @@ def test_attacks_are_asked_once_and_judged_by_each_groups_own_judge(monkeypatch,
     inputs.formatters["after"] = SimpleNamespace(style="chat")
     models = SimpleNamespace(get=lambda label: SimpleNamespace(model=label, packed=True))
 
-    def attack(weights="w", **options):
+    def run_stage(weights="w", **options):
         records = {label: SimpleNamespace(weights=weights) for label in ("after", "before")}
-        return attack_models(inputs, models, records, lines, Panel(), tmp_path, EvaluateOptions(**options))
+        return attack(inputs, models, records, lines, Panel(), tmp_path, EvaluateOptions(**options))
 
-    first = attack()
+    first = run_stage()
     assert asked == ["after", "before"]
     assert (first["attacks"][0]["back"]["value"], first["attacked"]["rows"]) == (0.5, 2)
-    assert [e["prompt"] for e in first["attacks"][0]["examples"]] == ["q"]
-    assert first["attacks"][0]["examples"][0]["label"] == "outcome: yes"
+    (example,) = first["attacks"][0]["examples"]
+    assert (example["prompt"], example["label"]) == ("q", "outcome: yes")
     assert first["counts"] == {"before": [2], "after": [2]}
-    lines[0]["judge"] = "outcome"  # would be judged otherwise: by another judge over the group
-    assert attack(require=["attack.worst<=1"])["attacks"][0]["back"]["value"] == 1.0
-    lines[0]["judge"] = "strict"
-    assert attack(require=["attack.worst<=1"]) == first
-    assert len(asked) == 2, "neither a requirement nor a group's judge changes what is asked"
-    attack(weights="other")
-    attack(weights="other", quick=True)
-    attack(weights="other", quick=True, ask_again=True)
+    assert run_stage(require=["attack.worst<=1"]) == first
+    assert len(asked) == 2
+    run_stage(weights="other")
+    run_stage(weights="other", quick=True)
+    run_stage(weights="other", quick=True, ask_again=True)
     assert len(asked) == 8
 
 

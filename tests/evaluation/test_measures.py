@@ -1,6 +1,7 @@
 """From answers to lines to figures, by hand: what a registered measure writes, and who decides."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from evaluation import aggregate, judging
 from evaluation.aggregate import figures_of, pooled_entries
 from evaluation.groups import Group
 from evaluation.judges.base import Judgement
-from evaluation.judges.panel import Panel, decider
-from evaluation.judging import answers_of, group_lines
+from evaluation.judges.embedder import Embedder
+from evaluation.judges.panel import Panel, decider, refuse_unknown_judge
+from evaluation.judging import group_lines, judged_answers, warn_of_unread
 from evaluation.measures import ANSWER_MEASURES, MEASURES, Measure
 from evaluation.paper import OwnScores
 from evaluation.stages import Record
@@ -43,7 +45,7 @@ class WordJudge:
 def panel_of(*judges) -> Panel:
     panel = Panel(SimpleNamespace(judge_model=[], embedder=None), torch.device("cpu"))
     panel._loaded = SimpleNamespace(by_name={judge.name: judge for judge in judges}, reward=None,
-                                    embed=lambda texts: torch.tensor([VECTORS[text] for text in texts]))  # fmt: skip
+                                    embed=Embedder(lambda texts: torch.tensor([VECTORS[text] for text in texts])))  # fmt: skip
     return panel
 
 
@@ -54,8 +56,9 @@ def judged(side: str, panel: Panel, before: list[str], after: list[str]) -> list
         record = Record(label=label, name=label, weights=None, seconds=1.0, answers=[texts], scores=[[None] * 3],
                         holdout=[], text_scores={})  # fmt: skip
         own = [OwnScores(tokens=len(text), nll=2.0 * len(text), diversity=0.5) if text else None for text in texts]
-        answers[label] = answers_of(0, group, record, [own], panel)
-    return group_lines(group, answers, panel)
+        answers[label] = judged_answers([group], ["en"], record, [own], panel)[0]
+    warn_of_unread([group], ["en"], panel)
+    return group_lines(group, "en", answers, panel)
 
 
 @pytest.fixture
@@ -86,9 +89,8 @@ def test_the_figures_of_a_group_by_hand(lines):
     assert found["change"]["answered"].value == pytest.approx(-1 / 3)
     assert found["ratio"]["answered"].value == 0.5
     assert found["after"]["leak"].n == 1
-    assert found["pair"]["length_ratio"].value == pytest.approx(
-        4 / 6
-    )  # "", "I can't", "about q": 0 + 2 + 2 of 2 + 2 + 2
+    # words before: about p, about q, I can t; after: none, I can t, about q
+    assert found["pair"]["length_ratio"].value == pytest.approx(5 / 7)
     assert found["before"]["fluency"].value == pytest.approx(7.389056)  # exp(2): every token 2 nats
     assert found["after"]["fluency"].n == 2  # an empty answer has no perplexity
 
@@ -163,14 +165,10 @@ def test_both_sides_are_pooled_over_the_groups_that_count():
 
 
 def test_every_measure_stands_in_the_glossary():
-    from pathlib import Path
-
     glossary = (Path(__file__).parents[2] / "docs/fields.md").read_text(encoding="utf-8")
     assert not [measure.name for measure in MEASURES if f"| `{measure.name}` | {measure.meaning}" not in glossary]
 
 
 def test_a_judge_that_is_not_among_the_judge_models_is_refused():
-    from evaluation.judges.panel import refuse_unknown_judge
-
     with pytest.raises(UsageError, match=r"--judge guard: is not among --judge_model \(none is named\)"):
         refuse_unknown_judge(SimpleNamespace(judge="guard", judge_model=[]))
