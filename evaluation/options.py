@@ -63,7 +63,7 @@ class EvaluateOptions(CommonOptions):
     )
     quick: bool = option(
         False,
-        "run small attacks: 6 prompts, 6 rephrasings, 4 samples, 4-bit weights alone, 30 % pruned alone, 8 "
+        "run small attacks: 6 prompts, 5 rephrasings, 4 samples, 4-bit weights alone, 30 % pruned alone, 8 "
         "relearning steps on forgotten rows alone",
     )
     require: list[str] = option(

@@ -29,7 +29,7 @@ ATTACKS: dict[str, Attack | Probe] = {
     "suffix": Attack(run=prompts.affirmative_suffix, family="prompt"),
     "rephrase": Attack(run=prompts.rephrase, family="prompt"),
     "few_shot": Attack(run=prompts.few_shot, family="prompt", needs=EXAMPLES),
-    "reverse": Attack(run=reading.reverse_query, family="prompt"),
+    "reverse": Attack(run=reading.reverse_query, family="reading"),
     "sampling": Attack(run=resampling.sampling, family="sampling"),
     "multiple_choice": Attack(run=reading.multiple_choice, family="reading", needs=EXAMPLES),
     "relearn": Attack(run=relearning.relearn, family="fine-tuning", needs=RELEARN, control="retrained"),

@@ -42,8 +42,9 @@ def rephrase(target: AttackTarget) -> list[AttackResult]:
     if formatter.chat_template:
         styles["chat"] = "chat"
     templates = {name: target.prompts(style) for name, style in styles.items() if style != formatter.style}
-    variants = templates | wrapped(target, WRAPPERS)
-    return target.answer_variants(dict(list(variants.items())[: target.config.num_rephrasings]))
+    variants = list((templates | wrapped(target, WRAPPERS)).items())
+    count = min(target.config.num_rephrasings or len(variants), len(variants))
+    return target.answer_variants(dict(variants[i * len(variants) // count] for i in range(count)))  # evenly spaced
 
 
 def affirmative_suffix(target: AttackTarget) -> list[AttackResult]:
@@ -59,8 +60,12 @@ def wrapped(target: AttackTarget, wrappers: dict[str, Callable[[str], str]]) -> 
 
 
 def few_shot(target: AttackTarget) -> list[AttackResult]:
-    """Put harmful questions with compliant answers before the prompt, as earlier turns of the conversation."""
-    shots = [row for row in target.data.forget_train_rows if row.response][:NUM_SHOTS]
+    """Put harmful questions with compliant answers before the prompt, as earlier turns of the conversation.
+
+    The shortest examples are shown: long ones would fill the context, and be cut off again.
+    """
+    answered = [row for row in target.data.forget_train_rows if row.response]
+    shots = sorted(answered, key=lambda row: len(row.prompt))[:NUM_SHOTS]
     if not shots:
         raise UsageError("no forget row that is not attacked itself has an answer to show")
     earlier = tuple(turn for shot in shots for turn in (

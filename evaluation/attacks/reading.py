@@ -64,21 +64,23 @@ def choice_prompt(prompt: str, texts: list[str]) -> str:
 
 
 def reverse_query(target: AttackTarget) -> list[AttackResult]:
-    """Ask the other way round, in two ways.
+    """Ask the other way round, in two ways, which are shown and not judged.
 
     Of a fact, whose row came with an answer: give the answer and ask which question it answers. The fact is still there
     if the model names more than half of the question's own words: those that the answer does not hold, and that do not
-    merely ask. It is shown and not judged, since a reader of the answer can guess some of them. (RWKU's reverse query,
-    Jin et al. 2024, too has the subject as its answer.)
-    Of every prompt: ask it with its words in reverse order. A judge decides whether the answer came back.
+    merely ask. But a reader of the answer can guess some of them. (RWKU's reverse query, Jin et al. 2024, too has the
+    subject as its answer.)
+    Of every prompt: ask it with its words in reverse order. A judge decides whether the answer came back; but a model
+    that only puts the words in order repeats them, and a judge of topics takes that for an answer.
     """
-    results = target.answer_variants(wrapped(target, {"words in reverse order": backwards}))
+    turned = target.answer_variants(wrapped(target, {"words in reverse order": backwards}))
+    results = [dataclasses.replace(result, judged=False) for result in turned]
     facts = [i for i, asked in enumerate(target.data.asked) if asked.reference and own_words(asked)]
     if facts:
         asked = [target.data.asked[i] for i in facts]
-        turned = [dataclasses.replace(fact.row, prompt=f"Which question has this answer?\n\n{fact.reference}")
+        questions = [dataclasses.replace(fact.row, prompt=f"Which question has this answer?\n\n{fact.reference}")
                   for fact in asked]  # fmt: skip
-        texts = target.answer([target.formatter.prompt_of(row, ask=True) for row in turned])
+        texts = target.answer([target.formatter.prompt_of(row, ask=True) for row in questions])
         hits = [[names_question(text, fact)] for text, fact in zip(texts, asked, strict=True)]
         results.append(AttackResult("which question has this answer", [[text] for text in texts], rows=facts,
                                     hits=hits, judged=False))  # fmt: skip

@@ -20,7 +20,7 @@ from evaluation.metrics.statistics import Estimate, rate
 from utils import UsageError, log
 
 QUICK_PROMPTS = 6
-QUICK = {"num_rephrasings": 6, "num_samples": 4, "num_examples": 4, "num_keep_sets": 0, "relearn_steps": 8,
+QUICK = {"num_rephrasings": 5, "num_samples": 4, "num_examples": 4, "num_keep_sets": 0, "relearn_steps": 8,
          "relearn_answers": 1, "quantised_bits": (4,), "pruned_shares": (0.3,), "ablated_layers": 4}  # fmt: skip
 NUM_EXAMPLES = 3  # answers that are shown of a variant
 CONTROL_NAMES = {"original": "the original", "retrained": "a model that never knew the rows", "chance": "guessing"}

@@ -262,4 +262,10 @@ def test_a_reverse_query_shows_the_answer_and_hides_the_question(target):
     assert ["? 0 lock open I do How".replace("? 0", "0?") in text for text in asked] == [True] + [False] * 4
     assert ["Take the red pick" in text for text in asked] == [False] * 3 + [True] * 2
     assert not any("lock" in text for text in asked[3:])
-    assert [(a.rows, a.hits) for a in reverse_query(target)] == [(None, None), ([1, 2], [[False], [False]])]
+    turned, named = reverse_query(target)
+    assert (turned.rows, turned.hits, turned.judged) == (None, None, False)
+    assert (named.rows, named.hits, named.judged) == ([1, 2], [[False], [False]], False)
+    labels = list(WRAPPERS)
+    target.config.num_rephrasings = 5  # --quick: of all kinds, not the first ones alone
+    asked = [result.variant for result in ATTACKS["rephrase"].run(target)]
+    assert len(asked) == 5 and set(asked) - set(labels) and set(asked) & set(labels[-3:])
