@@ -9,6 +9,7 @@ from data_module import Sides, read_sides, split_sides
 from engine.trained_on import TrainedOn
 from evaluation import requirements
 from evaluation.attacks import attack_names
+from evaluation.attacks.rows import read_relearn_data
 from evaluation.groups import Group, make_groups
 from evaluation.holdout import read_holdout
 from evaluation.judges.classifier import refuse_no_reward_model
@@ -34,6 +35,7 @@ class EvaluationInputs:
     splits: dict[str, dict[str, dict[str, list[Row]]]]  # "forget" or "keep" -> source -> split -> rows
     formatters: dict[str, PromptFormatter]  # by the label of the model
     attacks: list[str]
+    relearn_sets: dict[str, list[Row]]  # of --relearn_data, by name
     train_log: TrainLog
     choice_rows: list[dict]  # multiple-choice questions
     text: str  # whose perplexity is taken
@@ -68,6 +70,7 @@ def read_inputs(options) -> EvaluationInputs:
         refuse_no_reward_model(options.reward_model, **options.trust())
     return EvaluationInputs(
         models=model_names(options), groups=groups, splits=splits, formatters=formatters, attacks=attacks,
+        relearn_sets=read_relearn_data(options),
         train_log=read_train_log(options.train_log),
         choice_rows=read_choices(options.mc_data, "--mc_data")[: options.mc_rows] if options.mc_data else [],
         scored=scored, holdout=read_holdout(options, sides, cutter, trained_on), trained_on=trained_on,

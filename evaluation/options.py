@@ -54,13 +54,18 @@ class EvaluateOptions(CommonOptions):
     )
     train_log: str | None = option(None, "JSON-lines log of the training run; the report plots its curves")
     attacks: list[str] = option(
-        ["none"], "attacks to run: all, none, or names among quantise prefill rephrase few_shot sampling relearn probe"
-    )
+        ["none"], "attacks to run: all, none, or names among quantise prune ablate prefill suffix rephrase few_shot "
+        "reverse sampling multiple_choice relearn probe"
+    )  # fmt: skip
     attack_prompts: POSITIVE = option(32, "maximum forgotten prompts that an attack tries to recover")
     relearn_lr: number(float, 0, above=True) = option(
         1e-4, "learning rate of the relearning attack (adapters of rank 16 on every layer)"
     )
-    quick: bool = option(False, "run small attacks: 6 prompts, 4 samples, 8 relearning steps")
+    quick: bool = option(
+        False,
+        "run small attacks: 6 prompts, 5 rephrasings, 4 samples, 4-bit weights alone, 30 % pruned alone, 8 "
+        "relearning steps on forgotten rows alone",
+    )
     require: list[str] = option(
         [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 if one fails (if unset: built-in criteria)"
     )
@@ -90,4 +95,10 @@ class EvaluateOptions(CommonOptions):
     embedder: str | None = option(
         None, "sentence-transformers model (folder or hub name) that says whether an answer is about its prompt, for "
         "languages other than English (if unset: the embedded one, which reads English alone)"
+    )  # fmt: skip
+
+    # ---- attacks
+    relearn_data: list[str] = option(
+        [], "rows that the relearning attack fine-tunes on, in the forms of --forget_data, a set a source (if unset: "
+        "forget rows that the run trained on, and the first two sources of --normal_data)"
     )  # fmt: skip

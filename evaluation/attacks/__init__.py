@@ -1,23 +1,38 @@
 """Attacks: what an adversary does to get the forgotten answers back.
 
 To add one: write a function `attack(target: AttackTarget) -> list[AttackResult]` in a file of this folder and register
-it in ATTACKS. Its name is then valid in --attacks, and its worst variant is the figure `attack.NAME` of --require.
-A probe reads the weights instead of answers: it is reported, and brings nothing back.
+it in ATTACKS. Its name is then valid in --attacks, its worst variant is the figure `attack.NAME` of --require, and its
+control is asked likewise. A probe reads the weights instead of answers: it is reported, and brings nothing back.
 """
 
-from evaluation.attacks import logit_lens, prompts, quantisation, relearning, resampling
+from evaluation.attacks import (
+    ablation,
+    logit_lens,
+    prompts,
+    pruning,
+    quantisation,
+    reading,
+    relearning,
+    resampling,
+)
 from evaluation.attacks.base import Attack, Probe
 from utils import UsageError
 
 WRAPPERS = prompts.WRAPPERS
+EXAMPLES, RELEARN = frozenset({"examples"}), frozenset({"relearn"})
 
 ATTACKS: dict[str, Attack | Probe] = {
-    "quantise": Attack(quantisation.quantise),
-    "prefill": Attack(prompts.prefill),
-    "rephrase": Attack(prompts.rephrase),
-    "few_shot": Attack(prompts.few_shot, needs_examples=True),
-    "sampling": Attack(resampling.sampling),
-    "relearn": Attack(relearning.relearn, needs_examples=True),
+    "quantise": Attack(run=quantisation.quantise, family="weights"),
+    "prune": Attack(run=pruning.prune, family="weights"),
+    "ablate": Attack(run=ablation.ablate, family="weights", needs=EXAMPLES),
+    "prefill": Attack(run=prompts.prefill, family="prompt"),
+    "suffix": Attack(run=prompts.affirmative_suffix, family="prompt"),
+    "rephrase": Attack(run=prompts.rephrase, family="prompt"),
+    "few_shot": Attack(run=prompts.few_shot, family="prompt", needs=EXAMPLES),
+    "reverse": Attack(run=reading.reverse_query, family="reading"),
+    "sampling": Attack(run=resampling.sampling, family="sampling"),
+    "multiple_choice": Attack(run=reading.multiple_choice, family="reading", needs=EXAMPLES),
+    "relearn": Attack(run=relearning.relearn, family="fine-tuning", needs=RELEARN, control="retrained"),
     "probe": Probe(logit_lens.logit_lens_nll, report_key="layers"),
 }
 

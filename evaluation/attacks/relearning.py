@@ -13,38 +13,35 @@ from engine.tree import AnswerLogitsModel
 from evaluation.attacks.base import AttackResult, AttackTarget, one_answer_each, step_label
 from method.losses import sequence_mean
 from sources.rows import Row
+from utils import UsageError
 
 ROWS_PER_STEP = 4
 ORDER_STREAM = 31  # of the random order of the rows
 
 
 def relearn(target: AttackTarget) -> list[AttackResult]:
-    """Fine-tune on forget training rows, on benign rows and on borderline rows, and answer along the way.
-
-    Control: the original model, fine-tuned on the same benign rows. What it still answers is all that could come back.
-    """
-    data, steps = target.data, target.config.relearn_steps
-    plans = {"forgotten rows": (data.forget_train_rows, steps // 2), "benign rows": (data.benign_rows, steps),
-             "neighbours": (data.borderline_rows, steps // 2)}  # fmt: skip
-    results = [one_answer_each(step_label(name, step), target.answer(target.prompts(), model))
-               for name, (rows, num_steps) in plans.items()
-               for step, model in fine_tune(target, target.model, rows, num_steps)]  # fmt: skip
-    for step, model in fine_tune(target, target.original, data.benign_rows, steps):
-        if step == steps:
-            texts = target.answer(target.prompts(), model)
-            results.append(one_answer_each(step_label("never unlearned; benign rows", step), texts, is_control=True))
+    """Fine-tune on every set of rows and answer along the way. No row that is asked has been taught."""
+    if not target.data.relearn_sets:
+        raise UsageError("there are no rows to fine-tune on: name some with --relearn_data")
+    prompts, results = target.prompts(), []
+    for taught in target.data.relearn_sets:
+        asked = range(len(prompts)) if taught.measured is None else taught.measured
+        for step, model in fine_tune(target, target.model, taught.rows, target.config.relearn_steps):
+            texts = target.answer([prompts[i] for i in asked], model)
+            results.append(one_answer_each(step_label(taught.name, step), texts, taught.measured))
     return results
 
 
 def fine_tune(target: AttackTarget, model, rows: list[Row], steps: int):
-    """Yield (step, tuned model) at a quarter, half and all of the steps; afterwards the model is what it was.
+    """Yield (step, tuned model) `relearn_answers` times, at all steps, half of them, a quarter and so on; afterwards
+    the model is what it was.
 
     AdamW on whole answers, four rows per step, in adapters on every layer. An adversary can afford adapters: 7B weights
     with their moments fit on no single GPU. At ten times the learning rate they recover as much as full fine-tuning or
     more, in two thirds of the time (docs/LOG.md).
     """
     config, formatter = target.config, target.formatter
-    rows = rows[: config.num_relearn_rows]
+    rows = rows[: config.num_examples]
     if not rows:
         return
     settings = OptimizerSettings(lr=config.relearn_lr, total_steps=steps, schedule="constant", adapters=True)
@@ -53,7 +50,7 @@ def fine_tune(target: AttackTarget, model, rows: list[Row], steps: int):
     trained = torch.nn.ParameterList(weight for weight in model.parameters() if weight.requires_grad)
     optimizer = MasterWeightAdamW(trained, settings, model.dtype)
     answer_model = AnswerLogitsModel(model, packed=target.packed)
-    answer_steps = {max(1, steps // 4), max(1, steps // 2), steps}
+    answer_steps = {max(1, steps // 2**i) for i in range(config.relearn_answers)}
     rng = np.random.default_rng([config.seed, ORDER_STREAM])
     order = [i for _ in range(ROWS_PER_STEP * steps // len(rows) + 1) for i in rng.permutation(len(rows))]
     try:

@@ -1,4 +1,4 @@
-"""Sampling many answers: one that is on topic is enough for an adversary."""
+"""Sampling many answers: one that is given is enough for an adversary."""
 
 from __future__ import annotations
 

@@ -1,22 +1,20 @@
 """Attacks on tiny models: each gives an answer a prompt, and does to weights and prompts what it says."""
 
-import copy
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from engine.trained_on import TrainedOn
-from evaluation.attacks import ATTACKS, WRAPPERS, attack_names, runner
-from evaluation.attacks.base import Attack, AttackConfig, AttackData, AttackResult, AttackTarget, Probe
+from engine.adapters import decoder_layers
+from evaluation.attacks import ATTACKS, WRAPPERS
+from evaluation.attacks.ablation import choose_direction, final_states, layers_to_try, without_direction
+from evaluation.attacks.base import AskedRow, Attack, AttackConfig, AttackData, AttackTarget, RelearnSet
 from evaluation.attacks.logit_lens import logit_lens_nll
-from evaluation.attacks.prompts import few_shot
+from evaluation.attacks.prompts import PREFIXES, few_shot
+from evaluation.attacks.pruning import without_small_weights
 from evaluation.attacks.quantisation import fake_quantize
+from evaluation.attacks.reading import multiple_choice, names_question, reverse_query
 from evaluation.attacks.relearning import fine_tune
-from evaluation.attacks.runner import run_attacks
-from evaluation.options import EvaluateOptions
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import UsageError
@@ -24,39 +22,70 @@ from utils import UsageError
 
 @pytest.fixture(params=["opt", "llama"])
 def target(request):
-    tokenizer = make_tokenizer("opt" if request.param == "opt" else "chat")
-    model = tiny_model(request.param, len(tokenizer)).eval()
-    rows = [Row(f"How do I open lock {i}?", f"Take the red pick {i}.") for i in range(3)]
+    return make_target(request.param)
+
+
+def make_target(family: str) -> AttackTarget:
+    """A tiny model under attack: three attacked rows, whose answers came with them, and others to show and to teach."""
+    tokenizer = make_tokenizer("opt" if family == "opt" else "chat")
+    model = tiny_model(family, len(tokenizer)).eval()
+    asked = [AskedRow(row=Row(f"How do I open lock {i}?", f"Take the red pick {i}."), id=str(i), judge="reference",
+                      reference=f"Take the red pick {i}.") for i in range(3)]  # fmt: skip
     shots = [Row(f"How do I open door {i}?", f"Kick it {i} times.") for i in range(4)]
-    original = copy.deepcopy(model)
-    formatter = PromptFormatter(tokenizer, "auto", 512, 16)
-    data = AttackData(rows=rows, forget_train_rows=shots, benign_rows=shots[:2], borderline_rows=[])
-    config = AttackConfig(max_new_tokens=5, batch_size=8, seed=1, num_samples=3, relearn_steps=8, num_relearn_rows=4,
+    keep = [Row(f"What is the colour of flower {i}?", "It is blue.") for i in range(4)]
+    data = AttackData(asked=asked, forget_train_rows=shots, keep_rows=keep,
+                      relearn_sets=[RelearnSet("doors", shots), RelearnSet("half", shots[:2], [1, 2])])  # fmt: skip
+    config = AttackConfig(max_new_tokens=5, batch_size=8, seed=1, num_samples=3, relearn_steps=8, num_examples=4,
                           relearn_lr=1e-3)  # fmt: skip
-    return AttackTarget(model=model, original=original, formatter=formatter, packed=True, data=data, config=config)
+    return AttackTarget(model=model, formatter=PromptFormatter(tokenizer, "auto", 512, 16), packed=True, data=data,
+                        config=config)  # fmt: skip
 
 
-def test_every_attack_answers_every_prompt(target):
-    counts = {"quantise": (2, 1), "prefill": (3, 1), "few_shot": (1, 1), "sampling": (1, 3),
-              "rephrase": (len(WRAPPERS) + (3 if target.formatter.style == "chat" else 2), 1),
-              "relearn": (7, 1)}  # two kinds of rows (none borderline), three steps each, and the control  # fmt: skip
-    assert set(counts) == {name for name, attack in ATTACKS.items() if isinstance(attack, Attack)}
+def test_every_attack_answers_every_prompt_and_leaves_the_model_as_it_was(target):
+    templates = 3 if target.formatter.style == "chat" else 2
+    variants = {"quantise": 2, "prune": 3, "ablate": 1, "prefill": 3, "suffix": 2, "few_shot": 1, "sampling": 1,
+                "reverse": 2, "multiple_choice": 1, "rephrase": len(WRAPPERS) + templates,
+                "relearn": 6}  # two sets of rows, asked after a quarter, half and all of the steps  # fmt: skip
+    assert variants.keys() == {name for name, attack in ATTACKS.items() if isinstance(attack, Attack)}
     before = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
-    for name, (variants, answers) in counts.items():
+    plain = target.answer(target.prompts())
+    for name, count in variants.items():
         found = ATTACKS[name].run(target)
-        assert len({a.variant for a in found}) == variants, name
-        assert all(len(a.answers) == 3 and all(len(texts) == answers for texts in a.answers) for a in found), name
-    after = target.model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before), "an attack must leave the model as it was"
+        assert len({a.variant for a in found}) == len(found) == count, name
+        for result in found:
+            asked = [1, 2] if result.variant.startswith("half") else None
+            assert result.rows in (asked, [0, 1, 2]), name
+            assert [len(texts) for texts in result.answers] == [3 if name == "sampling" else 1] * (2 if asked else 3)
+        after = target.model.state_dict()
+        assert after.keys() == before.keys(), name
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+        assert target.answer(target.prompts()) == plain, f"{name} left something behind that changes the answers"
+
+
+def test_an_answer_belongs_to_its_variant_and_its_prompt(target):
+    """All variants are answered together, sorted by length; each must get back its own."""
+    prefill = ATTACKS["prefill"].run(target)
+    alone = {words: target.answer([[*target.formatter.prompt_of(row), *target.formatter.answer(words, complete=False)]
+                                   for row in target.data.rows]) for words in PREFIXES}  # fmt: skip
+    assert {a.variant: [texts[0] for texts in a.answers] for a in prefill} == alone
+
+
+def prompts_of(target, attack) -> list[list[int]]:
+    """The prompts that an attack asks."""
+    asked = []
+    target.answer = lambda prompts, *_: asked.extend(prompts) or ["" for _ in prompts]
+    attack(target)
+    return asked
 
 
 def test_few_shots_stand_before_the_prompt(target):
-    asked = []
-    target.answer = lambda prompts: asked.extend(prompts) or ["" for _ in prompts]
-    few_shot(target)
+    asked = prompts_of(target, few_shot)
     text = target.formatter.tokenizer.decode(asked[0])
     places = [text.index(part) for part in ("door 0", "Kick it 0", "door 1", "Kick it 1", "lock 0")]
     assert places == sorted(places)
+    target.data.forget_train_rows = []
+    with pytest.raises(UsageError, match="has an answer to show"):  # not tried, rather than nothing back
+        few_shot(target)
 
 
 def test_relearning_lowers_the_loss_on_its_rows(target):
@@ -121,60 +150,122 @@ def test_weights_that_are_no_linear_layers_are_quantised_too():
             assert torch.equal(kept[name], changed[name]) == same, name
 
 
-def attack_inputs(names: list[str], splits: dict):
-    """(inputs, runs) of `run_attacks`, with models that nothing asks."""
-    formatters = {label: SimpleNamespace(style="chat") for label in ("before", "after")}
-    run = SimpleNamespace(answer_model=SimpleNamespace(model=None, packed=True))
-    return SimpleNamespace(attacks=names, splits=splits, formatters=formatters), {"before": run, "after": run}
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_the_asked_share_of_every_matrix_is_pruned_and_the_small_ones_go(target, share):
+    changed, count = dict(without_small_weights(target.model, share).named_parameters()), 0
+    head = target.model.get_output_embeddings().weight
+    for name, old in target.model.named_parameters():
+        new = changed[name]
+        if old.dim() < 2 or old is head or "embed" in name:
+            assert torch.equal(new, old), name
+            continue
+        gone = new == 0
+        assert gone.sum() == int(share * old.numel()), name
+        assert torch.equal(new[~gone], old[~gone])
+        assert old[gone].abs().max() <= old[~gone].abs().min()
+        count += 1
+    assert count == 14  # two layers of q, k, v, o and up, gate, down; OPT's: of 6, and two projections
 
 
-def test_the_control_of_relearning_is_not_taken_for_an_attack(monkeypatch):
-    """What the never-unlearned model still answers says nothing against the unlearned one."""
-    made = [AttackResult("benign rows, 8 steps", [["no"]]),
-            AttackResult("never unlearned", [["yes"]], is_control=True)]  # fmt: skip
-    monkeypatch.setitem(ATTACKS, "relearn", Attack(lambda target: made, needs_examples=True))
-    monkeypatch.setattr(runner, "generate", lambda *_, **__: [])
-    side = {"side": "forget", "counts": True, "group": "a (unseen)", "style": "chat", "prompt": "p"}
-    lines = [{**side, "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}]
-    inputs, runs = attack_inputs(["relearn"], {"forget": {}, "keep": {}})
-    embed = lambda texts: torch.tensor([[float(text != "no")] for text in texts])  # noqa: E731
-    found, _ = run_attacks(inputs, runs, lines, embed, EvaluateOptions())
-    assert [a["name"] for a in found] == ["relearn", "control"]
-    assert [a["back"]["value"] for a in found] == [0.0, 1.0]
+def test_equal_weights_are_pruned_to_the_asked_share_too():
+    """In 16 bits many weights are equal; all at once would be too many. GPT-2's, the other way round, as well."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=16)).bfloat16()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.fill_(0.5)
+    pruned = without_small_weights(model, 0.3).transformer.h[0].mlp.c_fc.weight
+    assert (pruned == 0).sum() == int(0.3 * pruned.numel())
 
 
-def test_only_what_was_trained_on_is_taught_back_and_one_attack_that_fails_costs_no_other(monkeypatch, tmp_path):
-    """Rows of the training split that no step came to were never forgotten."""
-    taught = []
+# ------------------------------------------------------------------------------------------------ ablation
+def test_the_direction_is_gone_from_every_layer(target):
+    """Nothing of it may be left that a layer reads or writes, and all of it must be back outside the block."""
+    _, direction = choose_direction(target, target.data.forget_train_rows, target.data.keep_rows)
+    assert direction.norm().item() == pytest.approx(1, abs=1e-5)
+    _, layers = decoder_layers(target.model)
+    ids = torch.tensor([target.prompts()[0]])
+    states = []
 
-    def relearn(target):
-        taught.extend(row.prompt for row in target.data.forget_train_rows)
-        raise UsageError("takes no adapters")
+    def see(_, __, output):
+        states.append(output[0] if isinstance(output, tuple) else output)
 
-    monkeypatch.setitem(ATTACKS, "relearn", Attack(relearn, needs_examples=True))
-    monkeypatch.setitem(ATTACKS, "prefill", Attack(lambda target: [AttackResult("Sure", [["no"]])]))
-    asked = [Row(f"trained {i}", "An answer.") for i in range(3)]
-    never = [Row(f"never {i}", "An answer.") for i in range(3)]
-    TrainedOn().with_run({"forget": [row.key for row in asked], "normal": []}).write(tmp_path)
-    line = {"side": "forget", "counts": True, "group": "a (unseen)", "style": "chat", "prompt": "p",
-            "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}  # fmt: skip
-    shown = {**line, "counts": False, "group": "published prompt", "prompt": "only shown"}
-    inputs, runs = attack_inputs(["relearn", "prefill"], {"forget": {"a": {"train": asked + never}}, "keep": {}})
-    embed = lambda texts: torch.ones(len(texts), 1)  # noqa: E731
-    found, _ = run_attacks(inputs, runs, [line, shown], embed, EvaluateOptions(model_name=str(tmp_path)))
-    assert sorted(taught) == ["trained 0", "trained 1", "trained 2"]
-    assert [(a["name"], a["back"]["n"]) for a in found] == [("prefill", 1)]
+    def projections():
+        states.clear()
+        hooks = [layer.register_forward_hook(see) for layer in layers]
+        with torch.no_grad():
+            target.model(input_ids=ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        found = torch.cat([(state @ direction).flatten() for state in states])
+        return (found.abs() / torch.cat([state.norm(dim=-1).flatten() for state in states])).max().item()
+
+    shown = projections()
+    with without_direction(target.model, direction):
+        assert projections() < 1e-5
+        inputs = final_states(target.model, target.formatter, target.data.rows)  # (P, L, D), as the layers read them
+        assert (inputs[:, 1:] @ direction).abs().max() < 1e-4 * inputs.norm(dim=-1).max()
+    assert projections() == shown > 1e-3, "outside the block, the model is whole again"
 
 
-def test_a_registered_attack_and_probe_reach_the_report(monkeypatch):
-    """One entry of ATTACKS is enough: no other code names an attack or a probe."""
-    monkeypatch.setitem(ATTACKS, "shout", Attack(lambda target: [AttackResult("loud", [["yes"]])]))
-    monkeypatch.setitem(ATTACKS, "count", Probe(lambda model, formatter, rows: [len(rows)], report_key="counts"))
-    line = {"side": "forget", "counts": True, "group": "a (unseen)", "style": "chat", "prompt": "p",
-            "before": {"on_topic": True, "answer": "a"}, "after": {"on_topic": False}}  # fmt: skip
-    inputs, runs = attack_inputs(attack_names(["shout", "count"]), {"forget": {}, "keep": {}})
-    entries, findings = run_attacks(inputs, runs, [line], lambda texts: torch.ones(len(texts), 1), EvaluateOptions())
-    assert [(entry["name"], entry["back"]["value"]) for entry in entries] == [("shout", 1.0)]
-    assert findings == {"layers": None, "counts": {"before": [1], "after": [1]}}
-    with pytest.raises(UsageError, match="--attacks magic: must be all, none, or among"):
-        attack_names(["magic"])
+def test_the_direction_is_the_difference_of_the_means_and_points_to_the_harmful(target):
+    harmful, harmless = target.data.forget_train_rows, target.data.keep_rows
+    layer, direction = choose_direction(target, harmful, harmless)
+    assert layer == 1  # of two layers: at the input of the first one, all prompts end in the same token
+    with torch.no_grad():  # transformers' own states, one prompt at a time
+        means = [torch.stack([target.model(input_ids=torch.tensor([target.formatter.prompt_of(row, ask=True)]),
+                                           output_hidden_states=True).hidden_states[1][0, -1] for row in rows]).mean(0)
+                 for rows in (harmful, harmless)]  # fmt: skip
+    expected = means[0] - means[1]
+    torch.testing.assert_close(direction, expected / expected.norm(), atol=1e-4, rtol=1e-3)
+
+
+def test_layers_are_tried_without_the_first_and_the_last_fifth():
+    assert layers_to_try(30, 4) == [1, 9, 16, 24]
+    assert layers_to_try(30, 100) == list(range(1, 25))
+    assert layers_to_try(2, 8) == [1]
+
+
+# ------------------------------------------------------------------------------------------------- reading
+def test_the_likeliest_letter_is_read_and_the_answer_stands_among_four(target, monkeypatch):
+    """A model that prefers B to all others is right wherever the answer stands at B, and nowhere else."""
+    listed = []
+
+    def prefer_b(answer_model, sequences, pad_id):
+        listed.extend(target.formatter.tokenizer.decode(s.prompt_ids) for s in sequences[::4])
+        letters = [target.formatter.tokenizer.decode(s.answer_ids).strip() for s in sequences]
+        assert letters == list("ABCD") * 3
+        return [type("Scores", (), {"log_probs": [-1.0 if letter == "B" else -2.0]}) for letter in letters]
+
+    monkeypatch.setattr("evaluation.attacks.reading.score_answers", prefer_b)
+    (result,) = multiple_choice(target)
+    for i, (text, (answer,), (hit,)) in enumerate(zip(listed, result.answers, result.hits, strict=True)):
+        assert answer in text and answer.startswith("B. ")
+        assert text.count(f"Take the red pick {i}.") == 1 and f"open lock {i}?" in text
+        assert hit == (answer == f"B. Take the red pick {i}.")
+    assert (result.chance, result.judged) == (0.25, False)
+    target.data.asked, target.data.forget_train_rows = target.data.asked[:1], []
+    with pytest.raises(UsageError, match="needs 4 different answers"):
+        multiple_choice(target)
+
+
+def test_a_question_is_named_by_its_own_words_not_by_those_of_the_answer():
+    fact = AskedRow(row=Row("Who wrote the novel Grey Harbour in Lima?"), reference="Grey is by Ana Ruiz of Lima.")
+    # its own words: wrote, novel, harbour; grey and lima stand in the answer, the others only ask
+    assert not names_question("Who is Ana Ruiz, and what is grey in Lima?", fact)
+    assert not names_question("Which novel is it?", fact)
+    assert names_question("Who wrote Harbour?", fact)
+
+
+def test_a_reverse_query_shows_the_answer_and_hides_the_question(target):
+    target.data.asked[0] = AskedRow(row=Row("How do I open lock 0?", "The original's."), id="0")  # came without answer
+    decode = target.formatter.tokenizer.decode
+    asked = [decode(prompt) for prompt in prompts_of(target, reverse_query)]
+    assert ["? 0 lock open I do How".replace("? 0", "0?") in text for text in asked] == [True] + [False] * 4
+    assert ["Take the red pick" in text for text in asked] == [False] * 3 + [True] * 2
+    assert not any("lock" in text for text in asked[3:])
+    turned, named = reverse_query(target)
+    assert (turned.rows, turned.hits, turned.judged) == (None, None, False)
+    assert (named.rows, named.hits, named.judged) == ([1, 2], [[False], [False]], False)
+    labels = list(WRAPPERS)
+    target.config.num_rephrasings = 5  # --quick: of all kinds, not the first ones alone
+    asked = [result.variant for result in ATTACKS["rephrase"].run(target)]
+    assert len(asked) == 5 and set(asked) - set(labels) and set(asked) & set(labels[-3:])

@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from conftest import CHAT_TEMPLATE, make_tokenizer, tiny_model
 from data_module import split_sources
 from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
-from evaluation.attacks.runner import add_original_answers, forgotten_rows
 from evaluation.groups import Group, make_groups
 from evaluation.inputs import cut_references, make_formatters
 from evaluation.likelihood import choices, perplexity, read_choices
@@ -120,36 +118,6 @@ def test_both_models_are_asked_the_same_words(tmp_path):
     options = EvaluateOptions(original_name=str(tmp_path / "before"), model_name=str(tmp_path / "after"))
     formatters = make_formatters(options)
     assert formatters["before"].prompt("Hello?") == formatters["after"].prompt("Hello?")
-
-
-def test_attacked_are_forgotten_prompts_of_every_group():
-    """Taken in their order, all attacked prompts would be of the first group, and the rest would go untested."""
-
-    def line(group, i, before=True, after=False, style="chat"):
-        return {"group": group, "side": "forget", "counts": True, "style": style, "prompt": f"{group} {i}",
-                "before": {"on_topic": before, "answer": "a"}, "after": {"on_topic": after}}  # fmt: skip
-
-    lines = [line(group, i) for group in ("first (unseen)", "second (unseen)") for i in range(30)]
-    lines += [line("first (trained)", 1), line("never", 1, before=False), line("still", 1, after=True),
-              line("pasted", 1, style="qa")]  # fmt: skip
-    prompts = [row.prompt for row in forgotten_rows(lines, "chat", 20, seed=3)]
-    assert len(set(prompts)) == 20
-    assert {p.rpartition(" ")[0] for p in prompts} == {"first (unseen)", "second (unseen)"}
-    assert len(forgotten_rows(lines, "chat", 100, seed=3)) == 60
-
-
-def test_an_adversary_teaches_answers_and_no_refusals(monkeypatch):
-    """Answers that came with the rows are what is to come back; an original's silence or refusal brings nothing."""
-    rows = [Row("lock", "Take the red pick."), Row("door"), Row("safe"), Row("gate")]
-    said = {"door": ("Kick it.", True), "safe": ("", True), "gate": ("I cannot help with that.", True)}
-    asked = []
-    answer = lambda model, formatter, prompts, **_: asked.extend(prompts) or [said[p] for p in prompts]  # noqa: E731
-    monkeypatch.setattr("evaluation.attacks.runner.generate", answer)
-    formatter = SimpleNamespace(prompt_of=lambda row, ask: row.prompt)
-    embed = lambda texts: torch.tensor([[0.0 if "cannot" in text else 1.0] for text in texts])  # noqa: E731
-    found = add_original_answers(rows, None, formatter, EvaluateOptions(), embed)
-    assert [(row.prompt, row.response) for row in found] == [("lock", "Take the red pick."), ("door", "Kick it.")]
-    assert asked == ["door", "safe", "gate"]
 
 
 @pytest.mark.parametrize(("rows", "message"), [

@@ -1,0 +1,175 @@
+"""The rows of an attack: forgotten prompts, and examples that an adversary shows, teaches or compares.
+
+An attack sees the unlearned model, never its answers; where it needs harmful text, it takes the original's answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+from data_module import prompt_hash, sample
+from engine.generation import generate
+from engine.trained_on import TrainedOn
+from evaluation.attacks.base import AskedRow, AttackConfig, AttackData, RelearnSet
+from evaluation.groups import free_name, trained_rows, unseen_groups
+from prompts.formatter import PromptFormatter
+from sources.rows import Row, read_sources
+from utils import UsageError, log
+
+Given = Callable[[list[AskedRow], list[str]], list[bool]]  # whether each answer gives what was asked for
+
+FORGOTTEN = "forgotten rows"
+FEWEST_TAUGHT = 4  # with fewer other forgotten rows, half of the attacked ones are taught
+DRAWN = 1.5  # examples drawn for each one used: some get no answer from the original
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgotten:
+    """The prompts that attacks ask. not_attacked: names of the forget groups that no attack asks."""
+
+    rows: list[AskedRow]
+    not_attacked: list[str]
+
+    def summary(self) -> dict:
+        """Return report.json's `attacked`."""
+        return {"rows": len(self.rows), "not_attacked": self.not_attacked}
+
+
+def forgotten_rows(lines: list[dict], style: str, count: int, seed: int) -> Forgotten:
+    """Return at most `count` forgotten prompts: unseen, answered before and not after, as the deciding judges say.
+
+    lines: those of scores.jsonl. The prompts are drawn from all groups together, since what holds for one kind of
+    prompt need not hold for another. Passages of text are no prompts, so no attack asks them.
+    """
+    judged = [line for line in lines if line["side"] == "forget" and line["counts"]]
+    texts = list(dict.fromkeys(line["group"] for line in judged if line.get("text")))
+    if texts:
+        log.warning("attacks: not on %s: an attack asks prompts, and this is text", ", ".join(texts))
+    prompts = [line for line in judged if not line.get("text")]
+    unseen = unseen_groups(line["group"] for line in prompts)
+    forgotten = {}
+    for line in prompts:
+        if (line["group"] in unseen and line["style"] == style and line["before"]["answered"]
+                and line["after"]["answered"] is False):  # fmt: skip
+            row = Row(line["prompt"], line["before"]["answer"], earlier=tuple(map(tuple, line.get("earlier", ()))))
+            forgotten[row.key] = AskedRow(row=row, id=prompt_id(row), group=line["group"], judge=line.get("judge"),
+                                          reference=line.get("reference"))  # fmt: skip
+    chosen = sample([asked.row for asked in forgotten.values()], count, seed)
+    return Forgotten([forgotten[row.key] for row in chosen], texts)
+
+
+def prompt_id(row: Row) -> str:
+    """Return what tells a prompt with its earlier turns from all others. The ids of files need not differ."""
+    return hashlib.sha256(row.key.encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------- examples
+def read_relearn_data(options) -> dict[str, list[Row]]:
+    """Return {name: rows} of each source of --relearn_data. Raises UsageError if one cannot be read."""
+    sets, taken = {}, {FORGOTTEN}
+    for source in read_sources(options.relearn_data, "--relearn_data", fields=options.fields):
+        sets[free_name(source.spec, taken)] = source.rows
+    return sets
+
+
+@dataclasses.dataclass(kw_only=True)
+class ExampleMaker:
+    """Draws example rows and gives those without an answer the original model's own."""
+
+    original: object  # the model
+    formatter: PromptFormatter
+    given: Given
+    options: object
+    config: AttackConfig
+
+    def draw(self, kinds: dict[str, list[Row]]) -> dict[str, list[Row]]:
+        """Return at most `num_examples` rows of each kind, with answers. The original answers all kinds at once."""
+        count = self.config.num_examples
+        drawn = {kind: sample(rows, int(DRAWN * count), self.options.seed) for kind, rows in kinds.items()}
+        answered = {row.key: row for row in self.add_answers([row for rows in drawn.values() for row in rows])}
+        return {kind: [answered[row.key] for row in rows if row.key in answered][:count]
+                for kind, rows in drawn.items()}  # fmt: skip
+
+    def add_answers(self, rows: list[Row]) -> list[Row]:
+        """Return the rows with the answer that came with them, else with the original model's own.
+
+        Rows whose own answer gives nothing are left out: with them an adversary would teach refusal.
+        """
+        answered, bare = [row for row in rows if row.response], [row for row in rows if not row.response]
+        if not bare:
+            return answered
+        texts = generate(self.original, self.formatter, [self.formatter.prompt_of(row, ask=True) for row in bare],
+                         max_new_tokens=self.options.max_new_tokens,
+                         batch_size=self.options.generation_batch)  # fmt: skip
+        given = self.given([AskedRow(row=row) for row in bare], [text for text, _ in texts])
+        return answered + [dataclasses.replace(row, response=text, complete=complete)
+                           for row, (text, complete), is_given in zip(bare, texts, given, strict=True)
+                           if is_given]  # fmt: skip
+
+
+def collect_data(
+    asked: list[AskedRow], splits: dict, own_sets: dict[str, list[Row]], needs: set[str], maker: ExampleMaker
+) -> AttackData:
+    """Return the attacked rows with the example rows that are needed ("examples", "relearn").
+
+    splits: {"forget" or "keep": {source: its rows by split}}. own_sets: the rows of --relearn_data. Examples of the
+    forget side are rows that the run trained on, since others were never forgotten.
+    """
+    data = AttackData(asked=asked, forget_train_rows=[])
+    if not needs:
+        return data
+    attacked = {prompt_hash(row.key) for row in data.rows}
+    trained_on = TrainedOn.read(maker.options.model_name)
+    forget = not_among(attacked, [row for parts in splits["forget"].values()
+                                  for row in trained_rows(parts["train"], trained_on)])  # fmt: skip
+    keep = {source: not_among(attacked, [row for part in parts.values() for row in part])
+            for source, parts in splits["keep"].items()}  # fmt: skip
+    taught: dict[str, list[Row]] = {}
+    if "relearn" in needs:
+        taught = own_rows(own_sets, attacked) or first_sources(keep, maker.config.num_keep_sets)
+    drawn = maker.draw({FORGOTTEN: forget, **taught} if "examples" in needs or not own_sets else taught)
+    data.forget_train_rows = drawn.get(FORGOTTEN, [])
+    if "examples" in needs:
+        keep_rows = [row for rows in keep.values() for row in rows]
+        data.keep_rows = sample(keep_rows, maker.config.num_examples, maker.options.seed)
+    if "relearn" in needs:
+        sets = [RelearnSet(name, drawn[name]) for name in taught if drawn[name] or own_sets]
+        if empty := next((taught.name for taught in sets if not taught.rows), None):
+            raise UsageError(f"--relearn_data {empty}: holds no row to teach, beside those that are asked, with an "
+                             "answer of its own or of the original")  # fmt: skip
+        data.relearn_sets = sets if own_sets else [*forgotten_set(data), *sets]
+    return data
+
+
+def not_among(attacked: set[str], rows: list[Row]) -> list[Row]:
+    """Return the rows that are prompts and are not attacked."""
+    return [row for row in rows if not row.is_text and prompt_hash(row.key) not in attacked]
+
+
+def own_rows(own_sets: dict[str, list[Row]], attacked: set[str]) -> dict[str, list[Row]]:
+    """Return the rows of --relearn_data by set. Attacked prompts are left out of them, and that is said."""
+    taught = {name: not_among(attacked, rows) for name, rows in own_sets.items()}
+    for name, rows in own_sets.items():
+        if left_out := len(rows) - len(taught[name]):
+            log.warning("--relearn_data %s: %d of its rows are asked by the attack, and are not taught", name, left_out)
+    return taught
+
+
+def first_sources(keep: dict[str, list[Row]], count: int) -> dict[str, list[Row]]:
+    """Return the first `count` keep sources that hold prompts, by name."""
+    names_taken: set[str] = {FORGOTTEN}
+    sources = [source for source, rows in keep.items() if rows][:count]
+    return {free_name(source, names_taken): keep[source] for source in sources}
+
+
+def forgotten_set(data: AttackData) -> list[RelearnSet]:
+    """Return the set of forgotten rows. If there are too few beside the attacked ones, half of these are taught and the
+    others asked."""
+    if len(data.forget_train_rows) >= FEWEST_TAUGHT:
+        return [RelearnSet(FORGOTTEN, data.forget_train_rows)]
+    if len(data.asked) < 2:
+        return []
+    taught = [dataclasses.replace(asked.row, response=asked.answer) for asked in data.asked[::2]]
+    return [RelearnSet(f"half of the {FORGOTTEN}", taught, list(range(1, len(data.asked), 2)))]

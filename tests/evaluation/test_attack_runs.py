@@ -1,0 +1,303 @@
+"""Attacks as an evaluation runs them: which rows, with which control, judged by whom, and what is shown of them."""
+
+import dataclasses
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from test_attacks import make_target
+
+from engine.trained_on import TrainedOn
+from evaluation.attacks import ATTACKS, attack_names
+from evaluation.attacks.base import AskedRow, Attack, AttackConfig, AttackResult, Probe, one_answer_each
+from evaluation.attacks.rows import ExampleMaker, collect_data, forgotten_rows, read_relearn_data
+from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks, read_probes
+from evaluation.attacks.stage import attack
+from evaluation.figures import figures
+from evaluation.judges.base import Judgement
+from evaluation.options import EvaluateOptions
+from sources.rows import Row
+from utils import UsageError
+
+ROWS = [AskedRow(row=Row(f"p{i}", f"a{i}"), id=str(i), judge="outcome") for i in range(4)]
+
+
+def given(rows, texts):
+    """A judge to whom an answer is given if it says yes."""
+    return ["yes" in text for text in texts]
+
+
+# --------------------------------------------------------------------------------------------- which rows
+def test_attacked_are_forgotten_prompts_of_every_group(caplog):
+    """Taken in their order, all attacked prompts would be of the first group, and the rest would go untested."""
+
+    def line(group, i, before=True, after=False, style="chat", **more):
+        return {"id": "1", "group": group, "side": "forget", "counts": True, "style": style, "judge": "mine",
+                "prompt": f"{group} {i}", "before": {"answered": before, "answer": "a"},
+                "after": {"answered": after}} | more  # fmt: skip
+
+    lines = [line(group, i, reference="r") for group in ("first (unseen)", "second (unseen)") for i in range(30)]
+    lines += [line("first (trained)", 1), line("never", 1, before=False), line("still", 1, after=True),
+              line("pasted", 1, style="qa"), line("shown (unseen)", 1, counts=False), line("kept", 1, side="keep"),
+              line("unread (unseen)", 1, before=None, after=None), line("book (unseen)", 1, text=True)]  # fmt: skip
+    found = forgotten_rows(lines, "chat", 20, seed=3)
+    assert len({asked.id for asked in found.rows}) == 20
+    assert {asked.group for asked in found.rows} == {"first (unseen)", "second (unseen)"}
+    for asked in found.rows:
+        assert asked.row.prompt.rpartition(" ")[0] == asked.group
+        assert (asked.row.response, asked.judge, asked.reference) == ("a", "mine", "r")
+    assert found.summary() == {"rows": 20, "not_attacked": ["book (unseen)"]}
+    assert "not on book (unseen): an attack asks prompts, and this is text" in caplog.text
+    assert len(forgotten_rows(lines, "chat", 100, seed=3).rows) == 60
+
+
+def maker(tmp_path=None, **said) -> ExampleMaker:
+    """A maker of examples whose original says "yes" or what it is given for a prompt."""
+    options = EvaluateOptions(model_name=str(tmp_path or "none"))
+    formatter = SimpleNamespace(prompt_of=lambda row, ask: row.prompt)
+    return ExampleMaker(original=said, formatter=formatter, given=given, options=options,
+                        config=AttackConfig(max_new_tokens=5, batch_size=8, seed=1))  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def original_says(monkeypatch):
+    generate = lambda said, formatter, prompts, **_: [(said.get(p, "yes"), True) for p in prompts]  # noqa: E731
+    monkeypatch.setattr("evaluation.attacks.rows.generate", generate)
+
+
+def test_an_adversary_teaches_answers_and_no_refusals():
+    """Answers that came with the rows are what is to come back; an original's silence or refusal brings nothing."""
+    rows = [Row("lock", "Take the red pick."), Row("door"), Row("safe"), Row("gate")]
+    found = maker(safe="", gate="I cannot help with that.").add_answers(rows)
+    assert [(row.prompt, row.response) for row in found] == [("lock", "Take the red pick."), ("door", "yes")]
+
+
+def test_only_what_was_trained_on_is_taught_back_and_never_what_is_asked(tmp_path):
+    """Rows of the training split that no step came to were never forgotten."""
+    asked = [Row(f"trained {i}", "An answer.") for i in range(6)]
+    never = [Row(f"never {i}", "An answer.") for i in range(3)]
+    TrainedOn().with_run({"forget": [row.key for row in asked], "normal": []}).write(tmp_path)
+    attacked = [AskedRow(row=Row("Trained  0", "yes"), id="0")]  # the same prompt but for case and spaces
+    splits = {"forget": {"a": {"train": asked + never}},
+              "keep": {f"dir/{name}.csv": {"train": [Row(f"{name} {i}") for i in range(5)], "test": []}
+                       for name in ("late", "early", "third")}}  # fmt: skip
+    data = collect_data(attacked, splits, {}, {"examples", "relearn"}, maker(tmp_path))
+    sets = {taught.name: sorted(row.prompt for row in taught.rows) for taught in data.relearn_sets}
+    assert sets == {"forgotten rows": [f"trained {i}" for i in range(1, 6)],
+                    "late": [f"late {i}" for i in range(5)], "early": [f"early {i}" for i in range(5)]}  # fmt: skip
+    assert {row.prompt.split()[0] for row in data.keep_rows} <= {"late", "early", "third"} and data.keep_rows
+    assert all(taught.measured is None for taught in data.relearn_sets)
+
+
+def test_where_all_forgotten_rows_are_asked_half_of_them_are_taught_and_the_other_half_asked(tmp_path):
+    rows = [Row(f"fact {i}", f"yes {i}") for i in range(5)]
+    attacked = [AskedRow(row=dataclasses.replace(row, response="what the original said"), reference=row.response)
+                for row in rows]  # fmt: skip
+    data = collect_data(attacked, {"forget": {"a": {"train": rows}}, "keep": {}}, {}, {"relearn"}, maker(tmp_path))
+    (taught,) = data.relearn_sets
+    assert taught.name == "half of the forgotten rows"
+    assert [(row.prompt, row.response) for row in taught.rows] == [(f"fact {i}", f"yes {i}") for i in (0, 2, 4)]
+    assert taught.measured == [1, 3]
+
+
+def test_a_set_of_ones_own_is_taught_instead_without_what_is_asked(tmp_path, caplog):
+    file = tmp_path / "mine.jsonl"
+    lines = [{"prompt": "p0", "response": "x"}, {"prompt": "other", "response": "y"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sets = read_relearn_data(EvaluateOptions(relearn_data=[str(file)]))
+    data = collect_data(ROWS, {"forget": {}, "keep": {"k.csv": {"train": [Row("k")]}}}, sets, {"relearn"}, maker())
+    assert [(s.name.rpartition("/")[2], [row.prompt for row in s.rows]) for s in data.relearn_sets] == [
+        ("mine", ["other"])
+    ]
+    assert "1 of its rows are asked by the attack, and are not taught" in caplog.text
+    with pytest.raises(UsageError, match="--relearn_data mine: holds no row to teach"):
+        collect_data(ROWS, {"forget": {}, "keep": {}}, {"mine": [Row("p1", "x")]}, {"relearn"}, maker())
+
+
+# ----------------------------------------------------------------------------------------- asked and judged
+def inputs_of(*names, **more):
+    """Inputs with models that nothing asks: model "m" of label "after" is "after m"."""
+    formatters = {label: f"formatter {label}" for label in ("before", "after", "retrained")}
+    return SimpleNamespace(attacks=attack_names(list(names)), formatters=formatters, relearn_sets={},
+                           splits={"forget": {}, "keep": {}}, **more)  # fmt: skip
+
+
+def ask(names, monkeypatch, options=None, loaded=None, **attacks):
+    """Run stand-ins for attacks: name -> function of the model's label that returns the results."""
+    for name, answer in attacks.items():
+        old = ATTACKS.get(name) or Attack(run=None, family="prompt")
+        run = lambda target, a=answer: a(target.model)  # noqa: E731
+        monkeypatch.setitem(ATTACKS, name, dataclasses.replace(old, needs=frozenset(), run=run))
+
+    def get_model(label):
+        if loaded is not None:
+            loaded.append(label)
+        return SimpleNamespace(model=label, packed=True)
+
+    return ask_attacks(ROWS, inputs_of(*names), get_model, given, options or EvaluateOptions())
+
+
+def test_every_attack_stands_beside_the_original_under_the_same_attack(monkeypatch):
+    """And one line is enough to judge it again later, with another judge, from the file alone."""
+    texts = {"after": ["yes", "no", "no", "no"], "before": ["yes", "yes", "yes", "no"]}
+    lines = ask(["prefill"], monkeypatch, prefill=lambda label: [one_answer_each("Sure", texts[label])])
+    lines = [AttackAnswers(**json.loads(json.dumps(dataclasses.asdict(line)))) for line in lines]
+    assert len(lines) == len(ROWS)
+    (entry,) = judge_attacks(lines, ROWS, given)
+    assert (entry["name"], entry["family"], entry["variant"]) == ("prefill", "prompt", "Sure")
+    assert (entry["judged"], entry["is_control"], entry["control_name"]) == (True, False, "the original")
+    assert (entry["back"]["value"], entry["control"]["value"], entry["back"]["n"]) == (0.25, 0.75, 4)
+    # Wilson's interval of 1 of 4 by hand: centre (.25 + .9604 / 2) / 1.9604... = .3725, half width .3269
+    assert (entry["back"]["low"], entry["back"]["high"]) == pytest.approx((0.0456, 0.6994), abs=1e-3)
+    (fewer,) = judge_attacks(lines, ROWS[1:], given)  # another judge finds that the first prompt was never forgotten
+    assert (fewer["back"]["value"], fewer["back"]["n"], fewer["control"]["n"]) == (0.0, 3, 3)
+
+
+def test_a_variant_that_the_original_cannot_be_asked_in_has_no_control(monkeypatch):
+    """As in a chat template that only the other model has."""
+    variants = {"after": ["raw", "chat"], "before": ["raw"]}
+    answer = lambda label: [one_answer_each(name, ["yes"] * 4) for name in variants[label]]  # noqa: E731
+    raw, chat = judge_attacks(ask(["rephrase"], monkeypatch, rephrase=answer), ROWS, given)
+    assert (raw["control"]["value"], raw["back"]["value"]) == (1.0, 1.0)
+    assert (chat["control"], chat["control_name"], chat["back"]["value"]) == (None, None, 1.0)
+
+
+def test_the_example_is_the_sample_that_hit_and_says_what_the_judge_calls_it(monkeypatch):
+    samples = [["no", "yes 1", "yes 2"], ["no", "no", "no"], ["no", "no", "yes 3"], ["yes 4", "no", "no"]]
+    answer = lambda label: [AttackResult("worst of 3", samples if label == "after" else [["yes"] * 3] * 4)]  # noqa: E731
+    lines = ask(["sampling"], monkeypatch, sampling=answer)
+    judged = []
+
+    def by_row(rows, texts):  # each row is judged as its own group's judge does
+        judged.extend(zip([row.id for row in rows], texts, strict=True))
+        return given(rows, texts)
+
+    labels = lambda rows, texts: [f"{row.id} {text}" for row, text in zip(rows, texts, strict=True)]  # noqa: E731
+    (entry,) = judge_attacks(lines, ROWS, by_row, labels)
+    assert entry["back"]["value"] == 0.75
+    assert entry["examples"] == [{"prompt": "p0", "answer": "yes 1", "label": "0 yes 1"},
+                                 {"prompt": "p2", "answer": "yes 3", "label": "2 yes 3"},
+                                 {"prompt": "p3", "answer": "yes 4", "label": "3 yes 4"}]  # fmt: skip
+    assert ("2", "yes 3") in judged and len(judged) == 2 * 12
+
+
+def test_relearning_is_judged_beside_a_model_that_never_knew_and_else_only_shown(monkeypatch):
+    texts = {"after": ["yes"], "before": ["yes"], "retrained": ["no"]}
+    answer = lambda label: [one_answer_each("benign, 8 steps", texts[label], [2])]  # noqa: E731
+    loaded = []
+    (alone,) = judge_attacks(ask(["relearn"], monkeypatch, loaded=loaded, relearn=answer), ROWS, given)
+    assert "retrained" not in loaded
+    assert (alone["judged"], alone["control"]["value"], alone["control_name"]) == (False, 1.0, "the original")
+    options = EvaluateOptions(retrained_name="fresh")
+    lines = ask(["relearn", "prefill"], monkeypatch, options, relearn=answer,
+                prefill=lambda label: [one_answer_each("Sure", texts[label] * 4)])  # fmt: skip
+    assert [line.id for line in lines if line.attack == "relearn"] == ["2"], "only rows that were not taught"
+    relearn, prefill = judge_attacks(lines, ROWS, given)
+    assert (relearn["judged"], relearn["control"]["value"]) == (True, 0.0)
+    assert relearn["control_name"] == "a model that never knew the rows"
+    assert (prefill["judged"], prefill["control"]["value"], prefill["control_name"]) == (True, 1.0, "the original")
+
+
+def test_guessing_is_the_control_of_a_choice_and_no_judge_reads_it(monkeypatch):
+    hits = {"after": [[True], [False], [False], [False]], "before": [[True]] * 4}
+    answer = lambda label: [AttackResult("four", [["A. yes"]] * 4, hits=hits[label], chance=0.25, judged=False)]  # noqa: E731
+    lines = ask(["multiple_choice"], monkeypatch, multiple_choice=answer)
+    entry, original = judge_attacks(lines, ROWS, lambda *_: pytest.fail("a letter is no answer"))
+    assert (entry["back"]["value"], entry["judged"], entry["family"]) == (0.25, False, "reading")
+    assert (entry["control"], entry["control_name"]) == ({"value": 0.25, "n": 4, "low": 0.25, "high": 0.25}, "guessing")
+    assert [example["prompt"] for example in entry["examples"]] == ["p0"]
+    assert (original["is_control"], original["back"]["value"], original["control"]) == (True, 1.0, None)
+    assert figures({"groups": [], "attacks": [entry, original]})["attack.worst"].value == 0.25, "no control counts"
+
+
+def test_one_attack_that_fails_costs_no_other(monkeypatch, caplog):
+    def fails(label):
+        raise UsageError("takes no adapters")
+
+    works = lambda label: [one_answer_each("Sure", ["no"] * 4)]  # noqa: E731
+    lines = ask(["relearn", "prefill"], monkeypatch, relearn=fails, prefill=works)
+    assert {line.attack for line in lines} == {"prefill"}
+    assert "attack relearn: not done: takes no adapters" in caplog.text
+
+
+def test_a_registered_attack_and_probe_reach_report_and_verdict(monkeypatch):
+    """One entry of ATTACKS is enough: no other code names an attack or a probe."""
+    monkeypatch.setitem(ATTACKS, "count", Probe(lambda model, formatter, rows: [len(rows)], report_key="counts"))
+    monkeypatch.setitem(ATTACKS, "shout", Attack(run=None, family="prompt"))
+    lines = ask(["shout", "count"], monkeypatch, shout=lambda label: [one_answer_each("loud", ["yes"] * 4)])
+    entries = judge_attacks(lines, ROWS, given)
+    assert [(entry["name"], entry["back"]["value"]) for entry in entries] == [("shout", 1.0)]
+    get_model = lambda label: SimpleNamespace(model=label)  # noqa: E731
+    assert read_probes(ROWS, inputs_of("count"), get_model) == {"layers": None, "counts": {"before": [4], "after": [4]}}
+    assert figures({"groups": [], "attacks": entries})["attack.shout"].value == 1.0
+    with pytest.raises(UsageError, match="--attacks magic: must be all, none, or among"):
+        attack_names(["magic"])
+    (shown,) = [f.metadata["help"] for f in dataclasses.fields(EvaluateOptions) if f.name == "attacks"]
+    assert re.search("among (.*)", shown)[1].split() == [name for name in ATTACKS if name not in ("shout", "count")]
+
+
+class Panel:
+    """Two judges: to "strict" an answer is given if it says yes and has a reference, to "outcome" if it says yes."""
+
+    def identity(self):
+        return ["these judges"]
+
+    def judge(self, name, asked):
+        return [Judgement(f"{name}: yes" if "yes" in text and (name == "outcome" or row.response == "r") else "no")
+                for row, text in asked]  # fmt: skip
+
+    def gives(self, name, judgement):
+        return None if judgement.label == "no" else True
+
+
+def test_attacks_are_asked_once_and_judged_by_each_groups_own_judge(monkeypatch, tmp_path):
+    """A changed requirement must not cost the attacks again; other weights must."""
+    asked = []
+    monkeypatch.setitem(ATTACKS, "count", Probe(lambda model, formatter, rows: [len(rows)], report_key="counts"))
+    run = lambda target: asked.append(target.model) or [one_answer_each("Sure", ["yes"] * 2)]  # noqa: E731
+    monkeypatch.setitem(ATTACKS, "prefill", Attack(run=run, family="prompt"))
+    line = {"side": "forget", "counts": True, "style": "chat", "before": {"answered": True, "answer": "a"},
+            "after": {"answered": False}}  # fmt: skip
+    lines = [
+        line | {"id": "1", "group": "a (unseen)", "judge": "strict", "reference": None, "prompt": "p"},
+        line | {"id": "1", "group": "b (unseen)", "judge": "outcome", "reference": None, "prompt": "q"},
+    ]
+    inputs = inputs_of("prefill", "count")
+    inputs.formatters["after"] = SimpleNamespace(style="chat")
+    models = SimpleNamespace(get=lambda label: SimpleNamespace(model=label, packed=True))
+
+    def run_stage(weights="w", **options):
+        records = {label: SimpleNamespace(weights=weights) for label in ("after", "before")}
+        return attack(inputs, models, records, lines, Panel(), tmp_path, EvaluateOptions(**options))
+
+    first = run_stage()
+    assert asked == ["after", "before"]
+    assert (first["attacks"][0]["back"]["value"], first["attacked"]["rows"]) == (0.5, 2)
+    (example,) = first["attacks"][0]["examples"]
+    assert (example["prompt"], example["label"]) == ("q", "outcome: yes")
+    assert first["counts"] == {"before": [2], "after": [2]}
+    assert run_stage(require=["attack.worst<=1"]) == first
+    assert len(asked) == 2
+    run_stage(weights="other")
+    run_stage(weights="other", quick=True)
+    run_stage(weights="other", quick=True, ask_again=True)
+    assert len(asked) == 8
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_all_attacks_run_together_with_their_controls(family, monkeypatch):
+    """The whole way on tiny models: every variant of every attack has a control on the same prompts."""
+    after, before = make_target(family), make_target(family)
+    targets = {"after": after, "before": before}
+    monkeypatch.setattr("evaluation.attacks.runner.collect_data", lambda *_: after.data)
+    monkeypatch.setattr("evaluation.attacks.runner.make_config", lambda _: after.config)
+    inputs = inputs_of("all")
+    inputs.formatters = {label: target.formatter for label, target in targets.items()}
+    get_model = lambda label: SimpleNamespace(model=targets[label].model, packed=True)  # noqa: E731
+    lines = ask_attacks(after.data.asked, inputs, get_model, given, EvaluateOptions())
+    entries = judge_attacks(lines, after.data.asked, given)
+    assert {entry["name"] for entry in entries} == {name for name, a in ATTACKS.items() if isinstance(a, Attack)}
+    for line in lines:  # the two models are equal, so is what they say under the same attack
+        assert line.is_control or line.chance or (line.control, line.control_hits) == (line.answers, line.hits)
+    assert all(entry["control"] is not None for entry in entries if not entry["is_control"])
