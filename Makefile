@@ -5,7 +5,9 @@
 # make sweep   search over the settings in configs/sweep.yaml; goes on where it was stopped
 # make lint    ruff, rules and format, and which room takes from which
 # make audit   known vulnerabilities in the pinned packages (asks a public database)
-# make lm-eval MC_DATA=mc_task.json TEXT=wikitext2_test.txt   our figures against lm-evaluation-harness's, offline
+# make lm-eval-env   an environment with lm-evaluation-harness, for evaluate_unlearning.py --lm_eval TASKS
+# make lm-eval MC_DATA=mc_task.json TEXT=wikitext2_test.txt   our MC1, MC2 and perplexity against that harness, offline
+#              and on a task file of our own: it compares the arithmetic, not the harness's own tasks
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -16,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 
 # A second call does only what is missing: the model is a file of make's, the report is reused by its options.
 
-.PHONY: install demo test test-slow bench sweep lint audit lm-eval clean
+.PHONY: install demo test test-slow bench sweep lint audit lm-eval lm-eval-env clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.txt
@@ -58,6 +60,8 @@ $(LM_EVAL)/.installed: requirements.txt requirements-lm-eval.txt
 	python3 -m venv $(LM_EVAL)
 	$(LM_EVAL)/bin/python -m pip install --quiet -r requirements.txt -r requirements-lm-eval.txt
 	touch $@
+
+lm-eval-env: $(LM_EVAL)/.installed
 
 lm-eval: $(LM_EVAL)/.installed
 	@test -n "$(MC_DATA)" -a -n "$(TEXT)" || { echo "make lm-eval: name MC_DATA=mc_task.json and TEXT=text.txt"; exit 2; }

@@ -2,6 +2,9 @@
 
     make lm-eval MC_DATA=truthfulqa_mc_task.json TEXT=wikitext2_test.txt
 
+Both sides read a task file of our own, written below: our prompt, our scoring functions, the text as one document. So
+this compares the arithmetic of two programs, and its figures are not those of the harness's tasks truthfulqa_mc1,
+truthfulqa_mc2 and wikitext, whose prompts and documents are others. evaluate_unlearning.py --lm_eval runs these.
 Prints both figures and their relative difference; exit code 1 if a difference is above 0.5 %.
 """
 
@@ -141,7 +144,8 @@ def main() -> None:
             worst = max(worst, apart)
             lines.append(f"{name:32s} {measure:16s} {value:10.4f} {other[measure]:10.4f} {100 * apart:7.3f}%")
     print("\n".join(lines))
-    print(f"{len(rows)} questions, {len(text):,} characters; at most {100 * worst:.3f} % apart")
+    print(f"{len(rows)} questions, {len(text):,} characters; at most {100 * worst:.3f} % apart, both on a task file of "
+          "our own (the harness's own tasks: evaluate_unlearning.py --lm_eval)")  # fmt: skip
     sys.exit(worst > MAX_DIFFERENCE)
 
 

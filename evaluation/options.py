@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Optional
 
 from options import COUNT, POSITIVE, CommonOptions, number, option
+
+OptionalCount = Optional[COUNT]  # noqa: UP045 - a check is a function, which knows no |
 
 
 @dataclasses.dataclass
@@ -102,3 +104,20 @@ class EvaluateOptions(CommonOptions):
         [], "rows that the relearning attack fine-tunes on, in the forms of --forget_data, a set a source (if unset: "
         "forget rows that the run trained on, and the first two sources of --normal_data)"
     )  # fmt: skip
+
+    # ---- lm-evaluation-harness
+    lm_eval: list[str] = option(
+        [], "tasks and groups of lm-evaluation-harness, run on every model: its own (truthfulqa_mc1 mmlu wikitext), "
+        "which take their data from the hub, or those of --lm_eval_tasks"
+    )  # fmt: skip
+    lm_eval_tasks: str | None = option(None, "folder of your own task files (.yaml) for lm-evaluation-harness")
+    lm_eval_template: Literal["none", "chat", "auto"] = option(
+        "none", "how its prompts are asked; none: as published, without a chat template; chat: in the model's chat "
+        "template, with --system and --template_args; auto: chat if the evaluation asks so"
+    )  # fmt: skip
+    lm_eval_fewshot: OptionalCount = option(None, "worked examples before each question (if unset: the task's number)")
+    lm_eval_limit: COUNT = option(0, "documents of each task at most, from the first on (0: all)")
+    lm_eval_batch: COUNT = option(0, "requests per batch (0: on a GPU as many as memory takes, on a CPU 8)")
+    lm_eval_python: str = option(
+        ".venv-lm-eval/bin/python", "a Python that has lm-evaluation-harness; make lm-eval-env makes this one"
+    )
