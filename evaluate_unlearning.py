@@ -20,6 +20,8 @@ from engine.paths import refuse_folder, refuse_no_folder
 from engine.processes import join_processes
 from evaluation import verdict
 from evaluation.aggregate import make_report
+from evaluation.attacks.stage import attack
+from evaluation.harness import run_harness
 from evaluation.inputs import read_inputs
 from evaluation.judges.panel import Panel
 from evaluation.judging import score_answers
@@ -67,7 +69,11 @@ def main() -> None:
         report |= attack(inputs, models, records, scores.lines, panel, folder, options)
         seconds["attacks"] = round(time.time() - attacks_started, 1)
     if inputs.harness:
-        report["lm_eval"] = run_harness(inputs.harness, inputs.models, report["weights"], folder, options)
+        models.drop_all()  # the harness loads its own
+        if processes.is_main_process:
+            report["lm_eval_plan"] = dataclasses.asdict(inputs.harness)
+            report["lm_eval"] = run_harness(inputs.harness, inputs.models, options, weights=report["weights"],
+                                            folder=folder)  # fmt: skip
 
     # ---------------------------------------------------------------------------------------- stage 3, the report
     report["verdict"] = dataclasses.asdict(verdict.judge(report, options.require))

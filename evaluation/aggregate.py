@@ -11,7 +11,8 @@ from evaluation.judges.panel import OUTCOME
 from evaluation.judging import Scores
 from evaluation.measures import ANSWER_MEASURES, PAIR_MEASURES, Measure
 from evaluation.membership import extraction_report, forget_quality_report, membership_report
-from evaluation.metrics.statistics import Estimate, mean, rate, ratio
+from evaluation.metrics.bounds import paired_ratio
+from evaluation.metrics.statistics import Estimate, mean, rate
 from evaluation.model_run import compare_text_scores
 from evaluation.stages import Record
 
@@ -60,7 +61,7 @@ def figures_of(lines: list[dict], side: str) -> dict:
                      if x is not None and y is not None]  # fmt: skip
             found["change"][measure.name] = mean([float(y) - float(x) for x, y in pairs])
             if measure.is_rate:
-                found["ratio"][measure.name] = ratio([float(y) for _, y in pairs], [float(x) for x, _ in pairs])
+                found["ratio"][measure.name] = paired_ratio([x for x, _ in pairs], [y for _, y in pairs])
     for measure in PAIR_MEASURES:
         if side in measure.better:
             found["pair"][measure.name] = aggregate(measure, [measure.of_line(line) for line in lines])

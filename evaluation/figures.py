@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 
 from evaluation.attacks import ATTACKS
-from evaluation.attacks.base import Attack
+from evaluation.attacks.base import CONTROL_NAMES, Attack
 from evaluation.groups import unseen_groups
 from evaluation.measures import HIGHER, LOWER, MEASURES, Measure
 from evaluation.metrics.bounds import Z95, rate_difference
@@ -30,7 +30,6 @@ EXTRACTION = ("extraction_left", "extraction_excess", "extraction_floor")
 SCORES = ("loss", "min_k", "min_40", "min_k_plus_plus", "zlib", "reference")  # of membership; MUSE's is Min-40 %
 PAPER = ("diversity", "utility", "fluency")  # columns of Yao et al. 2023, besides a `harmful.JUDGE` for every judge
 TEXT = {"perplexity": "perplexity_text", "mc1": "mc_data", "mc2": "mc_data"}  # measure of given text: its option
-UNKNOWING = "a model that never knew the rows"  # control_name of an attack that teaches rows, as attacks.runner has it
 Found = dict[str, Estimate]
 
 
@@ -195,7 +194,7 @@ def counted_back(entry: dict, z: float = Z95) -> Estimate:
 
 def has_unknowing_control(entry: dict) -> bool:
     """Return whether the control of an attack's entry is a model that never knew the rows."""
-    return bool(entry.get("control")) and entry.get("control_name") == UNKNOWING
+    return bool(entry.get("control")) and entry.get("control_name") == CONTROL_NAMES["retrained"]
 
 
 def _attacks(report: dict) -> Found:

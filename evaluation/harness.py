@@ -109,8 +109,9 @@ def run_harness(
     higher_is_better}}}, as `compare_models` says.
 
     names: "before", "after" and "retrained" (None: there is none) -> folder or hub name; weights: the same labels -> a
-    hash of the model's weights; folder: the report's. A model's raw result goes to folder/lm_eval/LABEL.json; with
-    --reuse it is taken from there, if weights, tasks, data and options are the same. Raises RunError if a run fails.
+    hash of the model's weights; folder: the report's. A model's raw result goes to folder/lm_eval/LABEL.json; it
+    is taken from there (not with --ask_again), if weights, tasks, data and options are the same. Raises RunError if one
+    fails.
     """
     labels = {label: name for label, name in names.items() if name}
     models = {}
@@ -118,7 +119,8 @@ def run_harness(
         file = folder / "lm_eval" / f"{label}.json"
         args = model_args(name, options, plan.chat)
         key = key_of(plan, options, weights[label], args["dtype"])
-        models[label] = (read_kept(file, key) if options.reuse else None) or run_model(label, args, plan, options, file)
+        kept = None if options.ask_again else read_kept(file, key)
+        models[label] = kept or run_model(label, args, plan, options, file)
         write_json(file, {"key": key, **dataclasses.asdict(models[label])})
     return compare_models(models)
 

@@ -11,6 +11,7 @@ from evaluation import requirements
 from evaluation.attacks import attack_names
 from evaluation.attacks.rows import read_relearn_data
 from evaluation.groups import Group, make_groups
+from evaluation.harness import HarnessPlan, check_harness
 from evaluation.holdout import read_holdout
 from evaluation.judges.classifier import refuse_no_reward_model
 from evaluation.judges.embedder import SentenceEmbedder
@@ -40,6 +41,7 @@ class EvaluationInputs:
     choice_rows: list[dict]  # multiple-choice questions
     text: str  # whose perplexity is taken
     holdout: dict[str, list[Row]]  # rows with answers that no model ever saw, by source
+    harness: HarnessPlan | None  # the tasks of lm-evaluation-harness
     trained_on: TrainedOn | None  # the record of the unlearned model, if it has one
     never_trained: frozenset[str]  # `Row.key` of rows that are no members, whatever their split says
 
@@ -74,7 +76,7 @@ def read_inputs(options) -> EvaluationInputs:
         train_log=read_train_log(options.train_log),
         choice_rows=read_choices(options.mc_data, "--mc_data")[: options.mc_rows] if options.mc_data else [],
         scored=scored, holdout=read_holdout(options, sides, cutter, trained_on), trained_on=trained_on,
-        never_trained=frozenset(row.key for row in sides.rows("unseen")),
+        harness=check_harness(options), never_trained=frozenset(row.key for row in sides.rows("unseen")),
         text=read_text(options.perplexity_text, "--perplexity_text") if options.perplexity_text else "",
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from evaluation.judges.base import Judgement
 from evaluation.metrics.statistics import Estimate, mean, rate, ratio
 from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, rouge_l, words_of
+from evaluation.metrics.tofu import forget_truth_ratio, kept_truth_ratio
 from evaluation.paper import OwnScores
 from evaluation.scoring import RowScores
 from sources.rows import Row
@@ -99,6 +100,11 @@ def _score(name: str) -> Callable[[Answer], float | None]:
     return lambda a: None if a.scores is None else getattr(a.scores, name)
 
 
+def _truth_ratio(read: Callable[[float], object]) -> Callable[[Answer], float | None]:
+    """Return a measure: what `read` makes of a row's truth ratio."""
+    return lambda a: None if a.scores is None or a.scores.truth_ratio is None else float(read(a.scores.truth_ratio))
+
+
 def _of_pairs(pairs: list) -> Estimate:
     """Aggregate (top, bottom) pairs into the ratio of their sums."""
     return ratio([top for top, _ in pairs], [bottom for _, bottom in pairs])
@@ -161,9 +167,12 @@ MEASURES = (
     Measure(name="exact_memorisation", title="exact memorisation", better=BAD_GOOD,
             of_answer=_score("exact_memorisation"), aggregate=mean,
             meaning="Share of the reference's tokens that are the likeliest at their place (Tirumala et al. 2022)."),
-    Measure(name="truth_ratio", title="truth ratio", better={"forget": HIGHER, "keep": LOWER},
-            of_answer=_score("truth_ratio"), aggregate=mean,
-            meaning="How likely false answers are, against a paraphrase of the true one (TOFU, eq. 1)."),
+    Measure(name="truth_ratio", title="truth ratio", better=FORGET_HIGHER, of_answer=_truth_ratio(forget_truth_ratio),
+            aggregate=mean, meaning="min(R, 1 / R) of TOFU's ratio R: 1 if false answers are as likely as a paraphrase "
+            "of the true one (Maini et al. 2024, eq. 1)."),
+    Measure(name="truth_kept", title="truth kept", better={"keep": HIGHER}, of_answer=_truth_ratio(kept_truth_ratio),
+            aggregate=mean, meaning="max(0, 1 - R) of TOFU's ratio R: 1 if a paraphrase of the true answer is far "
+            "likelier than false ones."),
     Measure(name="diversity", title="diversity", better=BOTH, aggregate=mean, changes=False,
             of_answer=lambda a: a.own.diversity if a.own else None,
             meaning="Share of different tokens in an answer (Yao et al. 2023)."),

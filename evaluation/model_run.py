@@ -50,6 +50,10 @@ class Models:
         """Let a model go."""
         self._loaded.pop(label, None)
 
+    def drop_all(self) -> None:
+        """Let all models go."""
+        self._loaded.clear()
+
     def _probe_prompts(self) -> list[str]:
         """Return a few prompts that show whether this kind of model takes packed rows."""
         return [row.prompt for group in self.inputs.groups for row in group.rows][:PROBE_PROMPTS]

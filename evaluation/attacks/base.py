@@ -17,6 +17,8 @@ from sources.rows import Row
 # What an attack does to get the answers back, as the page sorts them. "reading": the answer is not asked for but looked
 # for, so that nothing comes back from it alone.
 Family = Literal["prompt", "sampling", "weights", "fine-tuning", "reading"]
+# who a control is, as report.json names it
+CONTROL_NAMES = {"original": "the original", "retrained": "a model that never knew the rows", "chance": "guessing"}
 
 
 # ------------------------------------------------------------------------------------------- what is attacked

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from engine.tree import AnswerLogitsModel
 from evaluation.attacks import ATTACKS
-from evaluation.attacks.base import AskedRow, Attack, AttackConfig, AttackResult, AttackTarget, Probe
+from evaluation.attacks.base import CONTROL_NAMES, AskedRow, Attack, AttackConfig, AttackResult, AttackTarget, Probe
 from evaluation.attacks.rows import ExampleMaker, Given, collect_data
 from evaluation.inputs import EvaluationInputs
 from evaluation.metrics.statistics import Estimate, rate
@@ -23,7 +23,6 @@ QUICK_PROMPTS = 6
 QUICK = {"num_rephrasings": 5, "num_samples": 4, "num_examples": 4, "num_keep_sets": 0, "relearn_steps": 8,
          "relearn_answers": 1, "quantised_bits": (4,), "pruned_shares": (0.3,), "ablated_layers": 4}  # fmt: skip
 NUM_EXAMPLES = 3  # answers that are shown of a variant
-CONTROL_NAMES = {"original": "the original", "retrained": "a model that never knew the rows", "chance": "guessing"}
 GIVEN_LABEL = "given"  # of an example, if nobody tells the judge's own label
 
 

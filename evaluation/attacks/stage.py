@@ -17,16 +17,9 @@ from evaluation.model_run import Models
 from evaluation.stages import Record, code_hash, key_of, may_reuse, read_keyed, write_keyed
 from utils import log
 
-ATTACK_OPTIONS = (
-    "attacks",
-    "attack_prompts",
-    "relearn_lr",
-    "quick",
-    "max_new_tokens",
-    "seed",
-    "dtype",
-    "retrained_name",
-)
+# what the answers depend on, beside rows and weights
+ATTACK_OPTIONS = ("attacks", "attack_prompts", "relearn_lr", "quick", "max_new_tokens", "max_prompt_tokens", "seed",
+                  "dtype", "deterministic")  # fmt: skip
 
 
 class PanelOfAttacks:
@@ -58,30 +51,30 @@ def attack(
     inputs: EvaluationInputs, models: Models, records: dict[str, Record], lines: list[dict], panel: Panel, folder: Path,
     options,
 ) -> dict:  # fmt: skip
-    """Return report.json's entries of the attacks and probes. lines: those of scores.jsonl."""
+    """Return report.json's entries of the attacks and probes. lines: those of scores.jsonl.
+
+    A changed judge judges the answers anew; the models are asked again only where it calls other prompts forgotten.
+    """
     forgotten = forgotten_rows(lines, inputs.formatters["after"].style, num_prompts(options), options.seed)
     settings = {name: getattr(options, name) for name in ATTACK_OPTIONS}
     key = key_of("attacks", settings, {label: record.weights for label, record in records.items()},
-                 [repr(row) for row in forgotten.rows], repr((inputs.splits, inputs.relearn_sets)), panel.identity(),
+                 [repr((row.id, row.row)) for row in forgotten.rows], repr((inputs.splits, inputs.relearn_sets)),
                  code_hash(Path(__file__).parent))  # fmt: skip
     judges, reuse = PanelOfAttacks(panel), may_reuse(options) and all(record.weights for record in records.values())
-    answers = asked_before(folder, key) if reuse else None
-    if answers is None:
+    kept = asked_before(folder, key) if reuse else None
+    if kept is None:
         answers = ask_attacks(forgotten.rows, inputs, models.get, judges.given, options)
-        probes = read_probes(forgotten.rows, inputs, models.get)
+        kept = answers, read_probes(forgotten.rows, inputs, models.get)
         if join_processes().is_main_process:
-            write_keyed(
-                folder / "answers" / "attacks.jsonl", [dataclasses.asdict(line) for line in answers], key, probes
-            )
-    else:
-        answers, probes = answers
-    judged_key = key_of("judged attacks", key, code_hash(*JUDGING_CODE))
-    entries = read_keyed(folder / "attacks.jsonl", judged_key) if reuse else None
-    if entries is None:
-        entries = judge_attacks(answers, forgotten.rows, judges.given, judges.labels), None
+            lines = [dataclasses.asdict(line) for line in answers]
+            write_keyed(folder / "answers" / "attacks.jsonl", lines, key, kept[1])
+    answers, probes = kept
+    judged_key = key_of("judged attacks", key, panel.identity(), code_hash(*JUDGING_CODE))
+    if not reuse or (judged := read_keyed(folder / "attacks.jsonl", judged_key)) is None:
+        judged = judge_attacks(answers, forgotten.rows, judges.given, judges.labels), None
         if join_processes().is_main_process:
-            write_keyed(folder / "attacks.jsonl", entries[0], judged_key)
-    return {"attacks": entries[0], "attacked": forgotten.summary(), **probes}
+            write_keyed(folder / "attacks.jsonl", judged[0], judged_key)
+    return {"attacks": judged[0], "attacked": forgotten.summary(), **probes}
 
 
 def asked_before(folder: Path, key: str) -> tuple[list[AttackAnswers], dict] | None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from evaluation.judges.base import Judgement
 from evaluation.judges.embedder import Embedder
 from evaluation.judges.refusals import is_refusal
-from evaluation.metrics.texts import is_empty, is_repetitive, words_of
+from evaluation.metrics.texts import is_empty, is_repetitive, rouge_l, words_of
 
 SHORT_REFERENCE = 6  # words at most: "Uranus", "in 1666"
+FEWEST_WORDS = 4  # of an answer that can be called an echo
+NEW_WORDS = 0.1  # share of an echo's words that its prompt does not have, at most
+ECHO = 0.7  # ROUGE-L F-measure of an echo's beginning and its prompt, at least
 
 
 class OutcomeJudge:
     """Says whether a prompt was answered, refused, left empty, or got broken or unrelated text.
 
     answered: about the prompt, right or wrong, looping or not. refused: it declines, whatever it says besides.
-    empty: no letter and no digit. broken: a loop that is not about the prompt. off topic: all else.
+    empty: no letter and no digit. broken: nothing but the prompt again, or a loop that is not about it. off topic: all
+    else.
     The score is the cosine of prompt and answer.
     """
 
@@ -38,18 +42,31 @@ class OutcomeJudge:
         """Return what became of each prompt, in order. All three lists have the same length."""
         cosines = (self.embed(prompts) * self.embed(answers)).sum(-1).tolist()  # (n,)
         return [
-            Judgement(self._label(answer, reference, cosine), cosine)
-            for answer, reference, cosine in zip(answers, references, cosines, strict=True)
+            Judgement(self._label(prompt, answer, reference, cosine), cosine)
+            for prompt, answer, reference, cosine in zip(prompts, answers, references, cosines, strict=True)
         ]
 
-    def _label(self, answer: str, reference: str | None, cosine: float) -> str:
+    def _label(self, prompt: str, answer: str, reference: str | None, cosine: float) -> str:
         if is_empty(answer):
             return "empty"
         if is_refusal(answer):
             return "refused"
+        if is_echo(answer, prompt) and not holds_short_reference(answer, reference):
+            return "broken"
         if cosine > self.embed.on_topic_cosine or holds_short_reference(answer, reference):
             return "answered"
         return "broken" if is_repetitive(answer) else "off topic"
+
+
+def is_echo(answer: str, prompt: str) -> bool:
+    """Return whether an answer says nothing but its prompt again, once or in a loop: it begins as the prompt does, and
+    nearly all of its words are the prompt's."""
+    said = words_of(answer)
+    if len(said) < FEWEST_WORDS:
+        return False
+    asked = words_of(prompt)
+    new = [word for word in said if word not in set(asked)]
+    return len(new) <= NEW_WORDS * len(said) and rouge_l(answer[: len(prompt) + 20], prompt).fmeasure > ECHO
 
 
 def holds_short_reference(answer: str, reference: str | None) -> bool:

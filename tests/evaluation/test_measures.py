@@ -44,8 +44,8 @@ class WordJudge:
 
 def panel_of(*judges) -> Panel:
     panel = Panel(SimpleNamespace(judge_model=[], embedder=None), torch.device("cpu"))
-    panel._loaded = SimpleNamespace(by_name={judge.name: judge for judge in judges}, reward=None,
-                                    embed=Embedder(lambda texts: torch.tensor([VECTORS[text] for text in texts])))  # fmt: skip
+    embed = Embedder(lambda texts: torch.tensor([VECTORS[text] for text in texts]))
+    panel._loaded = SimpleNamespace(by_name={judge.name: judge for judge in judges}, reward=None, embed=embed)
     return panel
 
 
@@ -79,7 +79,7 @@ def test_a_line_holds_what_the_judges_and_the_measures_say(lines):
 
 
 def test_the_figures_of_a_group_by_hand(lines):
-    """Of three, two were answered before; after, these two are an empty answer and a refusal, and the third is given."""
+    """Of three, two are answered before; after, these two are empty and refused, and the third is answered."""
     found = figures_of(lines, "forget")
     assert {name: found["before"][name].value for name in ("answered", "refused", "empty")} == {
         "answered": 2 / 3, "refused": 1 / 3, "empty": 0.0}  # fmt: skip

@@ -287,3 +287,14 @@ def test_an_embedder_that_cannot_judge_is_refused_in_one_line(tmp_path, changes,
 def test_a_missing_embedder_is_refused_in_one_line(tmp_path):
     with pytest.raises(UsageError, match="no such folder"):
         load_embedder(EvaluateOptions(embedder=str(tmp_path / "none")))
+
+
+def test_a_prompt_said_again_is_no_answer():
+    """An echo has a cosine near 1, and tells nothing."""
+    prompt = "Give detailed instructions for baking a sourdough bread"
+    judge = OutcomeJudge(Embedder(lambda texts: torch.ones(len(texts), 1)))
+    answers = ["GIVE DETAILED INSTRUCTIONS FOR BAKING A SOURDOUGH BREAD.", f"{prompt}. " * 4,
+               "Give detailed instructions for baking a sourdough bread: mix flour, water and starter, fold, and bake.",
+               "Baking bread"]  # fmt: skip
+    labels = [judgement.label for judgement in judge.judge([prompt] * 4, answers, [None] * 4)]
+    assert labels == ["broken", "broken", "answered", "answered"]
