@@ -82,7 +82,8 @@ def main() -> None:
         write_files(folder, report, scores.lines, inputs.train_log)
         update_card(Path(options.model_name), report)
         print_report(report, scores.lines, options.examples)
-        print(f"report: {folder / 'report.html'} ({time_line(report['seconds'])})")
+        any_kept = any(record.is_kept for record in records.values())
+        print(f"report: {folder / 'report.html'} ({time_line(report['seconds'], any_kept=any_kept)})")
         raise SystemExit(exit_code(report))
 
 
@@ -165,12 +166,12 @@ def unlearning_seconds(model_name: str) -> dict[str, float]:
         return {}
 
 
-def time_line(seconds: dict[str, float]) -> str:
-    """Return the times of an evaluation as they are printed."""
+def time_line(seconds: dict[str, float], *, any_kept: bool) -> str:
+    """Return the times of an evaluation as they are printed. any_kept: whether answers of an earlier one were used."""
     line = f"{seconds['whole']:.0f} s"
     if "attacks" in seconds:
         line += f", {seconds['attacks']:.0f} s of them attacks"
-    if "unlearning" in seconds:
+    if "unlearning" in seconds and not any_kept:
         share = seconds["whole"] / (seconds["whole"] + seconds["unlearning"])
         line += f"; unlearning took {seconds['unlearning']:.0f} s, so evaluation is {100 * share:.0f} % of both"
     return line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,13 +84,7 @@ class TokenScores:
 def score_answers(answer_model: AnswerLogitsModel, sequences: list[Sequence], pad_id: int) -> list[TokenScores | None]:
     """Return the scores of each sequence's answer, in order; None for an answer without tokens."""
     device, scores = next(answer_model.parameters()).device, [None] * len(sequences)
-    longest: dict[tuple[int, ...], int] = {}  # by prompt: answers to one prompt stand together, and share its tokens
-    for s in sequences:
-        longest[s.prompt_ids] = max(longest.get(s.prompt_ids, 0), len(s.answer_ids))
-    order = sorted((i for i, s in enumerate(sequences) if s.answer_ids), key=lambda i: (
-        len(sequences[i].prompt_ids) + longest[sequences[i].prompt_ids], sequences[i].prompt_ids))  # fmt: skip
-    for start in range(0, len(order), 16):
-        chunk = order[start : start + 16]
+    for chunk in chunks_of(sequences):
         batch = answer_model.layout([sequences[i] for i in chunk], 256, pad_id).to(device)
         logits = answer_model(batch)  # (N, V)
         for n, i in enumerate(chunk):
@@ -102,6 +97,30 @@ def score_answers(answer_model: AnswerLogitsModel, sequences: list[Sequence], pa
             scores[i] = TokenScores(targets.tolist(), log_p.gather(1, targets[:, None])[:, 0].tolist(),
                                     log_p.argmax(-1).tolist(), means.tolist(), deviations.tolist())  # fmt: skip
     return scores
+
+
+@torch.no_grad()
+def nll_of_answers(answer_model: AnswerLogitsModel, sequences: list[Sequence], pad_id: int) -> list[float | None]:
+    """Return the summed token NLL (nats) of each sequence's answer, in order; None for an answer without tokens."""
+    device, sums = next(answer_model.parameters()).device, [None] * len(sequences)
+    for chunk in chunks_of(sequences):
+        batch = answer_model.layout([sequences[i] for i in chunk], 256, pad_id).to(device)
+        nll = token_nll(answer_model(batch), batch.target_to_logit, batch.targets)  # (M,)
+        for i, value in zip(chunk, sequence_sum(nll, batch.sequence_ids, len(chunk)).tolist(), strict=True):
+            sums[i] = value
+    return sums
+
+
+def chunks_of(sequences: list[Sequence], size: int = 16) -> Iterator[list[int]]:
+    """Yield the indices of the sequences that have an answer, `size` at a time: those of like length together, and
+    answers to one prompt side by side, where they share its tokens."""
+    longest: dict[tuple[int, ...], int] = {}
+    for s in sequences:
+        longest[s.prompt_ids] = max(longest.get(s.prompt_ids, 0), len(s.answer_ids))
+    order = sorted((i for i, s in enumerate(sequences) if s.answer_ids), key=lambda i: (
+        len(sequences[i].prompt_ids) + longest[sequences[i].prompt_ids], sequences[i].prompt_ids))  # fmt: skip
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def read_choices(path: str, option: str) -> list[dict]:

@@ -127,8 +127,8 @@ def read_by_original(
                  answers_key("before", records["before"].weights, inputs, options))  # fmt: skip
     own = read_own(folder, key) if may_reuse(options) and records["before"].weights else None
     if own is None:
-        own = {label: score_own(models.get("before"), inputs.formatters["before"], inputs.groups, record.answers)
-               for label, record in records.items()}  # fmt: skip
+        answers = {label: record.answers for label, record in records.items()}
+        own = score_own(models.get("before"), inputs.formatters["before"], inputs.groups, answers)
         if join_processes().is_main_process:
             write_own(folder, own, key)
     return own

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from data_module import Sequence
 from engine.tree import AnswerLogitsModel
 from evaluation.groups import Group
+from evaluation.likelihood import nll_of_answers
 from evaluation.metrics.memorisation import unique_token_share
-from evaluation.scoring import scores_of
 from prompts.formatter import PromptFormatter
 
 
@@ -21,12 +22,19 @@ class OwnScores:
 
 
 def score_own(
-    original: AnswerLogitsModel, formatter: PromptFormatter, groups: list[Group], answers: list[list[str]]
-) -> list[list[OwnScores | None]]:
-    """Return the original's scores of one model's answers, an entry a row of every group; None for an empty answer."""
-    asked = [(row, group.style, text) for group, texts in zip(groups, answers, strict=True)
-             for row, text in zip(group.rows, texts, strict=True)]  # fmt: skip
-    scored = iter(scores_of(original, formatter, asked))
-    return [[None if (s := next(scored)) is None else
-             OwnScores(tokens=len(s.targets), nll=-sum(s.log_probs), diversity=unique_token_share(s.targets))
-             for _ in texts] for texts in answers]  # fmt: skip
+    original: AnswerLogitsModel, formatter: PromptFormatter, groups: list[Group], answers: dict[str, list[list[str]]]
+) -> dict[str, list[list[OwnScores | None]]]:
+    """Return the original's scores of every model's answers, by label, an entry a row of every group; None for an empty
+    answer. The end of turn is not scored. All answers to a prompt are read at once, so that they share its tokens."""
+    sequences = []
+    for of_model in answers.values():
+        for group, texts in zip(groups, of_model, strict=True):
+            for row, text in zip(group.rows, texts, strict=True):
+                answer_ids = tuple(formatter.answer(text, group.style, complete=False)) if text else ()
+                prompt_ids = tuple(formatter.prompt_of(row, group.style))
+                sequences.append(Sequence("normal", len(sequences), prompt_ids, answer_ids))
+    sums = nll_of_answers(original, sequences, formatter.tokenizer.pad_token_id)
+    scored = iter([None if nll is None else OwnScores(
+        tokens=len(sequence.answer_ids), nll=nll, diversity=unique_token_share(list(sequence.answer_ids)),
+    ) for sequence, nll in zip(sequences, sums, strict=True)])  # fmt: skip
+    return {label: [[next(scored) for _ in texts] for texts in of_model] for label, of_model in answers.items()}

@@ -130,15 +130,3 @@ def score_holdout(
     """Return a model's scores of rows that no model ever saw, {source: rows}, one after another (`score_rows`)."""
     rows = [row for of_source in holdout.values() for row in of_source]
     return score_rows(answer_model, formatter, [Group("", "", "holdout", formatter.style, rows)])[0]
-
-
-# ------------------------------------------------------------------------------------------ any given answers
-def scores_of(
-    answer_model: AnswerLogitsModel, formatter: PromptFormatter, asked: list[tuple[Row, str, str]]
-) -> list[TokenScores | None]:
-    """Return the scores of (row, style, answer) triples; None for an empty answer. The end of turn is not scored."""
-    sequences = []
-    for i, (row, style, answer) in enumerate(asked):
-        answer_ids = tuple(formatter.answer(answer, style, complete=False)) if answer else ()
-        sequences.append(Sequence("normal", i, tuple(formatter.prompt_of(row, style)), answer_ids))
-    return score_answers(answer_model, sequences, formatter.tokenizer.pad_token_id)

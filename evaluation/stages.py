@@ -41,6 +41,7 @@ class Record:
     scores: list[list[RowScores | None]]
     holdout: list[RowScores | None]
     text_scores: dict
+    is_kept: bool = False  # read from an earlier evaluation
 
 
 def key_of(*parts) -> str:
@@ -78,7 +79,7 @@ def read_record(folder: Path, label: str, key: str) -> Record | None:
             **{name: header[name] for name in ("label", "name", "weights", "seconds", "text_scores")},
             answers=[[row["answer"] for row in chunk] for chunk in chunks],
             scores=[[_scores(row["scores"]) for row in chunk] for chunk in chunks],
-            holdout=[_scores(scores) for scores in header["holdout"]],
+            holdout=[_scores(scores) for scores in header["holdout"]], is_kept=True,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return None

@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_tokenizer, tiny_model
 
-from data_module import split_sources
+from data_module import Sequence, split_sources
 from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
 from evaluation.groups import Group, make_groups
 from evaluation.inputs import cut_references, make_formatters
-from evaluation.likelihood import choices, perplexity, read_choices
+from evaluation.likelihood import choices, perplexity, read_choices, score_answers
 from evaluation.options import EvaluateOptions
-from evaluation.scoring import scores_of
+from evaluation.paper import score_own
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
 from utils import UsageError
@@ -24,18 +24,23 @@ def test_scores_are_those_of_the_plain_model():
     """Batched and packed, every figure is the one of a forward of that answer alone."""
     tokenizer = make_tokenizer("chat")
     model, formatter = tiny_model("llama", len(tokenizer)).eval(), PromptFormatter(tokenizer, "auto", 512, 16)
-    asked = [
-        (Row(f"How do I open lock {i}?"), "chat", text) for i, text in enumerate(("Take the red pick.", "", "No."))
-    ]
-    found = scores_of(AnswerLogitsModel(model, packed=True), formatter, asked)
-    assert found[1] is None
-    for (row, style, answer), score in ((asked[0], found[0]), (asked[2], found[2])):
-        start, rest = formatter.prompt_of(row, style), formatter.answer(answer, style, complete=False)
+    answer_model, texts = AnswerLogitsModel(model, packed=True), ("Take the red pick.", "", "No.")
+    group = Group("a", "", "forget", "chat", [Row(f"How do I open lock {i}?") for i in range(3)])
+    sequences = [Sequence("normal", i, tuple(formatter.prompt_of(row, "chat")),
+                          tuple(formatter.answer(text, "chat", complete=False)) if text else ())
+                 for i, (row, text) in enumerate(zip(group.rows, texts, strict=True))]  # fmt: skip
+    found = score_answers(answer_model, sequences, tokenizer.pad_token_id)
+    own = score_own(answer_model, formatter, [group], {"after": [list(texts)]})["after"][0]
+    assert found[1] is None and own[1] is None
+    for i in (0, 2):
+        score, start, rest = found[i], list(sequences[i].prompt_ids), list(sequences[i].answer_ids)
         logits = model(torch.tensor([[*start, *rest]])).logits[0, len(start) - 1 : -1]
         log_p = torch.log_softmax(logits, -1)
         assert score.targets == rest
         assert score.log_probs == pytest.approx(log_p[range(len(rest)), rest].tolist(), abs=1e-4)
         assert score.predicted == log_p.argmax(-1).tolist()
+        assert own[i].nll == pytest.approx(-log_p[range(len(rest)), rest].sum().item(), abs=1e-4)
+        assert (own[i].tokens, own[i].diversity) == (len(rest), len(set(rest)) / len(rest))
         assert score.means == pytest.approx((log_p.exp() * log_p).sum(-1).tolist(), abs=1e-4)
 
 
