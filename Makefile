@@ -16,7 +16,7 @@ export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE ?= 1
 
-# A second call does only what is missing: the model is a file of make's, the report is reused by its options.
+# A second call does only what is missing: the model is a file of make's, what the models said and how it was judged is taken from the report's folder.
 
 .PHONY: install demo test test-slow bench sweep lint audit lm-eval lm-eval-env clean
 
@@ -28,7 +28,7 @@ $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.
 	touch $@
 
 demo: models/demo/unlearn_args.json
-	$(PYTHON) evaluate_unlearning.py --model_name models/demo --train_log logs/demo.jsonl --prompts_per_group 48 --reuse
+	$(PYTHON) evaluate_unlearning.py --model_name models/demo --train_log logs/demo.jsonl --prompts_per_group 48
 
 models/demo/unlearn_args.json: configs/demo.yaml recipes/selective/recipe.yaml data/harmful.jsonl data/benign.jsonl data/neighbours.jsonl data/questions.jsonl data/twins.jsonl | $(VENV)/.installed
 	$(PYTHON) setup_demo.py

@@ -132,7 +132,7 @@ def judged(folder: Path, settings: dict, options) -> dict:
         run("unlearn_harm.py", f"--config={options.config}", *arguments, f"--model_save_dir={folder}", "--resume",
             f"--log_file={log_file}")  # fmt: skip
     report_folder = folder.parent / "reports" / folder.name
-    run("evaluate_unlearning.py", f"--model_name={folder}", "--split=dev", "--reuse", "--examples=0",
+    run("evaluate_unlearning.py", f"--model_name={folder}", "--split=dev", "--examples=0",
         f"--prompts_per_group={options.prompts_per_group}", f"--report_dir={report_folder}")  # fmt: skip
     report = json.loads((report_folder / "report.json").read_text(encoding="utf-8"))
     figures = point_values(report)

@@ -9,7 +9,7 @@ from engine.generation import generate
 from engine.reference import ReferenceCache
 from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel
-from evaluation.judges.embedder import SentenceEmbedder
+from evaluation.judges.embedder import Embedder, SentenceEmbedder
 from evaluation.judges.outcome import OutcomeJudge
 from evaluation.metrics.texts import is_empty
 from prompts.formatter import PromptFormatter
@@ -34,7 +34,7 @@ class DevEvaluator:
         self.sequences = [make_sequence(side, 0, row, formatter) for side, rows in self.rows.items() for row in rows]
         self.asked = {side: [row for row in rows if not row.is_text] for side, rows in self.rows.items()}
         is_judged = SentenceEmbedder.available() and any(self.asked.values())
-        self.judge = OutcomeJudge(SentenceEmbedder()) if is_judged else None
+        self.judge = OutcomeJudge(Embedder(SentenceEmbedder())) if is_judged else None
 
     @torch.no_grad()
     def evaluate(self, answer_model: AnswerLogitsModel, reference: ReferenceCache) -> dict[str, float | None]:
