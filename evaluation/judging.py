@@ -42,8 +42,8 @@ def score_answers(
     """Return the scores of all answers: those in `folder` if they are of the same answers and judges."""
     said = [(record.answers, [[s and dataclasses.asdict(s) for s in group] for group in record.scores])
             for record in records.values()]  # fmt: skip
-    asked = [(group.name, group.judge, repr(group.rows)) for group in inputs.groups]
-    key = key_of("scores", said, asked, panel.identity(), code_hash(*JUDGING_CODE))
+    said_of = [[[o and dataclasses.asdict(o) for o in group] for group in of_model] for of_model in own.values()]
+    key = key_of("scores", said, said_of, list(map(repr, inputs.groups)), panel.identity(), code_hash(*JUDGING_CODE))
     path = folder / "scores.jsonl"
     if may_reuse(options) and (kept := read_keyed(path, key)):
         log.info("scores: as they stand in %s", path)

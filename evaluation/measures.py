@@ -91,8 +91,8 @@ def _rouge_l(answer: str, target: str):
 
 
 def _label(label: str) -> Callable[[Answer], bool | None]:
-    """Return a measure: whether the deciding judge gave this label."""
-    return lambda a: None if a.decided is None else a.decided.label == label
+    """Return a measure: whether the deciding judge gave this label, None where it says nothing of the answer."""
+    return lambda a: None if a.given is None else a.decided.label == label
 
 
 def _score(name: str) -> Callable[[Answer], float | None]:

@@ -40,7 +40,7 @@ def test_a_thinking_model_is_trained_behind_its_thoughts_and_judged_without_them
     looked = run_cli("evaluate_unlearning.py", "--model_name=out", "--report_dir=report", "--max_new_tokens=4",
                      "--prompts_per_group=3", cwd=tmp_path)  # fmt: skip
     assert looked.returncode in (0, 3), looked.stderr  # 3: the random model fails the criteria
-    lines = [json.loads(line) for line in (tmp_path / "report/answers.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "report/scores.jsonl").read_text().splitlines()]
     asked = [line for line in lines if line["style"] == "chat"]
     # four tokens end no thought: each such answer is empty, and the log counts them
     assert {line["after"]["answer"] for line in asked} == {""}

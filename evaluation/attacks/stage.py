@@ -57,8 +57,11 @@ def attack(
     """
     forgotten = forgotten_rows(lines, inputs.formatters["after"].style, num_prompts(options), options.seed)
     settings = {name: getattr(options, name) for name in ATTACK_OPTIONS}
+    prompts = {label: [formatter.prompt_of(row.row, ask=True) for row in forgotten.rows]
+               for label, formatter in inputs.formatters.items()}  # fmt: skip
     key = key_of("attacks", settings, {label: record.weights for label, record in records.items()},
                  [repr((row.id, row.row)) for row in forgotten.rows], repr((inputs.splits, inputs.relearn_sets)),
+                 prompts, join_processes().device.type,
                  code_hash(Path(__file__).parent))  # fmt: skip
     judges, reuse = PanelOfAttacks(panel), may_reuse(options) and all(record.weights for record in records.values())
     kept = asked_before(folder, key) if reuse else None

@@ -85,7 +85,7 @@ class Classifier(ModelJudge):
     def __init__(self, path: str, device: torch.device, *, reads: str = "pair", name: str | None = None,
                  option: str = "--judge_model", **trust):  # fmt: skip
         super().__init__(name or path, path, device, option=option)
-        self.reads, self.trust, self.tokenizer = reads, trust, None
+        self.input_texts, self.trust, self.tokenizer = reads, trust, None
         shown = "the answer alone" if reads == "answer" else "the prompt with its answer"
         self.limits = f"It reads {shown}, knows the kinds of harm that it was trained on, and no refusal as such."
 
@@ -97,7 +97,7 @@ class Classifier(ModelJudge):
     @property
     def settings(self) -> dict:
         """What report.json tells of this judge."""
-        return {"reads": self.reads, "harmful_classes": self.harmful_names()}
+        return {"reads": self.input_texts, "harmful_classes": self.harmful_names()}
 
     def harmful_names(self) -> list[str]:
         """Return the names of the classes that mean "harmful". Raises UsageError if the config does not tell."""
@@ -126,7 +126,7 @@ class Classifier(ModelJudge):
         for start in range(0, len(order), 32):
             chunk = order[start : start + 32]
             read = [[answers[i] or " " for i in chunk]]
-            if self.reads == "pair":
+            if self.input_texts == "pair":
                 read.insert(0, [prompts[i] for i in chunk])
             encoded = self.tokenizer(*read, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
             check_vocabulary(self, int(encoded["input_ids"].max()))

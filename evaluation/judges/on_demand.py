@@ -73,6 +73,10 @@ class ModelJudge:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def reads(self, language: str | None) -> bool:
+        """Return True: no model's folder tells its languages, and who names one as a judge knows them."""
+        return True
+
     def judge(self, prompts: list[str], answers: list[str], references: list[str | None]) -> list[Judgement]:
         """Return what the judge says of each answer, in order. Warns if many of its replies cannot be read."""
         asked = [i for i, answer in enumerate(answers) if not is_empty(answer)]

@@ -148,9 +148,9 @@ def test_two_processes_share_an_evaluation(alone, tmp_path):
     assert one.returncode == 0, one.stderr
     two = run_two("evaluate_unlearning.py", *words, cwd=tmp_path, port=29621)
     assert two.stdout.count("report: ") == 1
-    for name in ("report.json", "answers.jsonl"):
+    for name in ("report.json", "scores.jsonl"):
         assert (cwd / "report" / name).is_file()
-    assert (cwd / "report/answers.jsonl").read_text() == (tmp_path / "report/answers.jsonl").read_text()
+    assert (cwd / "report/scores.jsonl").read_text() == (tmp_path / "report/scores.jsonl").read_text()
 
 
 def test_a_launch_that_starts_fewer_processes_than_asked_is_refused(tmp_path, data_files):

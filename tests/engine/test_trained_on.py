@@ -112,7 +112,7 @@ def test_what_the_first_run_of_a_chain_trained_on_is_unseen_in_none(tmp_path, mo
                              "--max_new_tokens=2", f"--split={split}", f"--report_dir={split}",
                              cwd=tmp_path)  # fmt: skip
         assert evaluation.returncode == 0, evaluation.stderr
-        lines = [json.loads(line) for line in (tmp_path / split / "answers.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (tmp_path / split / "scores.jsonl").read_text().splitlines()]
         for side, name, prompts in (("forget", "f", forget), ("normal", "n", normal)):
             asked = {line["prompt"] for line in lines if line["group"] == f"{name} ({label})"}
             held_out = set(in_split(prompts, 2, split))

@@ -216,7 +216,8 @@ def test_a_classifier_reads_what_the_option_says(classifier):
     assert [judge.settings["reads"] for judge in judges] == ["pair", "answer"]
     assert judges[0].settings["harmful_classes"] == ["harmful"]
     (alone,) = load_judges(options_for(path, judge_reads="answer"), CPU)
-    assert alone.reads == "answer"
+    assert alone.settings["reads"] == "answer"
+    assert alone.reads("es"), "its folder does not tell which languages it knows"
 
 
 def test_an_output_that_is_no_number_is_not_harmless(classifier, monkeypatch):
