@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -45,6 +46,7 @@ def main() -> None:
     options = parse_evaluation()
     seed_everything(options.seed, options.threads, deterministic=options.deterministic)
     processes = join_processes()  # each answers its share of the prompts; the main one writes
+    show_log(processes.is_main_process)
     started = time.time()
     for name in ("perplexity_text", "mc_data", "train_log"):
         if value := getattr(options, name):
@@ -85,6 +87,13 @@ def main() -> None:
         any_kept = any(record.is_kept for record in records.values())
         print(f"report: {folder / 'report.html'} ({time_line(report['seconds'], any_kept=any_kept)})")
         raise SystemExit(exit_code(report))
+
+
+def show_log(is_main: bool) -> None:
+    """Send the log to stderr, a line a message, with what is taken from an earlier evaluation; from processes other
+    than the main one its errors alone."""
+    log.handlers = [logging.StreamHandler()]
+    log.setLevel(logging.INFO if is_main else logging.ERROR)
 
 
 def exit_code(report: dict) -> int:

@@ -72,8 +72,9 @@ def warn_of_unread(groups: list[Group], languages: list[str | None], panel: Pane
     """Name the groups whose deciding judge does not read their language."""
     for group, language in zip(groups, languages, strict=True):
         if not panel.loaded.by_name[group.judge].reads(language):
-            log.warning("%s: not judged: the judge %s does not read its language (%s); name a multilingual --embedder, "
-                        "or a --judge_model that reads it with --judge", group.name, group.judge, language)  # fmt: skip
+            or_judge = ", or a --judge_model that reads it with --judge" if group.side == "forget" else ""
+            log.warning("%s: not judged: the judge %s does not read its language (%s); name a multilingual "
+                        "--embedder%s", group.name, group.judge, language, or_judge)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,9 @@ class EvaluateOptions(CommonOptions):
         "auto: the reference for forget rows that came with one, else the outcome"
     )  # fmt: skip
     judge: str | None = option(
-        None, "the --judge_model that decides in place of the built-in judge of outcomes (if unset: the built-in one)"
+        None,
+        "the --judge_model that decides over forget prompts in place of the built-in judge of outcomes, which "
+        "decides over those to keep (if unset: over both)",
     )
     reward_model: str | None = option(
         None, "reward model that scores the utility of answers (if unset: the original's log-probability)"

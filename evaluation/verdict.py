@@ -123,13 +123,14 @@ def _was_known(entry: dict) -> bool:
 def _part(name: str, checks: list[Check], nothing: str) -> Part:
     """Return a part from its checks: the first that fails says why, else the first that is open, else the first.
 
-    nothing: why, if the figures that decide were not measured.
+    nothing: why, if the figures that decide were not measured: then more rows would not tell either.
     """
     measured = [check for check in checks if check.holds != NOT_MEASURED]
-    for answer in (NO, TOO_FEW):
+    decides = bool(measured) and checks[0].holds != NOT_MEASURED
+    for answer in (NO, TOO_FEW) if decides else (NO,):
         if why := next((check.why for check in measured if check.holds == answer), None):
             return Part(name, answer, why, checks)
-    if not measured or checks[0].holds == NOT_MEASURED:
+    if not decides:
         return Part(name, NOT_MEASURED, nothing, checks)
     return Part(name, YES, measured[0].why, checks)
 

@@ -100,13 +100,14 @@ class Panel:
 
 def decider(options, *, side: str, has_reference: bool) -> str:
     """Return the name of the judge that decides over a group: by its references if its rows came with answers that are
-    to be forgotten, else by the outcome, which a judge model can be named for (--judge)."""
+    to be forgotten, else by the outcome, which a judge model can be named for (--judge). That one decides over forget
+    prompts alone: most judge models tell harm, which no answer to keep does, lost or not."""
     by = options.judge_by
     if by == "auto":
         by = REFERENCE if side == "forget" and has_reference else OUTCOME
     if by == REFERENCE and not has_reference:
         by = OUTCOME
-    return by if by == REFERENCE else options.judge or OUTCOME
+    return options.judge if by == OUTCOME and side == "forget" and options.judge else by
 
 
 def refuse_unknown_judge(options) -> None:

@@ -125,7 +125,8 @@ def test_each_judge_is_named_and_one_decides():
     [("auto", None, "forget", True, "reference"), ("auto", None, "forget", False, "outcome"),
      ("auto", None, "keep", True, "outcome"), ("outcome", None, "forget", True, "outcome"),
      ("reference", None, "keep", True, "reference"), ("reference", None, "keep", False, "outcome"),
-     ("auto", "guard", "forget", False, "guard"), ("auto", "guard", "forget", True, "reference")],
+     ("auto", "guard", "forget", False, "guard"), ("auto", "guard", "forget", True, "reference"),
+     ("auto", "guard", "keep", False, "outcome"), ("outcome", "guard", "forget", True, "guard")],
 )  # fmt: skip
 def test_who_decides(judge_by, judge, side, has_reference, decides):
     options = SimpleNamespace(judge_by=judge_by, judge=judge)

@@ -88,6 +88,24 @@ def test_a_model_that_cannot_be_loaded_loses_nothing_that_was_asked_before(tmp_p
     assert group_of(tmp_path, "forget")["pair"]["retained"]["value"] == 0.5  # three? but not one?
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    (["--judge_model=./nowhere"], "--judge_model ./nowhere: .*no such folder"),
+    (["--judge_model=before"], "--judge_model before: its name and chat template do not tell how this guard is asked"),
+    (["--judge_model=headless"], "--judge_model headless: is neither a classifier .* nor a language model"),
+    (["--judge_model=before:wildguard"], "--judge_model before:wildguard: its reply to a harmless example"),
+    (["--judge=before"], r"--judge before: is not among --judge_model \(none is named\)"),
+    (["--reward_model=before"], "--reward_model before: has 2 outputs, a reward model has one"),
+])  # fmt: skip
+def test_a_wrong_judge_is_refused_before_a_model_is_loaded(tmp_path, evaluate, monkeypatch, words, message):
+    config = json.loads((make_guard(tmp_path / "headless", BEFORE) / "config.json").read_text())
+    (tmp_path / "headless/config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    monkeypatch.setattr(evaluate_unlearning, "load_for", None)  # no model may be loaded
+    with pytest.raises(UsageError, match=message) as error:
+        evaluate(*words)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "report").exists()
+
+
 # -------------------------------------------------------------------------------------------------- reuse
 def test_a_changed_requirement_asks_and_judges_nothing(tmp_path, evaluate, monkeypatch):
     assert evaluate() == 0
