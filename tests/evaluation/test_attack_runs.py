@@ -264,7 +264,8 @@ def test_attacks_are_asked_once_and_judged_by_each_groups_own_judge(monkeypatch,
         line | {"id": "1", "group": "b (unseen)", "judge": "outcome", "reference": None, "prompt": "q"},
     ]
     inputs = inputs_of("prefill", "count")
-    inputs.formatters["after"] = SimpleNamespace(style="chat")
+    formatter = SimpleNamespace(style="chat", prompt_of=lambda row, ask: [len(row.prompt)])
+    inputs.formatters = dict.fromkeys(inputs.formatters, formatter)
     models = SimpleNamespace(get=lambda label: SimpleNamespace(model=label, packed=True))
 
     def run_stage(weights="w", **options):
