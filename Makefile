@@ -16,7 +16,7 @@ export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE ?= 1
 
-# A second call does only what is missing: the model is a file of make's, what the models said and how it was judged is taken from the report's folder.
+# A second call does only what is missing: the model is a file of make's; what the models said, and how it was judged, is read from the report's folder.
 
 .PHONY: install demo test test-slow bench sweep lint audit lm-eval lm-eval-env clean
 

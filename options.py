@@ -51,9 +51,10 @@ OptionalShare = Optional[SHARE]  # noqa: UP045
 
 def option(default, text: str):
     """Return a dataclass field with a help text. Each instance gets its own copy of a list default."""
+    metadata = {"help": text.replace("%", "%%")}  # which argparse reads as a format
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def read_settings(kind: type, values: dict, where: str, /, **fixed):

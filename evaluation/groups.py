@@ -45,7 +45,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The group's label in report.json and answers.jsonl, such as 'harmful (unseen)'."""
+        """The group's label in report.json and scores.jsonl, such as 'harmful (unseen)'."""
         return group_label(self.source, self.split)
 
 

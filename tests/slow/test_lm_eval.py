@@ -69,7 +69,7 @@ def test_the_harness_own_tasks_give_what_plain_forwards_give(tasks, model_folder
     names = {"before": str(model_folders["llama"]), "after": str(model_folders["opt"])}
     options = EvaluateOptions(
         lm_eval=["my_truthfulqa_mc1", "my_truthfulqa_mc2,my_wikitext"], lm_eval_tasks=str(tasks), dtype="fp32",
-        lm_eval_python=str(PYTHON), original_name=names["before"], model_name=names["after"], reuse=True,
+        lm_eval_python=str(PYTHON), original_name=names["before"], model_name=names["after"], ask_again=False,
     )  # fmt: skip
     plan = check_harness(options)
     arguments = {"weights": {"before": "b", "after": "a"}, "folder": tmp_path / "report"}
