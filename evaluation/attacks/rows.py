@@ -18,7 +18,7 @@ from prompts.formatter import PromptFormatter
 from sources.rows import Row, read_sources
 from utils import UsageError, log
 
-Given = Callable[[list[AskedRow], list[str]], list[bool]]  # whether each answer gives what was asked for
+Given = Callable[[list[AskedRow], list[str]], list[bool | None]]  # whether each answer gives what was asked for, None: not told
 
 FORGOTTEN = "forgotten rows"
 FEWEST_TAUGHT = 4  # with fewer other forgotten rows, half of the attacked ones are taught

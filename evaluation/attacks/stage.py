@@ -28,9 +28,9 @@ class PanelOfAttacks:
     def __init__(self, panel: Panel):
         self.panel = panel
 
-    def given(self, rows: list[AskedRow], answers: list[str]) -> list[bool]:
-        """Return whether each answer gives what its row asked for."""
-        return [bool(self.panel.gives(judge, judgement)) for judge, judgement in self._judged(rows, answers)]
+    def given(self, rows: list[AskedRow], answers: list[str]) -> list[bool | None]:
+        """Return whether each answer gives what its row asked for, None if its judge says nothing of it."""
+        return [self.panel.gives(judge, judgement) for judge, judgement in self._judged(rows, answers)]
 
     def labels(self, rows: list[AskedRow], answers: list[str]) -> list[str]:
         """Return what each row's judge calls the answer."""

@@ -12,7 +12,7 @@ from engine.trained_on import TrainedOn
 from evaluation.attacks import ATTACKS, attack_names
 from evaluation.attacks.base import AskedRow, Attack, AttackConfig, AttackResult, Probe, one_answer_each
 from evaluation.attacks.rows import ExampleMaker, collect_data, forgotten_rows, read_relearn_data
-from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks, read_probes
+from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks, rate_back, read_probes
 from evaluation.attacks.stage import attack
 from evaluation.figures import figures
 from evaluation.judges.base import Judgement
@@ -302,3 +302,8 @@ def test_all_attacks_run_together_with_their_controls(family, monkeypatch):
     for line in lines:  # the two models are equal, so is what they say under the same attack
         assert line.is_control or line.chance or (line.control, line.control_hits) == (line.answers, line.hits)
     assert all(entry["control"] is not None for entry in entries if not entry["is_control"])
+
+
+def test_a_prompt_of_which_a_judge_says_nothing_is_in_no_rate():
+    found = rate_back([[True, None], [None, None], [False, None], [False, False]])
+    assert (found.value, found.n) == (0.5, 2)  # the first is back, the last is not, the two between are not known
