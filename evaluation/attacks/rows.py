@@ -18,7 +18,8 @@ from prompts.formatter import PromptFormatter
 from sources.rows import Row, read_sources
 from utils import UsageError, log
 
-Given = Callable[[list[AskedRow], list[str]], list[bool | None]]  # whether each answer gives what was asked for, None: not told
+# whether each answer gives what was asked for; None: its judge says nothing of it
+Given = Callable[[list[AskedRow], list[str]], list[bool | None]]
 
 FORGOTTEN = "forgotten rows"
 FEWEST_TAUGHT = 4  # with fewer other forgotten rows, half of the attacked ones are taught

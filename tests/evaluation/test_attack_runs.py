@@ -248,7 +248,7 @@ class Panel:
                 for row, text in asked]  # fmt: skip
 
     def gives(self, name, judgement):
-        return None if judgement.label == "no" else True
+        return judgement.label != "no"
 
 
 def test_attacks_are_asked_once_and_judged_by_each_groups_own_judge(monkeypatch, tmp_path):
