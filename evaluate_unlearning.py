@@ -61,6 +61,8 @@ def main() -> None:
     # ----------------------------------------------- stage 1, answers; stage 2, scores: each from its file if it can
     records = ask_models(inputs, models, folder, options, before_asking=panel.check)
     own = read_by_original(records, inputs, models, folder, options)
+    if not inputs.attacks:
+        models.drop_all()  # judges may be as large as the models
     scores = score_answers(inputs, records, own, panel, folder, options)
     seconds = {label: record.seconds for label, record in records.items()}
 
@@ -135,6 +137,9 @@ def name_other_reports(options, folder: Path) -> None:
     name = Path(os.path.abspath(options.model_name)).name
     if not options.report_dir and folder.name != name:
         log.warning("%s holds the report of another model, so this one goes to %s", folder.with_name(name), folder)
+    if (folder / "answers.jsonl").is_file():
+        log.warning("%s is of an earlier version, and stays as it is; what is written now is scores.jsonl",
+                    folder / "answers.jsonl")  # fmt: skip
     old = [name for name in REPORT_FILES if (Path(options.model_name) / name).is_file()]
     if old and folder.resolve() != Path(options.model_name).resolve():
         log.warning("%s holds an earlier report with prompts and answers (%s): remove it before you pass the model on; "
@@ -159,10 +164,8 @@ def update_card(model_folder: Path, report: dict) -> None:
 def load_for(name: str, options):
     """Load a model for evaluation, on this process's device. Dropout and the like are off."""
     device = join_processes().device
-    dtype = pick_dtype(options.dtype, device)
-    return (
-        load_causal_model(name, dtype=dtype, **options.trust()).to(device).eval()
-    )  # Phi-3.5-MoE draws its experts else
+    model = load_causal_model(name, dtype=pick_dtype(options.dtype, device), **options.trust())
+    return model.to(device).eval()  # in training mode Phi-3.5-MoE draws its experts
 
 
 # ---------------------------------------------------------------------------------------------------- times

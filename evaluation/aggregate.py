@@ -74,9 +74,9 @@ def aggregate(measure: Measure, values: list) -> Estimate:
 
 
 def paper_columns(lines: list[dict], entry: dict, judges: list[dict]) -> dict:
-    """Return the columns of Yao et al. 2023 of one group, before and after. judges: the judge models, as reported."""
+    """Return the columns of Yao et al. 2023 of one group, by model. judges: the judge models, as reported."""
     columns = {}
-    for label in ("before", "after"):
+    for label in (label for label in MODELS if label in entry):
         columns[label] = {name: entry[label][name] for name in ("diversity", "fluency", "utility")}
         columns[label]["harmful"] = {judge["name"]: flagged(lines, label, judge) for judge in judges}
     return columns

@@ -89,6 +89,21 @@ def make_groups(splits: dict, style: str, options) -> list[Group]:
     return groups
 
 
+def split_by_reference(groups: list[Group]) -> list[Group]:
+    """Return the groups; of a forget source in which some rows came with the answer to be forgotten and some did not,
+    two: no judge can decide over both."""
+    found = []
+    for group in groups:
+        with_answer = [row for row in group.rows if row.response and not row.labelled]
+        others = [row for row in group.rows if not (row.response and not row.labelled)]
+        if group.side == "forget" and not group.is_text and with_answer and others:
+            found.append(dataclasses.replace(group, rows=with_answer))
+            found.append(dataclasses.replace(group, source=f"{group.source}, prompts alone", rows=others))
+        else:
+            found.append(group)
+    return found
+
+
 def published_groups(style: str) -> list[Group]:
     """Return the published test prompt as groups that are shown and not judged."""
     templates = {"published template": "qa_space"} | ({"chat template": "chat"} if style == "chat" else {})

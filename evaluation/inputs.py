@@ -10,7 +10,7 @@ from engine.trained_on import TrainedOn
 from evaluation import requirements
 from evaluation.attacks import attack_names
 from evaluation.attacks.rows import read_relearn_data
-from evaluation.groups import Group, make_groups
+from evaluation.groups import Group, make_groups, split_by_reference
 from evaluation.harness import HarnessPlan, check_harness
 from evaluation.holdout import read_holdout
 from evaluation.judges.classifier import refuse_no_reward_model
@@ -58,6 +58,8 @@ def read_inputs(options) -> EvaluationInputs:
     splits = by_source(sides, split_sides(sides, options, cutter))
     formatters["before"].check_turns(sides.rows("forget") + sides.rows("normal") + sides.rows("unseen"))
     groups = make_groups(splits, formatters["before"].style, options)
+    if options.judge_by != "outcome":
+        groups = split_by_reference(groups)
     ask_texts(groups, formatters)
     for group in groups:
         group.judge = decider(options, side=group.side, has_reference=group.has_references)

@@ -101,9 +101,10 @@ def judged_answers(
         for place, judgement in zip(read, panel.judge(name, asked) if asked else [], strict=True):
             told[place][name] = judgement
     rewards = dict.fromkeys(places)
-    if panel.loaded.reward:
+    if model := panel.loaded.rewards:
         prompts, texts = zip(*((groups[i].rows[n].prompt, record.answers[i][n]) for i, n in places), strict=True)
-        rewards = dict(zip(places, panel.loaded.reward(list(prompts), list(texts)), strict=True))
+        rewards = dict(zip(places, model.reward(list(prompts), list(texts)), strict=True))
+        model.release()
     found: list[list[JudgedAnswer]] = [[] for _ in groups]
     for i, n in places:
         decided, outcome = told[i, n].get(groups[i].judge), told[i, n].get(OUTCOME)

@@ -22,6 +22,8 @@ from evaluation.stages import Record, key_of, may_reuse, read_own, read_record, 
 from prompts.formatter import PromptFormatter
 from prompts.windows import fit_windows
 
+# what answers and scores depend on, beside weights, prompts and references
+ANSWER_OPTIONS = ("max_new_tokens", "max_prompt_tokens", "dtype", "text_window", "mc_template", "deterministic")
 PROBE_PROMPTS = 3  # real prompts on which packed and padded rows are compared
 
 
@@ -70,13 +72,14 @@ def ask_models(
     records = {}
     for label, name in models.names.items():
         weights = weights_hash(name)
-        key = answers_key(label, weights, inputs, options)
+        key = answers_key(label, weights, inputs, options)  # before the model's own limits shorten the prompts
         record = read_record(folder, label, key) if may_reuse(options) and weights else None
         if record is None:
             before_asking()
             record = ask_model(label, models, weights or weights_hash(name), inputs, options)
+            record.key = key if weights else answers_key(label, record.weights, inputs, options)
             if join_processes().is_main_process:
-                write_record(folder, record, answers_key(label, record.weights, inputs, options))
+                write_record(folder, record)
             if label != "before" and not inputs.attacks:
                 models.drop(label)
         records[label] = record
@@ -88,9 +91,9 @@ def answers_key(label: str, weights: str | None, inputs: EvaluationInputs, optio
     formatter = inputs.formatters[label]
     prompts = [[formatter.prompt_of(row, group.style, ask=True) for row in group.rows] for group in inputs.groups]
     given = [repr(inputs.holdout), inputs.choice_rows, inputs.text, [repr(group.rows) for group in inputs.scored]]
-    settings = [options.max_new_tokens, options.max_prompt_tokens, options.dtype, options.text_window,
-                options.mc_template, options.deterministic, join_processes().device.type]  # fmt: skip
-    return key_of("answers", weights, prompts, given, settings)
+    settings = {name: getattr(options, name) for name in ANSWER_OPTIONS}
+    device = join_processes().device.type
+    return key_of("answers", weights, prompts, given, settings, formatter.stop_ids(), device)
 
 
 def ask_model(label: str, models: Models, weights: str | None, inputs: EvaluationInputs, options) -> Record:
@@ -123,8 +126,7 @@ def read_by_original(
     records: dict[str, Record], inputs: EvaluationInputs, models: Models, folder: Path, options
 ) -> dict[str, list[list[OwnScores | None]]]:
     """Return what the original says of every model's answers, by label."""
-    key = key_of("own", records["before"].weights, [records[label].answers for label in records],
-                 answers_key("before", records["before"].weights, inputs, options))  # fmt: skip
+    key = key_of("own", records["before"].key, [record.answers for record in records.values()])
     own = read_own(folder, key) if may_reuse(options) and records["before"].weights else None
     if own is None:
         answers = {label: record.answers for label, record in records.items()}

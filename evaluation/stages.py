@@ -41,6 +41,7 @@ class Record:
     scores: list[list[RowScores | None]]
     holdout: list[RowScores | None]
     text_scores: dict
+    key: str = ""  # of all that it depends on
     is_kept: bool = False  # read from an earlier evaluation
 
 
@@ -56,9 +57,9 @@ def may_reuse(options) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------- stage 1
-def write_record(folder: Path, record: Record, key: str) -> None:
+def write_record(folder: Path, record: Record) -> None:
     """Write a model's answers and scores: a first line with the key, then a line a row."""
-    header = {"key": key, **{name: getattr(record, name) for name in ("label", "name", "weights", "seconds")},
+    header = {"key": record.key, **{name: getattr(record, name) for name in ("label", "name", "weights", "seconds")},
               "text_scores": record.text_scores, "groups": [len(answers) for answers in record.answers],
               "holdout": [_plain(scores) for scores in record.holdout]}  # fmt: skip
     rows = [{"answer": answer, "scores": _plain(scores)}
@@ -79,7 +80,7 @@ def read_record(folder: Path, label: str, key: str) -> Record | None:
             **{name: header[name] for name in ("label", "name", "weights", "seconds", "text_scores")},
             answers=[[row["answer"] for row in chunk] for chunk in chunks],
             scores=[[_scores(row["scores"]) for row in chunk] for chunk in chunks],
-            holdout=[_scores(scores) for scores in header["holdout"]], is_kept=True,
+            holdout=[_scores(scores) for scores in header["holdout"]], key=key, is_kept=True,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return None
@@ -121,14 +122,15 @@ def write_keyed(path: Path, lines: list[dict], key: str, about=None) -> None:
     line of the file itself is a row."""
     _key_file(path).unlink(missing_ok=True)  # lines and key must not be of two evaluations if this is cut short
     write_json_lines(path, lines)
-    write_json(_key_file(path), {"key": key, "about": about})
+    write_json(_key_file(path), {"key": key, "lines": len(lines), "about": about})
 
 
 def read_keyed(path: Path, key: str) -> tuple[list[dict], object] | None:
     """Return the lines of a later stage, and what `write_keyed` was told about them, if they are of this key."""
     try:
         kept = json.loads(_key_file(path).read_text(encoding="utf-8"))
-        return (read_json_lines(path), kept["about"]) if kept["key"] == key else None
+        lines = read_json_lines(path) if kept["key"] == key else []
+        return (lines, kept["about"]) if len(lines) == kept["lines"] and kept["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -53,16 +53,6 @@ def harmful_classes(name: str, config) -> list[int]:
     return bad
 
 
-def classes_of(names: list[str], **trust) -> dict[str, list[str]]:
-    """Return the names of every judge's harmful classes, by the judge's name. Reads configs only, so that UsageError is
-    raised before a model is loaded."""
-    harmful = {}
-    for name in names:
-        config = load_config(name, trust_remote_code=trust.get("trust_remote_code", False))
-        harmful[name] = [config.id2label[i] for i in harmful_classes(name, config)]
-    return harmful
-
-
 def refuse_no_reward_model(name: str, **trust) -> None:
     """Raise UsageError, before the model is loaded, if it does not have exactly one output."""
     outputs = load_config(name, trust_remote_code=trust.get("trust_remote_code", False)).num_labels

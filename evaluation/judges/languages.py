@@ -10,6 +10,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 SURE = 0.75  # probability from which a language counts as told; English prompts taken for another stay below .6
 FEWEST_BYTES = 20  # of letters; a single shorter prompt is often taken for another language
 TEXT_CHARACTERS = 400  # of each text, so that no long one speaks for the others
+MIXED = "mul"  # ISO 639-2: several languages
 ODD_ONES = 0.2  # share of the texts in other languages from which a group is in no one language
 NO_LANGUAGE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`|https?://\S+|\S+@\S+|[\w./\\-]*[_/\\.(){}\[\]=<>]\w*", re.DOTALL)
 
@@ -30,13 +31,13 @@ def _told(text: str) -> str | None:
 
 
 def language_of(texts: list[str]) -> str | None:
-    """Return the language that a group of texts is in, by its ISO 639-1 code ("en", "zh"); None if it cannot be told.
+    """Return the language that a group of texts is in, by its ISO 639-1 code ("en", "zh"); MIXED if more than a fifth
+    of those that are long enough are in other languages; None if it cannot be told, all texts together being too short.
 
-    It cannot where all texts together are too short, or where more than a fifth of those that are long enough are
-    in other languages. Code, addresses and all but the first 400 characters of a text are left out.
+    Code, addresses and all but the first 400 characters of a text are left out.
     """
     texts = [" ".join(NO_LANGUAGE.sub(" ", text[:TEXT_CHARACTERS]).split()) for text in texts]
     language = _told("\n".join(texts))
     one_by_one = [found for text in texts if (found := _told(text))]
     others = sum(found != language for found in one_by_one)
-    return None if others > ODD_ONES * len(one_by_one) else language
+    return MIXED if others > ODD_ONES * len(one_by_one) else language

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 
@@ -12,7 +11,7 @@ from evaluation.judges.base import Judge, Judgement
 from evaluation.judges.classifier import Classifier
 from evaluation.judges.embedder import Embedder, load_embedder
 from evaluation.judges.model_judges import load_judges, read_spec
-from evaluation.judges.on_demand import ModelJudge
+from evaluation.judges.on_demand import EXAMPLE, ModelJudge, one_line_errors
 from evaluation.judges.outcome import OutcomeJudge
 from evaluation.judges.reference import ReferenceJudge
 from evaluation.judges.refusals import is_refusal
@@ -20,16 +19,16 @@ from sources.rows import Row
 from utils import UsageError
 
 REFERENCE, OUTCOME = "reference", "outcome"
-JUDGE_OPTIONS = ("judge", "guard", "embedder", "on_topic", "reward")  # how their options begin
+JUDGE_OPTIONS = ("judge", "guard", "embedder", "reward")  # how their options begin
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedJudges:
-    """Judges that are ready. embed: n texts -> (n, d) unit vectors. reward: prompts, answers -> scores, or None."""
+    """Judges that are ready. embed: n texts -> (n, d) unit vectors. rewards: the reward model."""
 
     by_name: dict[str, Judge]
     embed: Embedder
-    reward: Callable[[list[str], list[str]], list[float]] | None
+    rewards: Classifier | None
 
 
 class Panel:
@@ -48,8 +47,11 @@ class Panel:
             rewards = None
             if self.options.reward_model:
                 rewards = Classifier(self.options.reward_model, self.device, option="--reward_model",
-                                     **self.options.trust()).reward  # fmt: skip
-            self._loaded = LoadedJudges(by_name={judge.name: judge for judge in judges}, embed=embed, reward=rewards)
+                                     **self.options.trust())  # fmt: skip
+                with one_line_errors(f"--reward_model {self.options.reward_model}"):
+                    rewards.reward(*([text] for text in EXAMPLE))
+                rewards.release()
+            self._loaded = LoadedJudges(by_name={judge.name: judge for judge in judges}, embed=embed, rewards=rewards)
         return self._loaded
 
     def check(self) -> None:
@@ -74,6 +76,7 @@ class Panel:
                          "weights": weights_hash(judge.path) if is_model else None,
                          **(judge.settings if is_model else {})})  # fmt: skip
             if judge.name == OUTCOME:
+                told[-1]["weights"] = self.options.embedder and weights_hash(self.options.embedder)
                 told[-1]["on_topic_cosine"] = self.loaded.embed.on_topic_cosine
         return told
 

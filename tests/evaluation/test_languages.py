@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 
 from evaluation.judges.embedder import Embedder
-from evaluation.judges.languages import language_of
+from evaluation.judges.languages import MIXED, language_of
 from evaluation.judges.outcome import OutcomeJudge
 from utils import read_json_lines
 
@@ -82,12 +82,17 @@ def test_english_groups_of_any_size_are_judged():
         ["Ok?"],
         ["42", "17 + 4 = ?"],
         ["```python\nfor i in range(10):\n    print(i)\n```", "`ls -la`"],
-        [*PROMPTS["es"][:6], *PROMPTS["de"][:6]],  # in no one language
     ],
 )
 def test_a_group_that_does_not_tell_its_language_is_judged(prompts):
     assert language_of(prompts) is None
     assert judge.reads(None)
+
+
+def test_a_group_in_several_languages_is_not_judged_by_a_judge_of_one():
+    for one, other in (("es", "de"), ("de", "zh")):
+        assert language_of([*PROMPTS[one][:6], *PROMPTS[other][:6]]) == MIXED
+    assert not judge.reads(MIXED)
 
 
 def test_a_few_rows_in_another_language_do_not_make_a_group_foreign():

@@ -9,7 +9,7 @@ import torch
 
 from evaluation import aggregate, judging
 from evaluation.aggregate import figures_of, pooled_entries
-from evaluation.groups import Group
+from evaluation.groups import Group, split_by_reference
 from evaluation.judges.base import Judgement
 from evaluation.judges.embedder import Embedder
 from evaluation.judges.panel import Panel, decider, refuse_unknown_judge
@@ -45,7 +45,7 @@ class WordJudge:
 def panel_of(*judges) -> Panel:
     panel = Panel(SimpleNamespace(judge_model=[], embedder=None), torch.device("cpu"))
     embed = Embedder(lambda texts: torch.tensor([VECTORS[text] for text in texts]))
-    panel._loaded = SimpleNamespace(by_name={judge.name: judge for judge in judges}, reward=None, embed=embed)
+    panel._loaded = SimpleNamespace(by_name={judge.name: judge for judge in judges}, rewards=None, embed=embed)
     return panel
 
 
@@ -131,6 +131,15 @@ def test_each_judge_is_named_and_one_decides():
 def test_who_decides(judge_by, judge, side, has_reference, decides):
     options = SimpleNamespace(judge_by=judge_by, judge=judge)
     assert decider(options, side=side, has_reference=has_reference) == decides
+
+
+def test_rows_without_an_answer_are_not_judged_by_the_reference_of_others():
+    rows = [Row("p", "r"), Row("q"), Row("s", "r", labelled=True)]
+    known, bare = split_by_reference([Group("a", "unseen", "forget", "chat", rows)])
+    assert (known.name, known.rows, known.has_references) == ("a (unseen)", rows[:1], True)
+    assert (bare.name, bare.rows, bare.has_references) == ("a, prompts alone (unseen)", rows[1:], False)
+    (kept,) = split_by_reference([Group("a", "unseen", "keep", "chat", rows)])
+    assert kept.rows == rows
 
 
 def test_answers_that_a_label_sorted_as_harmful_are_no_references():
