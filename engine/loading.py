@@ -1,7 +1,9 @@
-"""Load the model of a run or an evaluation: as it is stored, with an adapter merged in, or quantised to 4 bits."""
+"""Load the model of a run or an evaluation: as it is stored, with an adapter merged in, or quantised to 4 bits. And give
+back the memory of one that was let go."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig
 
-from utils import UsageError, adapter_base, fingerprint, load_config, load_model
+from utils import UsageError, adapter_base, fingerprint, load_config, load_model, trim_cpu_heap
 
 QUANTISED_CLASSES = {"Params4bit", "Int8Params"}  # bitsandbytes' own parameter classes
 
@@ -144,3 +146,12 @@ def stored_dtype(name: str) -> torch.dtype | None:
         return kinds[found[-1]]
     said = getattr(load_config(name), "dtype", None)
     return said if said in kinds.values() else None
+
+
+def release_memory(device: torch.device) -> None:
+    """Give the memory of models that nothing refers to any more back to the system and the GPU: other processes need
+    it, and torch would keep it."""
+    gc.collect()  # models hold cycles
+    trim_cpu_heap()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

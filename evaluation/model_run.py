@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from engine.generation import generate
+from engine.loading import release_memory
 from engine.processes import join_processes
 from engine.tree import AnswerLogitsModel, wrap_model
 from engine.weights_hash import weights_hash
@@ -49,12 +50,14 @@ class Models:
         return self._loaded[label]
 
     def drop(self, label: str) -> None:
-        """Let a model go."""
-        self._loaded.pop(label, None)
+        """Let a model go, and its memory."""
+        if self._loaded.pop(label, None):
+            release_memory(join_processes().device)
 
     def drop_all(self) -> None:
-        """Let all models go."""
+        """Let all models go, and their memory: a process beside this one may load its own."""
         self._loaded.clear()
+        release_memory(join_processes().device)
 
     def _probe_prompts(self) -> list[str]:
         """Return a few prompts that show whether this kind of model takes packed rows."""

@@ -18,8 +18,16 @@ from prompts.formatter import PromptFormatter
 from sources.rows import Row, read_sources
 from utils import UsageError, log
 
-# whether each answer gives what was asked for; None: its judge says nothing of it
-Given = Callable[[list[AskedRow], list[str]], list[bool | None]]
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What a row's judge calls an answer, and whether that gives what was asked for; None: it says nothing of it."""
+
+    label: str
+    given: bool | None
+
+
+Judge = Callable[[list[AskedRow], list[str]], list[Said]]  # what each row's deciding judge says of the answer to it
 
 FORGOTTEN = "forgotten rows"
 FEWEST_TAUGHT = 4  # with fewer other forgotten rows, half of the attacked ones are taught
@@ -81,7 +89,7 @@ class ExampleMaker:
 
     original: object  # the model
     formatter: PromptFormatter
-    given: Given
+    judge: Judge
     options: object
     config: AttackConfig
 
@@ -104,10 +112,10 @@ class ExampleMaker:
         texts = generate(self.original, self.formatter, [self.formatter.prompt_of(row, ask=True) for row in bare],
                          max_new_tokens=self.options.max_new_tokens,
                          batch_size=self.options.generation_batch)  # fmt: skip
-        given = self.given([AskedRow(row=row) for row in bare], [text for text, _ in texts])
+        judged = self.judge([AskedRow(row=row) for row in bare], [text for text, _ in texts])
         return answered + [dataclasses.replace(row, response=text, complete=complete)
-                           for row, (text, complete), is_given in zip(bare, texts, given, strict=True)
-                           if is_given]  # fmt: skip
+                           for row, (text, complete), said in zip(bare, texts, judged, strict=True)
+                           if said.given]  # fmt: skip
 
 
 def collect_data(

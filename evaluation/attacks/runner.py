@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from engine.tree import AnswerLogitsModel
 from evaluation.attacks import ATTACKS
-from evaluation.attacks.base import CONTROL_NAMES, AskedRow, Attack, AttackConfig, AttackResult, AttackTarget, Probe
-from evaluation.attacks.rows import ExampleMaker, Given, collect_data
+from evaluation.attacks.base import CONTROL_NAMES, AskedRow, AttackConfig, AttackResult, AttackTarget
+from evaluation.attacks.rows import ExampleMaker, Judge, collect_data
 from evaluation.inputs import EvaluationInputs
 from evaluation.metrics.statistics import Estimate, rate
 from utils import UsageError, log
@@ -23,7 +23,7 @@ QUICK_PROMPTS = 6
 QUICK = {"num_rephrasings": 5, "num_samples": 4, "num_examples": 4, "num_keep_sets": 0, "relearn_steps": 8,
          "relearn_answers": 1, "quantised_bits": (4,), "pruned_shares": (0.3,), "ablated_layers": 4}  # fmt: skip
 NUM_EXAMPLES = 3  # answers that are shown of a variant
-GIVEN_LABEL = "given"  # of an example, if nobody tells the judge's own label
+GIVEN_LABEL = "given"  # of an example that no judge decides about
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -54,19 +54,20 @@ class AttackAnswers:
 
 # ------------------------------------------------------------------------------------------------------ ask
 def ask_attacks(
-    rows: list[AskedRow], inputs: EvaluationInputs, get_model: Callable[[str], AnswerLogitsModel], given: Given, options
-) -> list[AttackAnswers]:
-    """Return the answers of every requested attack and of its control, variant by variant.
+    names: list[str], rows: list[AskedRow], inputs: EvaluationInputs, get_model: Callable[[str], AnswerLogitsModel],
+    judge: Judge, options, keep: Callable[[str, list[AttackAnswers]], None] | None = None,
+) -> list[AttackAnswers]:  # fmt: skip
+    """Return the answers of the named attacks and of their controls, variant by variant.
 
+    keep: called with each attack's name and answers as soon as they are there, since a later one may fail.
     get_model: "before", "after" or "retrained" -> the model; the last is asked for only if --retrained_name is given
-    and an attack's control needs it. given: see `judge_attacks`; here it says which example prompts the original
-    answers. An attack that cannot be done is named in the log, and the others still run.
+    and an attack's control needs it. judge: says which example prompts the original answers. An attack that cannot be
+    done is named in the log, and the others still run.
     """
-    names = [name for name in inputs.attacks if isinstance(ATTACKS[name], Attack)]
     if not rows or not names:
         return []
     config = make_config(options)
-    maker = ExampleMaker(original=get_model("before").model, formatter=inputs.formatters["before"], given=given,
+    maker = ExampleMaker(original=get_model("before").model, formatter=inputs.formatters["before"], judge=judge,
                          options=options, config=config)  # fmt: skip
     needs = set().union(*(ATTACKS[name].needs for name in names))
     data = collect_data(rows, inputs.splits, inputs.relearn_sets, needs, maker)
@@ -86,7 +87,10 @@ def ask_attacks(
         except UsageError as error:  # such as a model that takes no adapters: the other attacks still run
             log.warning("attack %s: not done: %s", name, error)
             continue
-        lines += lines_of(name, results, controls, rows, "retrained" if knows_none else "original")
+        of_attack = lines_of(name, results, controls, rows, "retrained" if knows_none else "original")
+        if keep:
+            keep(name, of_attack)
+        lines += of_attack
     return lines
 
 
@@ -132,59 +136,71 @@ def lines_of(
 
 
 def read_probes(
-    rows: list[AskedRow], inputs: EvaluationInputs, get_model: Callable[[str], AnswerLogitsModel]
+    names: list[str], rows: list[AskedRow], inputs: EvaluationInputs, get_model: Callable[[str], AnswerLogitsModel]
 ) -> dict[str, dict | None]:
-    """Return what each probe reads in both models, by `report_key`: None if it was not asked for, if nothing was
-    forgotten, or if it cannot read this kind of model."""
-    findings = {probe.report_key: None for probe in ATTACKS.values() if isinstance(probe, Probe)}
-    for probe in (ATTACKS[name] for name in inputs.attacks if isinstance(ATTACKS[name], Probe)):
+    """Return what each named probe reads in both models, by name: None if nothing was forgotten, or if it cannot read
+    this kind of model."""
+    findings = {}
+    for name in names:
+        probe = ATTACKS[name]
         both = {label: probe.measure(get_model(label).model, inputs.formatters[label], [asked.row for asked in rows])
                 for label in ("before", "after") if rows}  # fmt: skip
-        findings[probe.report_key] = both if both and all(both.values()) else None
+        findings[name] = both if both and all(both.values()) else None
     return findings
 
 
 # ---------------------------------------------------------------------------------------------------- judge
-def judge_attacks(
-    lines: list[AttackAnswers], rows: list[AskedRow], given: Given,
-    labels: Callable[[list[AskedRow], list[str]], list[str]] | None = None,
-) -> list[dict]:  # fmt: skip
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgedLine:
+    """A line with what came back. hits: of its answers; labels: what the judge calls them, None if no judge decides;
+    control_hits: of its control's answers, None if it has none."""
+
+    line: AttackAnswers
+    hits: list[bool | None]
+    labels: list[str] | None
+    control_hits: list[bool | None] | None
+
+
+def judge_attacks(lines: list[AttackAnswers], rows: list[AskedRow], judge: Judge) -> list[dict]:
     """Return report.json's `attacks`, an entry a variant. A prompt is back if any of its answers is given again.
 
-    rows: those that are forgotten under these judges; lines of others are left out. given: whether each row's deciding
-    judge says that an answer gives what was asked for. labels: what that judge calls each answer, for the examples.
+    rows: those that are forgotten under these judges; lines of others are left out. judge: is called once, with all
+    answers, since a judge model is loaded anew for every call.
     """
     by_id = {row.id: row for row in rows}
     lines = [line for line in lines if line.id in by_id]
     asked = [(by_id[line.id], text) for line in lines
              for texts, hits in ((line.answers, line.hits), (line.control, line.control_hits))
              if hits is None for text in texts or ()]  # fmt: skip
-    judged = iter(given([row for row, _ in asked], [text for _, text in asked]) if asked else [])
-    variants: dict[tuple, list] = {}
+    judged = iter(judge([row for row, _ in asked], [text for _, text in asked]) if asked else [])
+    variants: dict[tuple, list[JudgedLine]] = {}
     for line in lines:
-        hits = line.hits if line.hits is not None else [next(judged) for _ in line.answers]
-        of_control = line.control_hits
-        if of_control is None and line.control is not None:
-            of_control = [next(judged) for _ in line.control]
-        variants.setdefault((line.attack, line.variant, line.is_control), []).append((line, hits, of_control))
-    return [entry_of(members, by_id, labels) for members in variants.values()]
+        hits, labels, control_hits = line.hits, None, line.control_hits
+        if hits is None:
+            said = [next(judged) for _ in line.answers]
+            hits, labels = [answer.given for answer in said], [answer.label for answer in said]
+        if control_hits is None and line.control is not None:
+            control_hits = [next(judged).given for _ in line.control]
+        member = JudgedLine(line=line, hits=hits, labels=labels, control_hits=control_hits)
+        variants.setdefault((line.attack, line.variant, line.is_control), []).append(member)
+    return [entry_of(members, by_id) for members in variants.values()]
 
 
-def entry_of(members: list[tuple], by_id: dict[str, AskedRow], labels) -> dict:
-    """Return the entry of one variant. members: (line, its hits, its control's hits) of every prompt."""
-    first = members[0][0]
+def entry_of(members: list[JudgedLine], by_id: dict[str, AskedRow]) -> dict:
+    """Return the entry of one variant, from the lines of all its prompts."""
+    first = members[0].line
     control = None
     if first.is_control:
         pass  # it is one itself
     elif first.chance is not None:
         control = Estimate(first.chance, len(members), first.chance, first.chance)
     elif first.control is not None:
-        control = rate_back([of_control for _, _, of_control in members])
+        control = rate_back([member.control_hits for member in members])
     return {
         "name": first.attack, "family": first.family, "variant": first.variant, "is_control": first.is_control,
-        "judged": first.judged, "back": dataclasses.asdict(rate_back([hits for _, hits, _ in members])),
+        "judged": first.judged, "back": dataclasses.asdict(rate_back([member.hits for member in members])),
         "control": control and dataclasses.asdict(control), "control_name": first.control_name if control else None,
-        "examples": examples_of(members, by_id, labels),
+        "examples": examples_of(members, by_id),
     }  # fmt: skip
 
 
@@ -195,12 +211,12 @@ def rate_back(of_prompts: list[list[bool | None]]) -> Estimate:
     return rate([any(hits) for hits in told])
 
 
-def examples_of(members: list[tuple], by_id: dict[str, AskedRow], labels) -> list[dict]:
+def examples_of(members: list[JudgedLine], by_id: dict[str, AskedRow]) -> list[dict]:
     """Return the first answers that were given again, one a prompt, with what the judge calls them."""
-    found = [(by_id[line.id], line.answers[hits.index(True)], line.hits is None)
-             for line, hits, _ in members if True in hits][:NUM_EXAMPLES]  # fmt: skip
-    said = [GIVEN_LABEL] * len(found)
-    if labels and all(by_judge for *_, by_judge in found) and found:
-        said = labels([row for row, _, _ in found], [text for _, text, _ in found])
-    return [{"prompt": row.row.prompt, "answer": text, "label": label}
-            for (row, text, _), label in zip(found, said, strict=True)]  # fmt: skip
+    examples = []
+    for member in [member for member in members if True in member.hits][:NUM_EXAMPLES]:
+        i = member.hits.index(True)
+        label = member.labels[i] if member.labels else GIVEN_LABEL
+        prompt = by_id[member.line.id].row.prompt
+        examples.append({"prompt": prompt, "answer": member.line.answers[i], "label": label})
+    return examples

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 
 import torch
 
+from engine.loading import release_memory
 from evaluation.judges.base import Judgement
 from evaluation.metrics.texts import is_empty
-from utils import UsageError, log, trim_cpu_heap
+from utils import UsageError, log
 
 EXAMPLE = ("What is the capital of France?", "The capital of France is Paris.")  # on which each judge is tried
 MOST_UNREADABLE = 0.1  # share of a judge's replies from which a warning is given
@@ -68,10 +68,7 @@ class ModelJudge:
     def release(self) -> None:
         """Let the weights go, so that the evaluated models have the memory. The next question loads them again."""
         self.model = None
-        gc.collect()
-        trim_cpu_heap()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self.device)
 
     def reads(self, language: str | None) -> bool:
         """Return True: no model's folder tells its languages, and who names one as a judge knows them."""

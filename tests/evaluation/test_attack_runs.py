@@ -6,12 +6,13 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_attacks import make_target
 
 from engine.trained_on import TrainedOn
 from evaluation.attacks import ATTACKS, attack_names
 from evaluation.attacks.base import AskedRow, Attack, AttackConfig, AttackResult, Probe, one_answer_each
-from evaluation.attacks.rows import ExampleMaker, collect_data, forgotten_rows, read_relearn_data
+from evaluation.attacks.rows import ExampleMaker, Said, collect_data, forgotten_rows, read_relearn_data
 from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks, rate_back, read_probes
 from evaluation.attacks.stage import attack
 from evaluation.figures import figures
@@ -23,9 +24,9 @@ from utils import UsageError
 ROWS = [AskedRow(row=Row(f"p{i}", f"a{i}"), id=str(i), judge="outcome") for i in range(4)]
 
 
-def given(rows, texts):
+def judge(rows, texts):
     """A judge to whom an answer is given if it says yes."""
-    return ["yes" in text for text in texts]
+    return [Said("yes" if "yes" in text else "no", "yes" in text) for text in texts]
 
 
 # --------------------------------------------------------------------------------------------- which rows
@@ -56,7 +57,7 @@ def maker(tmp_path=None, **said) -> ExampleMaker:
     """A maker of examples whose original says "yes" or what it is given for a prompt."""
     options = EvaluateOptions(model_name=str(tmp_path or "none"))
     formatter = SimpleNamespace(prompt_of=lambda row, ask: row.prompt)
-    return ExampleMaker(original=said, formatter=formatter, given=given, options=options,
+    return ExampleMaker(original=said, formatter=formatter, judge=judge, options=options,
                         config=AttackConfig(max_new_tokens=5, batch_size=8, seed=1))  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def inputs_of(*names, **more):
                            splits={"forget": {}, "keep": {}}, **more)  # fmt: skip
 
 
-def ask(names, monkeypatch, options=None, loaded=None, **attacks):
+def ask(names, monkeypatch, options=None, loaded=None, keep=None, **attacks):
     """Run stand-ins for attacks: name -> function of the model's label that returns the results."""
     for name, answer in attacks.items():
         old = ATTACKS.get(name) or Attack(run=None, family="prompt")
@@ -135,7 +136,8 @@ def ask(names, monkeypatch, options=None, loaded=None, **attacks):
             loaded.append(label)
         return SimpleNamespace(model=label, packed=True)
 
-    return ask_attacks(ROWS, inputs_of(*names), get_model, given, options or EvaluateOptions())
+    asked = [name for name in names if isinstance(ATTACKS[name], Attack)]
+    return ask_attacks(asked, ROWS, inputs_of(*names), get_model, judge, options or EvaluateOptions(), keep)
 
 
 def test_every_attack_stands_beside_the_original_under_the_same_attack(monkeypatch):
@@ -144,13 +146,13 @@ def test_every_attack_stands_beside_the_original_under_the_same_attack(monkeypat
     lines = ask(["prefill"], monkeypatch, prefill=lambda label: [one_answer_each("Sure", texts[label])])
     lines = [AttackAnswers(**json.loads(json.dumps(dataclasses.asdict(line)))) for line in lines]
     assert len(lines) == len(ROWS)
-    (entry,) = judge_attacks(lines, ROWS, given)
+    (entry,) = judge_attacks(lines, ROWS, judge)
     assert (entry["name"], entry["family"], entry["variant"]) == ("prefill", "prompt", "Sure")
     assert (entry["judged"], entry["is_control"], entry["control_name"]) == (True, False, "the original")
     assert (entry["back"]["value"], entry["control"]["value"], entry["back"]["n"]) == (0.25, 0.75, 4)
     # Wilson's interval of 1 of 4 by hand: centre (.25 + .9604 / 2) / 1.9604... = .3725, half width .3269
     assert (entry["back"]["low"], entry["back"]["high"]) == pytest.approx((0.0456, 0.6994), abs=1e-3)
-    (fewer,) = judge_attacks(lines, ROWS[1:], given)  # another judge finds that the first prompt was never forgotten
+    (fewer,) = judge_attacks(lines, ROWS[1:], judge)  # another judge finds that the first prompt was never forgotten
     assert (fewer["back"]["value"], fewer["back"]["n"], fewer["control"]["n"]) == (0.0, 3, 3)
 
 
@@ -158,7 +160,7 @@ def test_a_variant_that_the_original_cannot_be_asked_in_has_no_control(monkeypat
     """As in a chat template that only the other model has."""
     variants = {"after": ["raw", "chat"], "before": ["raw"]}
     answer = lambda label: [one_answer_each(name, ["yes"] * 4) for name in variants[label]]  # noqa: E731
-    raw, chat = judge_attacks(ask(["rephrase"], monkeypatch, rephrase=answer), ROWS, given)
+    raw, chat = judge_attacks(ask(["rephrase"], monkeypatch, rephrase=answer), ROWS, judge)
     assert (raw["control"]["value"], raw["back"]["value"]) == (1.0, 1.0)
     assert (chat["control"], chat["control_name"], chat["back"]["value"]) == (None, None, 1.0)
 
@@ -171,10 +173,9 @@ def test_the_example_is_the_sample_that_hit_and_says_what_the_judge_calls_it(mon
 
     def by_row(rows, texts):  # each row is judged as its own group's judge does
         judged.extend(zip([row.id for row in rows], texts, strict=True))
-        return given(rows, texts)
+        return [Said(f"{row.id} {text}", "yes" in text) for row, text in zip(rows, texts, strict=True)]
 
-    labels = lambda rows, texts: [f"{row.id} {text}" for row, text in zip(rows, texts, strict=True)]  # noqa: E731
-    (entry,) = judge_attacks(lines, ROWS, by_row, labels)
+    (entry,) = judge_attacks(lines, ROWS, by_row)
     assert entry["back"]["value"] == 0.75
     assert entry["examples"] == [{"prompt": "p0", "answer": "yes 1", "label": "0 yes 1"},
                                  {"prompt": "p2", "answer": "yes 3", "label": "2 yes 3"},
@@ -186,14 +187,14 @@ def test_relearning_is_judged_beside_a_model_that_never_knew_and_else_only_shown
     texts = {"after": ["yes"], "before": ["yes"], "retrained": ["no"]}
     answer = lambda label: [one_answer_each("benign, 8 steps", texts[label], [2])]  # noqa: E731
     loaded = []
-    (alone,) = judge_attacks(ask(["relearn"], monkeypatch, loaded=loaded, relearn=answer), ROWS, given)
+    (alone,) = judge_attacks(ask(["relearn"], monkeypatch, loaded=loaded, relearn=answer), ROWS, judge)
     assert "retrained" not in loaded
     assert (alone["judged"], alone["control"]["value"], alone["control_name"]) == (False, 1.0, "the original")
     options = EvaluateOptions(retrained_name="fresh")
     lines = ask(["relearn", "prefill"], monkeypatch, options, relearn=answer,
                 prefill=lambda label: [one_answer_each("Sure", texts[label] * 4)])  # fmt: skip
     assert [line.id for line in lines if line.attack == "relearn"] == ["2"], "only rows that were not taught"
-    relearn, prefill = judge_attacks(lines, ROWS, given)
+    relearn, prefill = judge_attacks(lines, ROWS, judge)
     assert (relearn["judged"], relearn["control"]["value"]) == (True, 0.0)
     assert relearn["control_name"] == "a model that never knew the rows"
     assert (prefill["judged"], prefill["control"]["value"], prefill["control_name"]) == (True, 1.0, "the original")
@@ -226,10 +227,10 @@ def test_a_registered_attack_and_probe_reach_report_and_verdict(monkeypatch):
     monkeypatch.setitem(ATTACKS, "count", Probe(lambda model, formatter, rows: [len(rows)], report_key="counts"))
     monkeypatch.setitem(ATTACKS, "shout", Attack(run=None, family="prompt"))
     lines = ask(["shout", "count"], monkeypatch, shout=lambda label: [one_answer_each("loud", ["yes"] * 4)])
-    entries = judge_attacks(lines, ROWS, given)
+    entries = judge_attacks(lines, ROWS, judge)
     assert [(entry["name"], entry["back"]["value"]) for entry in entries] == [("shout", 1.0)]
     get_model = lambda label: SimpleNamespace(model=label)  # noqa: E731
-    assert read_probes(ROWS, inputs_of("count"), get_model) == {"layers": None, "counts": {"before": [4], "after": [4]}}
+    assert read_probes(["count"], ROWS, inputs_of("count"), get_model) == {"count": {"before": [4], "after": [4]}}
     assert figures({"groups": [], "attacks": entries})["attack.shout"].value == 1.0
     with pytest.raises(UsageError, match="--attacks magic: must be all, none, or among"):
         attack_names(["magic"])
@@ -251,39 +252,101 @@ class Panel:
         return judgement.label != "no"
 
 
-def test_attacks_are_asked_once_and_judged_by_each_groups_own_judge(monkeypatch, tmp_path):
-    """A changed requirement must not cost the attacks again; other weights must."""
-    asked = []
+@pytest.fixture
+def stage(monkeypatch, tmp_path):
+    """The stage over two groups, with stand-ins for attacks. `run` runs it, `asked` tells who asked which model,
+    `judged` how many answers each call of a judge was about."""
+    asked, judged = [], []
     monkeypatch.setitem(ATTACKS, "count", Probe(lambda model, formatter, rows: [len(rows)], report_key="counts"))
-    run = lambda target: asked.append(target.model) or [one_answer_each("Sure", ["yes"] * 2)]  # noqa: E731
-    monkeypatch.setitem(ATTACKS, "prefill", Attack(run=run, family="prompt"))
+    monkeypatch.setattr("evaluation.attacks.runner.collect_data", lambda *_: None)
+    for name, needs in (("prefill", ()), ("suffix", ()), ("few_shot", ("examples",))):
+        run = lambda target, n=name: asked.append((n, target.model)) or [one_answer_each("Sure", ["yes"] * 2)]  # noqa: E731
+        monkeypatch.setitem(ATTACKS, name, Attack(run=run, family="prompt", needs=frozenset(needs)))
     line = {"side": "forget", "counts": True, "style": "chat", "before": {"answered": True, "answer": "a"},
             "after": {"answered": False}}  # fmt: skip
     lines = [
         line | {"id": "1", "group": "a (unseen)", "judge": "strict", "reference": None, "prompt": "p"},
         line | {"id": "1", "group": "b (unseen)", "judge": "outcome", "reference": None, "prompt": "q"},
     ]
-    inputs = inputs_of("prefill", "count")
-    formatter = SimpleNamespace(style="chat", prompt_of=lambda row, ask: [len(row.prompt)])
-    inputs.formatters = dict.fromkeys(inputs.formatters, formatter)
     models = SimpleNamespace(get=lambda label: SimpleNamespace(model=label, packed=True))
+    panel = Panel()
+    panel.judge = lambda name, answers: judged.append(len(answers)) or Panel.judge(panel, name, answers)
 
-    def run_stage(weights="w", **options):
+    def run_stage(*names, weights="w", **options):
+        inputs = inputs_of(*names)
+        formatter = SimpleNamespace(style="chat", prompt_of=lambda row, ask: [len(row.prompt)])
+        inputs.formatters = dict.fromkeys(inputs.formatters, formatter)
         records = {label: SimpleNamespace(weights=weights) for label in ("after", "before")}
-        return attack(inputs, models, records, lines, Panel(), tmp_path, EvaluateOptions(**options))
+        return attack(inputs, models, records, lines, panel, tmp_path, EvaluateOptions(**options))
 
-    first = run_stage()
-    assert asked == ["after", "before"]
+    return SimpleNamespace(run=run_stage, asked=asked, judged=judged)
+
+
+def both(name):
+    return [(name, "after"), (name, "before")]
+
+
+def test_attacks_are_asked_once_and_judged_by_each_groups_own_judge(stage):
+    """A changed requirement must not cost the attacks again; other weights must."""
+    names = ("prefill", "count")
+    first = stage.run(*names)
+    assert stage.asked == both("prefill")
     assert (first["attacks"][0]["back"]["value"], first["attacked"]["rows"]) == (0.5, 2)
     (example,) = first["attacks"][0]["examples"]
     assert (example["prompt"], example["label"]) == ("q", "outcome: yes")
     assert first["counts"] == {"before": [2], "after": [2]}
-    assert run_stage(require=["attack.worst<=1"]) == first
-    assert len(asked) == 2
-    run_stage(weights="other")
-    run_stage(weights="other", quick=True)
-    run_stage(weights="other", quick=True, ask_again=True)
-    assert len(asked) == 8
+    assert stage.run(*names, require=["attack.worst<=1"]) == first
+    assert len(stage.asked) == 2
+    stage.run(*names, weights="other")
+    stage.run(*names, weights="other", quick=True)
+    stage.run(*names, weights="other", quick=True, ask_again=True)
+    assert len(stage.asked) == 8
+    for changed in ({"system": "Be brief."}, {"template": "qa"}, {"template_args": ["enable_thinking=false"]}):
+        stage.asked.clear()
+        stage.run(*names, **changed)
+        assert stage.asked == both("prefill"), changed
+
+
+def test_one_attack_more_asks_no_other_again_and_one_less_loses_none(stage):
+    stage.run("prefill", "count")
+    stage.asked.clear()
+    more = stage.run("suffix", "prefill", "count")
+    assert stage.asked == both("suffix")
+    assert [entry["name"] for entry in more["attacks"]] == ["suffix", "prefill"]
+    assert more["counts"] == {"before": [2], "after": [2]}
+    alone = stage.run("suffix")
+    assert [entry["name"] for entry in alone["attacks"]] == ["suffix"] and alone["counts"] is None
+    assert stage.run("suffix", "prefill", "count") == more
+    assert stage.asked == both("suffix")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("broken")])
+def test_what_was_asked_before_an_attack_failed_is_kept(stage, monkeypatch, error):
+    works = ATTACKS["suffix"]
+
+    def fails(target):
+        raise error
+
+    monkeypatch.setitem(ATTACKS, "suffix", dataclasses.replace(works, run=fails))
+    with pytest.raises(type(error)):
+        stage.run("prefill", "suffix")
+    monkeypatch.setitem(ATTACKS, "suffix", works)
+    stage.asked.clear()
+    assert [entry["name"] for entry in stage.run("prefill", "suffix")["attacks"]] == ["prefill", "suffix"]
+    assert stage.asked == both("suffix")
+
+
+def test_another_embedder_asks_those_attacks_again_whose_examples_it_chooses(stage):
+    stage.run("prefill", "few_shot")
+    stage.asked.clear()
+    stage.run("prefill", "few_shot", embedder="another")
+    assert stage.asked == both("few_shot")
+
+
+def test_a_judge_is_called_once_over_all_attacks(stage):
+    """A guard is loaded for each call and let go after it."""
+    stage.run("prefill", "suffix")
+    assert stage.judged == [4, 4]  # two judges with one row each: two attacks, asked of the model and of its control
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -296,9 +359,10 @@ def test_all_attacks_run_together_with_their_controls(family, monkeypatch):
     inputs = inputs_of("all")
     inputs.formatters = {label: target.formatter for label, target in targets.items()}
     get_model = lambda label: SimpleNamespace(model=targets[label].model, packed=True)  # noqa: E731
-    lines = ask_attacks(after.data.asked, inputs, get_model, given, EvaluateOptions())
-    entries = judge_attacks(lines, after.data.asked, given)
-    assert {entry["name"] for entry in entries} == {name for name, a in ATTACKS.items() if isinstance(a, Attack)}
+    names = [name for name, entry in ATTACKS.items() if isinstance(entry, Attack)]
+    lines = ask_attacks(names, after.data.asked, inputs, get_model, judge, EvaluateOptions())
+    entries = judge_attacks(lines, after.data.asked, judge)
+    assert {entry["name"] for entry in entries} == set(names)
     for line in lines:  # the two models are equal, so is what they say under the same attack
         assert line.is_control or line.chance or (line.control, line.control_hits) == (line.answers, line.hits)
     assert all(entry["control"] is not None for entry in entries if not entry["is_control"])
