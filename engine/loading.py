@@ -1,5 +1,6 @@
-"""Load the model of a run or an evaluation: as it is stored, with an adapter merged in, or quantised to 4 bits. And give
-back the memory of one that was let go."""
+"""Load the model of a run or an evaluation: as it is stored, with an adapter merged in, or quantised to 4 bits.
+
+And give back the memory of one that was let go."""
 
 from __future__ import annotations
 

@@ -271,7 +271,10 @@ def known_names(groups, options, attacks: list[str]) -> dict[str, str]:
         scores = _names(prefix, [f"auc_{score}" for score in SCORES], retrained, COLUMNS[:3])
         known |= {name: holdout or missing or (retrained if "auc_reference" in name else "")
                   for name, missing in scores.items()}  # fmt: skip
-        leakages = (f"{prefix}.privacy_leakage", *(f"{prefix}.privacy_leakage_{score}" for score in SCORES))
+        leakages = (
+            f"{prefix}.privacy_leakage",
+            *(f"{prefix}.privacy_leakage_{score}" for score in SCORES if score != "reference"),
+        )
         known |= dict.fromkeys(leakages, holdout or retrained)
     known |= dict.fromkeys(_names("forget", ("forget_quality",), None, COLUMNS[:2]), retrained)
     every = [name for name, attack in ATTACKS.items() if isinstance(attack, Attack)]

@@ -10,8 +10,9 @@ import dataclasses
 import difflib
 import re
 
-from evaluation.checks import NO, NOT_MEASURED, OPERATORS, TOO_FEW, YES, Check
+from evaluation.checks import FEWEST_ROWS, NO, NOT_MEASURED, OPERATORS, TOO_FEW, YES, Check
 from evaluation.figures import Found, known_names
+from evaluation.measures import MEASURES
 from evaluation.metrics.statistics import Estimate
 from utils import UsageError
 
@@ -39,7 +40,7 @@ def parse_requirement(text: str) -> Requirement:
     name, sign, number, per_cent = match.groups()
     figure, _, of = name.rpartition(".")
     figure, of = (figure, of) if figure and of in BOUNDS else (name, "")
-    is_share = IN_PER_CENT not in figure
+    is_share = not figure.rpartition(".")[2].startswith(IN_PER_CENT)
     return Requirement(text.strip(), figure, of, sign, float(number) / (100 if per_cent and is_share else 1))
 
 
@@ -88,7 +89,7 @@ def check_requirement(requirement: Requirement, found: Found) -> Check:
     compared = {"low": figure.low, "high": figure.high, "n": figure.n, "": figure.value}[requirement.of]
     if figure.value is None:
         holds = NOT_MEASURED
-    elif compared is None:
+    elif compared is None or (requirement.of in ("low", "high") and _is_narrow(requirement.figure, figure.n)):
         holds = TOO_FEW
     else:
         holds = YES if OPERATORS[requirement.sign](compared, requirement.bound) else NO
@@ -99,6 +100,14 @@ def check_requirement(requirement: Requirement, found: Found) -> Check:
     return Check(requirement.figure + (f".{requirement.of}" if requirement.of else ""), requirement.sign,
                  requirement.bound, figure.value, figure.n, figure.low, figure.high, holds,
                  f"{requirement.text}: {shown}{ending}")  # fmt: skip
+
+
+def _is_narrow(name: str, n: int) -> bool:
+    """Return whether a figure's interval is a bootstrap's of so few rows that it is narrower than what they tell."""
+    last = name.rpartition(".")[2]
+    measure = next((one for one in MEASURES if one.name in name.split(".")[-2:]), None)
+    is_bootstrap = measure is not None and (not measure.is_rate or last == "change")
+    return is_bootstrap and n < FEWEST_ROWS
 
 
 def _may_hold(figure: Estimate, requirement: Requirement) -> bool:

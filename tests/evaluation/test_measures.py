@@ -9,7 +9,7 @@ import torch
 
 from evaluation import aggregate, judging
 from evaluation.aggregate import figures_of, pooled_entries
-from evaluation.groups import Group, split_by_reference
+from evaluation.groups import Group, free_name, split_by_reference
 from evaluation.judges.base import Judgement
 from evaluation.judges.embedder import Embedder
 from evaluation.judges.panel import Panel, decider, refuse_unknown_judge
@@ -140,6 +140,14 @@ def test_rows_without_an_answer_are_not_judged_by_the_reference_of_others():
     assert (bare.name, bare.rows, bare.has_references) == ("a, prompts alone (unseen)", rows[1:], False)
     (kept,) = split_by_reference([Group("a", "unseen", "keep", "chat", rows)])
     assert kept.rows == rows
+
+
+def test_no_source_is_called_as_the_figures_over_several_groups_are():
+    assert [free_name(spec, set()) for spec in ("all.jsonl", "data/worst.csv", "a.csv")] == [
+        "all (file)",
+        "worst (file)",
+        "a",
+    ]
 
 
 def test_answers_that_a_label_sorted_as_harmful_are_no_references():

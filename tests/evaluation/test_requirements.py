@@ -192,6 +192,9 @@ def test_a_requirement_is_read_as_it_was_meant():
     one = parse_requirement("forget.a < b (x).answered.high<.25")
     assert (one.figure, one.of, one.sign, one.bound) == ("forget.a < b (x).answered", "high", "<", 0.25)
     assert parse_requirement("forget.privacy_leakage>=-10%").bound == -10, "its unit is per cent"
+    assert parse_requirement("forget.privacy_leakage_rows (unseen).answered<=5%").bound == 0.05, (
+        "a file's name has none"
+    )
 
 
 @pytest.mark.parametrize(("text", "holds"), [
@@ -217,3 +220,11 @@ def test_a_figure_of_no_rows_is_not_measured():
     assert check("forget.answered<=1", make_report(unread)).holds == "not measured"
     assert plain(rate([]))["high"] == 1.0  # a bound that would be compared, if nobody asked for the rows
     assert check("forget.answered.high<=1", make_report(unread)).holds == "not measured"
+
+
+def test_the_bound_of_a_bootstrap_of_few_rows_is_too_few_rows():
+    """Of one row it would be as narrow as a point."""
+    for n, holds in ((3, "too few rows to say"), (12, "yes")):
+        report = make_report(Rows("benign (unseen)", "keep", [ANSWER] * n, [ANSWER] * n))
+        assert check("keep.all.similarity.low>=0.1", report).holds == holds
+        assert check("keep.all.similarity>=0.1", report).holds == "yes", "the point is what it is"
