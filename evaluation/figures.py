@@ -2,6 +2,7 @@
 
     SIDE[.GROUP].MEASURE[.before|.retrained|.change|.ratio]     forget.harmful (unseen).answered.ratio
     forget.SOURCE.auc_SCORE[.before|.retrained]                 forget.harmful.auc_min_k; with one source without it
+    forget.forget_quality[_statistic][.before]                  TOFU's p-value, and the statistic of its KS test
     text.MEASURE[.before|.retrained|.change|.ratio]             text.perplexity.ratio
     attack.NAME[.VARIANT][.control|.counted]                    attack.relearn.counted
     lm_eval.TASK.METRIC[.before|.retrained|.change]             lm_eval.mmlu.acc.change
@@ -27,9 +28,15 @@ SIDES = ("forget", "keep")
 COLUMNS = ("before", "after", "retrained", "change", "ratio")
 # of the forget side: the share left of the extraction strength above its floor, what is above it, and the floor
 EXTRACTION = ("extraction_left", "extraction_excess", "extraction_floor")
-SCORES = ("loss", "min_k", "min_40", "min_k_plus_plus", "zlib", "reference")  # of membership; MUSE's is Min-40 %
+SCORES = ("loss", "min_k", "min_40", "min_k_plus_plus", "zlib")  # of membership; MUSE's is Min-40 %
+REFERENCE = "reference"  # a score against the retrained model: it has an AUC and no privacy leakage
+QUALITY = {"forget_quality": "p_value", "forget_quality_statistic": "statistic"}  # figure: its key in the report
 PAPER = ("diversity", "utility", "fluency")  # columns of Yao et al. 2023, besides a `harmful.JUDGE` for every judge
 TEXT = {"perplexity": "perplexity_text", "mc1": "mc_data", "mc2": "mc_data"}  # measure of given text: its option
+BOOTSTRAPPED = {*(measure.name for measure in MEASURES if not measure.is_rate), *TEXT, "extraction_left",
+                "extraction_excess", "length_ratio_low", "length_ratio_high", "perplexity_ratio", "mc1_change",
+                "mc2_change"}  # fmt: skip
+PLAIN_NUMBERS = {"perplexity", "extraction_floor", *QUALITY}  # as they stand in the report: no interval, no rows
 Found = dict[str, Estimate]
 
 
@@ -79,6 +86,27 @@ def pooled_rate(rates: list[Estimate]) -> Estimate:
     """Return one rate over the rows of several."""
     hits, n = sum(rate_hits(rate) for rate in rates), sum(rate.n for rate in rates)
     return Estimate(hits / n if n else None, n, *wilson(hits, n))
+
+
+def measure_of(name: str) -> tuple[str, str]:
+    """Return the measure and the column of a figure's name, "" for none; the names of groups may hold anything."""
+    place, _, last = name.rpartition(".")
+    return (place.rpartition(".")[2], last) if last in COLUMNS else (last, "")
+
+
+def is_bootstrapped(name: str) -> bool:
+    """Return whether a figure's interval says nothing of few rows: a bootstrap's, or one by the harness's standard
+    errors. That of a rate, of a ratio of rates or of an AUC is true of few rows as well."""
+    measure, column = measure_of(name)
+    if name.startswith("lm_eval."):  # a share's is Wilson's, but which metric is one does not show in its name
+        return True
+    return not name.startswith("attack.") and (measure in BOOTSTRAPPED or column == "change")
+
+
+def has_interval(name: str) -> bool:
+    """Return whether a figure is made with an interval."""
+    measure, column = measure_of(name)
+    return name.startswith(("attack.", "lm_eval.")) or measure not in PLAIN_NUMBERS or column in ("change", "ratio")
 
 
 # ------------------------------------------------------------------------------------------------- groups
@@ -173,9 +201,8 @@ def _membership(report: dict) -> Found:
             if first := next((leakage[score] for score in ("min_40", *leakage) if score in leakage), None):
                 found[f"{prefix}.privacy_leakage"] = estimate(first)
     if quality := report.get("forget_quality"):
-        before = {"forget_quality": (quality.get("before") or {}).get("p_value")}
-        found |= _column("forget", "before", before)
-        found |= _column("forget", "after", {"forget_quality": quality["p_value"]})
+        for column, of_model in (("before", quality.get("before") or {}), ("after", quality)):
+            found |= _column("forget", column, {name: of_model.get(key) for name, key in QUALITY.items()})
     return found
 
 
@@ -263,20 +290,18 @@ def known_names(groups, options, attacks: list[str]) -> dict[str, str]:
                             "keep.length_ratio_high"), "")  # fmt: skip
     for measure, option in TEXT.items():
         need = "" if getattr(options, option) else f"--{option}"
-        known |= {name: need or missing for name, missing in _names("text", (measure,), retrained).items()}
+        columns = (*COLUMNS[:3], "ratio" if measure == "perplexity" else "change")
+        known |= {name: need or missing for name, missing in _names("text", (measure,), retrained, columns).items()}
         known[f"keep.{measure}_{'ratio' if measure == 'perplexity' else 'change'}"] = need
     given = [name for name in ("holdout_data", "holdout_text") if getattr(options, name, None)]
     holdout = "" if given else "--holdout_data"
     for prefix in ("forget", *dict.fromkeys(f"forget.{group.source}" for group in groups if group.side == "forget")):
-        scores = _names(prefix, [f"auc_{score}" for score in SCORES], retrained, COLUMNS[:3])
+        scores = _names(prefix, [f"auc_{score}" for score in (*SCORES, REFERENCE)], retrained, COLUMNS[:3])
         known |= {name: holdout or missing or (retrained if "auc_reference" in name else "")
                   for name, missing in scores.items()}  # fmt: skip
-        leakages = (
-            f"{prefix}.privacy_leakage",
-            *(f"{prefix}.privacy_leakage_{score}" for score in SCORES if score != "reference"),
-        )
+        leakages = (f"{prefix}.privacy_leakage", *(f"{prefix}.privacy_leakage_{score}" for score in SCORES))
         known |= dict.fromkeys(leakages, holdout or retrained)
-    known |= dict.fromkeys(_names("forget", ("forget_quality",), None, COLUMNS[:2]), retrained)
+    known |= dict.fromkeys(_names("forget", tuple(QUALITY), None, COLUMNS[:2]), retrained)
     every = [name for name, attack in ATTACKS.items() if isinstance(attack, Attack)]
     for name in (*every, "worst"):
         need = "" if (name in attacks or (name == "worst" and set(every) & set(attacks))) else "--attacks"

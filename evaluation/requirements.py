@@ -11,8 +11,7 @@ import difflib
 import re
 
 from evaluation.checks import FEWEST_ROWS, NO, NOT_MEASURED, OPERATORS, TOO_FEW, YES, Check
-from evaluation.figures import Found, known_names
-from evaluation.measures import MEASURES
+from evaluation.figures import Found, has_interval, is_bootstrapped, known_names
 from evaluation.metrics.statistics import Estimate
 from utils import UsageError
 
@@ -62,6 +61,8 @@ def _refuse_unknown(requirement: Requirement, known: dict[str, str], options, at
         need = ""
     if need:
         raise UsageError(f"{asked}: {name} is not measured without {need}{_which(name, need)}")
+    if need == "" and requirement.of in ("low", "high") and not has_interval(name):
+        raise UsageError(f"{asked}: {name} is one number without an interval; leave .{requirement.of} out")
     if need is None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
         places = ", ".join(sorted({key.partition(".")[0] for key in known} | {"lm_eval"}))
@@ -89,7 +90,7 @@ def check_requirement(requirement: Requirement, found: Found) -> Check:
     compared = {"low": figure.low, "high": figure.high, "n": figure.n, "": figure.value}[requirement.of]
     if figure.value is None:
         holds = NOT_MEASURED
-    elif compared is None or (requirement.of in ("low", "high") and _is_narrow(requirement.figure, figure.n)):
+    elif compared is None or (requirement.of in ("low", "high") and _is_narrow(requirement.figure, figure)):
         holds = TOO_FEW
     else:
         holds = YES if OPERATORS[requirement.sign](compared, requirement.bound) else NO
@@ -102,12 +103,9 @@ def check_requirement(requirement: Requirement, found: Found) -> Check:
                  f"{requirement.text}: {shown}{ending}")  # fmt: skip
 
 
-def _is_narrow(name: str, n: int) -> bool:
-    """Return whether a figure's interval is a bootstrap's of so few rows that it is narrower than what they tell."""
-    last = name.rpartition(".")[2]
-    measure = next((one for one in MEASURES if one.name in name.split(".")[-2:]), None)
-    is_bootstrap = measure is not None and (not measure.is_rate or last == "change")
-    return is_bootstrap and n < FEWEST_ROWS
+def _is_narrow(name: str, figure: Estimate) -> bool:
+    """Return whether an interval is a bootstrap's of so few rows that it is narrower than what they tell."""
+    return is_bootstrapped(name) and figure.n < FEWEST_ROWS
 
 
 def _may_hold(figure: Estimate, requirement: Requirement) -> bool:

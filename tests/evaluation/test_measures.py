@@ -143,11 +143,8 @@ def test_rows_without_an_answer_are_not_judged_by_the_reference_of_others():
 
 
 def test_no_source_is_called_as_the_figures_over_several_groups_are():
-    assert [free_name(spec, set()) for spec in ("all.jsonl", "data/worst.csv", "a.csv")] == [
-        "all (file)",
-        "worst (file)",
-        "a",
-    ]
+    names = [free_name(spec, set()) for spec in ("all.jsonl", "data/worst.csv", "a.csv")]
+    assert names == ["all (file)", "worst (file)", "a"]
 
 
 def test_answers_that_a_label_sorted_as_harmful_are_no_references():

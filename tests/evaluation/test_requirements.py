@@ -170,6 +170,11 @@ def test_a_wrong_requirement_is_refused_in_one_short_line(text, says):
     assert "\n" not in message and len(message) < 250
 
 
+def test_a_bound_of_a_number_without_interval_is_refused():
+    with pytest.raises(UsageError, match=r"text\.perplexity is one number without an interval; leave \.high out"):
+        refuse("text.perplexity.high<=30", perplexity_text="wiki.txt")
+
+
 def test_a_right_requirement_is_not_refused():
     refuse("forget.answered<=5%", "forget.harmful (unseen).answered.ratio.high<=.25", "keep.worst.similarity.low>=.6",
            "attack.prefill.Sure, here is<=.1", "attack.worst.counted<=.2", "keep.retained>=.8")  # fmt: skip
