@@ -286,8 +286,8 @@ def _wide(group: dict, figure: GroupFigure, alpha: float) -> Estimate:
     if figure.name == "retained":
         low, high = exact_bounds(rate_hits(one), one.n, alpha)
     elif figure.name == "answered.ratio":
-        after, before = (estimate(group[label]["answered"]) for label in ("after", "before"))
-        low, high = exact_ratio_bounds(rate_hits(after), after.n, rate_hits(before), before.n, alpha)
+        before = _pair(group, "retained").n  # answered before, of the rows that both models were judged on
+        low, high = exact_ratio_bounds(round(one.value * before), before, one.n, alpha)
     elif one.n < FEWEST_ROWS:  # a bootstrap of few rows is too narrow
         low, high = -1.0, 1.0
     else:

@@ -22,13 +22,12 @@ def exact_bounds(hits: int, n: int, alpha: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def exact_ratio_bounds(top_hits: int, top_n: int, bottom_hits: int, bottom_n: int, alpha: float) -> tuple[float, float]:
-    """Return bounds of the ratio of two rates on the same rows, each wrong with a chance of at most `alpha`. The counts
-    of rows differ where a judge could not tell of every answer.
+def exact_ratio_bounds(top_hits: int, bottom_hits: int, n: int, alpha: float) -> tuple[float, float]:
+    """Return bounds of the ratio of two rates on the same `n` rows, each wrong with a chance of at most `alpha`.
 
     Each rate gets half of `alpha`, so the bounds hold however the two depend on each other; they are wide.
     """
-    top, bottom = exact_bounds(top_hits, top_n, alpha / 2), exact_bounds(bottom_hits, bottom_n, alpha / 2)
+    top, bottom = exact_bounds(top_hits, n, alpha / 2), exact_bounds(bottom_hits, n, alpha / 2)
     return top[0] / bottom[1] if bottom[1] else 0.0, top[1] / bottom[0] if bottom[0] else math.inf
 
 

@@ -33,7 +33,7 @@ def test_bounds_are_those_of_the_published_examples():
     # no hit of n: (1 - p)^n = alpha gives the upper bound
     assert exact_bounds(0, 10, 0.025) == pytest.approx((0.0, 1 - 0.025**0.1))
     assert exact_bounds(10, 10, 0.025) == pytest.approx((0.025**0.1, 1.0))
-    assert exact_ratio_bounds(0, 10, 10, 10, 0.05) == pytest.approx((0.0, (1 - 0.025**0.1) / 0.025**0.1))
+    assert exact_ratio_bounds(0, 10, 10, 0.05) == pytest.approx((0.0, (1 - 0.025**0.1) / 0.025**0.1))
 
 
 # ------------------------------------------------------------------------------------------------- forgotten
