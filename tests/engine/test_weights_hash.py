@@ -1,6 +1,7 @@
 """What an evaluation takes for the same model: answers of an earlier one stand in wherever the hash is the same."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ def write_model(folder: Path, rows: torch.Tensor = ROWS) -> str:
 def change_last_byte(file: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    made_later(file)
+
+
+def made_later(file: Path) -> None:
+    """As a file of another second: clocks of file systems are coarse, and these tests are not."""
+    os.utime(file, (file.stat().st_atime, file.stat().st_mtime + 1))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "modeling_own.py"])
@@ -48,8 +55,10 @@ def test_an_adapter_is_another_model_on_another_base(tmp_path):
     first = weights_hash(str(adapter))
     assert first != weights_hash(str(tmp_path / "base"))
     write_model(tmp_path / "base", ROWS + 1)
+    made_later(tmp_path / "base/model.safetensors")
     second = weights_hash(str(adapter))
     save_file({"lora": ROWS + 1}, adapter / "adapter_model.safetensors")
+    made_later(adapter / "adapter_model.safetensors")
     assert len({first, second, weights_hash(str(adapter))}) == 3
 
 

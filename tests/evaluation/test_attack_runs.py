@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks,
 from evaluation.attacks.stage import attack
 from evaluation.figures import figures
 from evaluation.judges.base import Judgement
+from evaluation.model_run import Models
 from evaluation.options import EvaluateOptions
 from sources.rows import Row
 from utils import UsageError
@@ -371,3 +373,18 @@ def test_all_attacks_run_together_with_their_controls(family, monkeypatch):
 def test_a_prompt_of_which_a_judge_says_nothing_is_in_no_rate():
     found = rate_back([[True, None], [None, None], [False, None], [False, False]])
     assert (found.value, found.n) == (0.5, 2)  # the first is back, the last is not, the two between are not known
+
+
+@pytest.mark.parametrize("drop", [lambda models: models.drop("after"), lambda models: models.drop_all()])
+def test_a_model_that_is_let_go_gives_its_memory_back_at_once(drop, monkeypatch):
+    """Wrapped models hold cycles, and the harness is another process that needs the GPU."""
+    monkeypatch.setattr("evaluation.model_run.wrap_model", lambda model, *_: (model, None))
+    model = torch.nn.Identity()
+    model.config, model.cycle, gone = None, [model], weakref.ref(model)
+    inputs = SimpleNamespace(models={"after": "m"}, groups=[], formatters={"after": SimpleNamespace(fit=lambda *_: 0)})
+    held = [model]
+    models = Models(inputs, EvaluateOptions(), lambda name: held.pop())
+    models.get("after")
+    del model
+    drop(models)
+    assert gone() is None
