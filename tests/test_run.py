@@ -120,8 +120,8 @@ def test_the_evaluation_asks_both_models_the_same(finished):
     glossary = (ROOT / "docs/fields.md").read_text()
     assert not [key for key in keys_of({k: v for k, v in report.items() if k != "options"}) | keys_of(lines)
                 if f"`{key}`" not in glossary and f'"{key}"' not in glossary]  # fmt: skip
-    assert "on topic before" in evaluation.stdout
-    assert "before: " in evaluation.stdout
+    assert "answered before" in evaluation.stdout
+    assert "before (" in evaluation.stdout
     assert "| forget (unseen) |" in (cwd / "models/out/README.md").read_text()
 
 
