@@ -96,6 +96,7 @@ def show_log(is_main: bool) -> None:
     than the main one its errors alone."""
     log.handlers = [logging.StreamHandler()]
     log.setLevel(logging.INFO if is_main else logging.ERROR)
+    log.propagate = False  # a library may give the root logger a handler of its own, and each line would come twice
 
 
 def exit_code(report: dict) -> int:
