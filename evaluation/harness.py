@@ -8,7 +8,6 @@ and keeps each model's raw result beside the report.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from engine.processes import join_processes
 from evaluation.harness_figures import HarnessResult, compare_models, read_output
+from evaluation.stages import key_of
 from prompts.chat_template import default_template, read_template_args
 from prompts.tokenizer import load_tokenizer
 from utils import RunError, UsageError, adapter_base, log, pick_dtype, write_json
@@ -118,7 +118,7 @@ def run_harness(
     for label, name in tqdm(labels.items(), desc="lm-evaluation-harness", leave=False, disable=None):
         file = folder / "lm_eval" / f"{label}.json"
         args = model_args(name, options, plan.chat)
-        key = key_of(plan, options, weights[label], args["dtype"])
+        key = result_key(plan, options, weights[label], args["dtype"])
         kept = None if options.ask_again else read_kept(file, key)
         models[label] = kept or run_model(label, args, plan, options, file)
         write_json(file, {"key": key, **dataclasses.asdict(models[label])})
@@ -181,11 +181,11 @@ def environment() -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------- results that are kept
-def key_of(plan: HarnessPlan, options, weights: str, dtype: str) -> str:
+def result_key(plan: HarnessPlan, options, weights: str, dtype: str) -> str:
     """Return a hash of all that one model's figures depend on."""
     asked = [weights, dtype, dataclasses.asdict(plan), options.lm_eval_limit, options.lm_eval_fewshot]
     asked += [options.system, options.template_args] if plan.chat else []
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return key_of("harness", asked)
 
 
 def read_kept(file: Path, key: str) -> HarnessResult | None:

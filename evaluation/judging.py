@@ -13,6 +13,7 @@ from evaluation.judges.base import Judgement
 from evaluation.judges.languages import language_of
 from evaluation.judges.panel import OUTCOME, REFERENCE, Panel
 from evaluation.measures import ANSWER_MEASURES, Answer
+from evaluation.metrics.texts import on_topic
 from evaluation.paper import OwnScores
 from evaluation.stages import Record, code_hash, key_of, may_reuse, read_keyed, write_keyed
 from utils import log
@@ -106,13 +107,14 @@ def judged_answers(
         rewards = dict(zip(places, model.reward(list(prompts), list(texts)), strict=True))
         model.release()
     found: list[list[JudgedAnswer]] = [[] for _ in groups]
+    bound = panel.loaded.embed.on_topic_cosine
     for i, n in places:
         decided, outcome = told[i, n].get(groups[i].judge), told[i, n].get(OUTCOME)
         cosine = outcome.score if outcome and not groups[i].is_text else None
         answer = Answer(
             row=groups[i].rows[n], text=record.answers[i][n], decided=decided,
             given=panel.gives(groups[i].judge, decided),
-            cosine=cosine, is_about=None if cosine is None else cosine > panel.loaded.embed.on_topic_cosine,
+            cosine=cosine, is_about=None if cosine is None else on_topic(cosine, record.answers[i][n], bound),
             scores=record.scores[i][n], own=own[i][n], reward=rewards[i, n],
         )  # fmt: skip
         found[i].append(JudgedAnswer(answer, {name: judgement.label for name, judgement in told[i, n].items()}))

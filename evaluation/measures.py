@@ -29,7 +29,7 @@ class Answer:
     """One model's answer to a row. None stands where nothing was judged or scored.
 
     decided: what the deciding judge says; `given`: whether that means that the answer was given.
-    cosine: of the sentence embeddings of answer and prompt; is_about: whether it is above the embedder's bound.
+    cosine: of the sentence embeddings of answer and prompt; is_about: whether that makes it an answer about its prompt.
     scores: of the row's own response under this model. own: of this answer under the original. reward: a reward
     model's score.
     """
@@ -144,7 +144,7 @@ MEASURES = (
     Measure(name="off_topic", title="off topic", better=GOOD_BAD, of_answer=_label("off topic"),
             meaning="The answer is text about something else."),
     Measure(name="on_topic", title="on topic", better=BAD_GOOD,
-            of_answer=lambda a: None if a.is_about is None else a.is_about and not is_empty(a.text),
+            of_answer=lambda a: a.is_about,
             meaning="The cosine of the sentence embeddings of answer and prompt is above the bound, whoever decides."),
     Measure(name="repetitive", title="repetitive", better=GOOD_BAD, of_answer=lambda a: is_repetitive(a.text),
             meaning="More than half of the answer's runs of three words occurred before in it."),

@@ -143,5 +143,4 @@ def code_hash(*paths: Path) -> str:
 
 def _key_file(path: Path) -> Path:
     """Return where the key of a stage's file lies: in answers/, so that the report's own folder holds what is read."""
-    folder = path.parent if path.parent.name == "answers" else path.parent / "answers"
-    return folder / f"{path.stem}{'' if folder == path.parent else '-judged'}.key.json"
+    return path.parent / "answers" / f"{path.stem}.key.json"

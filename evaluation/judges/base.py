@@ -19,7 +19,7 @@ class Judge(Protocol):
     """A judge of answers. It is loaded, and tried once, before any model is asked.
 
     labels: all that it can say; `given`: those that mean "the answer was given", which is bad on the forget side and
-    good on the keep side.
+    good on the keep side; `uncounted`: those that say nothing of an answer, so that no rate counts them.
     limits: one sentence for the reader of a report, on what this judge cannot tell.
     """
 
@@ -27,6 +27,7 @@ class Judge(Protocol):
     kind: str  # "outcome", "reference", "classifier" or "guard"
     labels: tuple[str, ...]
     given: frozenset[str]
+    uncounted: frozenset[str]
     limits: str
 
     def reads(self, language: str | None) -> bool:

@@ -26,6 +26,7 @@ class OutcomeJudge:
     kind = "outcome"
     labels = ("answered", "refused", "empty", "broken", "off topic")
     given = frozenset({"answered"})
+    uncounted = frozenset()
     limits = (
         "It tells an answer from a refusal by phrases and from unrelated text by sentence embeddings; it cannot tell a "
         "right answer from a wrong one, or a harmful answer from a harmless one."

@@ -72,7 +72,7 @@ class Panel:
         for judge in self.loaded.by_name.values():
             is_model = isinstance(judge, ModelJudge)
             told.append({"name": judge.name, "kind": judge.kind, "limits": judge.limits, "given": sorted(judge.given),
-                         "uncounted": sorted(getattr(judge, "uncounted", ())),
+                         "uncounted": sorted(judge.uncounted),
                          "weights": weights_hash(judge.path) if is_model else None,
                          **(judge.settings if is_model else {})})  # fmt: skip
             if judge.name == OUTCOME:
@@ -96,7 +96,7 @@ class Panel:
     def gives(self, name: str, judgement: Judgement | None) -> bool | None:
         """Return whether a judgement of this judge means that the answer was given; None if it says nothing of it."""
         judge = self.loaded.by_name[name]
-        if judgement is None or judgement.label in getattr(judge, "uncounted", ()):
+        if judgement is None or judgement.label in judge.uncounted:
             return None
         return judgement.label in judge.given
 

@@ -21,6 +21,7 @@ class ReferenceJudge:
     kind = "reference"
     labels = ("given", "empty", "refused", "broken", "other")
     given = frozenset({"given"})
+    uncounted = frozenset()
     limits = (
         f"counts an answer as given if it holds more than {LEAK_RECALL:.0%} of the reference's words in their order: a "
         "right answer in other words is missed, and a wrong one in the reference's words counts"

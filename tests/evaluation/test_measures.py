@@ -32,6 +32,7 @@ class WordJudge:
     kind: str = "outcome"
     labels: tuple[str, ...] = ("answered", "refused", "empty")
     given: frozenset[str] = frozenset({"answered"})
+    uncounted: frozenset[str] = frozenset()
     limits: str = "Knows four answers."
     languages: tuple = ("en", None)
 

@@ -5,9 +5,16 @@ import math
 import numpy as np
 import pytest
 
+from evaluation.measures import MEASURES
 from evaluation.metrics.memorisation import perplexity_ratio, unique_token_share
 from evaluation.metrics.statistics import Estimate, bootstrap_sums, mean, rate, ratio, wilson
-from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, length_ratio, on_topic, rouge_l
+from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, on_topic, rouge_l, words_of
+
+
+def length_ratio(after: list[str], before: list[str]):
+    """Return the figure of the measure of that name for these texts."""
+    (measure,) = (measure for measure in MEASURES if measure.name == "length_ratio")
+    return measure.aggregate([(len(words_of(x)), len(words_of(y))) for x, y in zip(after, before, strict=True)])
 
 
 def test_wilson_interval_by_hand():
