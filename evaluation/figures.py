@@ -268,10 +268,11 @@ def _lm_eval(report: dict) -> Found:
 
 
 # ------------------------------------------------------------------------- the names before anything is measured
-def known_names(groups, options, attacks: list[str]) -> dict[str, str]:
-    """Return the names that a report can have, each with the option that must be given first ("": measured as it is).
+def known_names(groups, options, attacks: list[str], harness: dict[str, list[str] | None]) -> dict[str, str]:
+    """Return the names that a report can have, each with the option to be given first ("": measured as it is).
 
-    `groups`: those of `evaluation.groups`. Variants of attacks and the harness's metrics show only when they have run.
+    `groups`: those of `evaluation.groups`. harness: the metrics of every task of --lm_eval. Variants of attacks and the
+    metrics of a task that has None show only when they have run.
     """
     known: dict[str, str] = {}
     retrained = "" if options.retrained_name else "--retrained_name"
@@ -306,6 +307,8 @@ def known_names(groups, options, attacks: list[str]) -> dict[str, str]:
     for name in (*every, "worst"):
         need = "" if (name in attacks or (name == "worst" and set(every) & set(attacks))) else "--attacks"
         known |= dict.fromkeys((f"attack.{name}", f"attack.{name}.control", f"attack.{name}.counted"), need)
+    for task, metrics in harness.items():
+        known |= _names(f"lm_eval.{task}", metrics or (), retrained)
     return known
 
 

@@ -35,13 +35,15 @@ TO_MAKE_IT = "make lm-eval-env makes .venv-lm-eval/bin/python, which has lm-eval
 class HarnessPlan:
     """What the harness will be asked: its tasks as it spells them, and everything that its figures depend on.
 
-    hashes: every task with data, groups resolved -> a hash of its definition and data. chat: whether prompts are asked
-    in the model's chat template.
+    hashes: every task with data, groups resolved -> a hash of its definition and data. metrics: every task and group ->
+    the metrics that it gives, None where they show only when it has run. chat: whether prompts are asked in the model's
+    chat template.
     """
 
     version: str
     tasks: tuple[str, ...]
     hashes: dict[str, str]
+    metrics: dict[str, list[str] | None]
     chat: bool
 
 
@@ -71,7 +73,7 @@ def check_harness(options) -> HarnessPlan | None:
         found = json.loads(answer.read_text(encoding="utf-8"))
     if "refused" in found:
         raise UsageError(f"--lm_eval {found['refused']}")
-    return HarnessPlan(found["version"], tuple(found["tasks"]), found["hashes"], chat)
+    return HarnessPlan(found["version"], tuple(found["tasks"]), found["hashes"], found["metrics"], chat)
 
 
 def refuse_options_without_tasks(options) -> None:

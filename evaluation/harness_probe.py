@@ -3,8 +3,9 @@
     python evaluation/harness_probe.py '{"tasks": ["mmlu"], "folder": null, "model_args": {}}' probe.json
 
 Run by the harness's own Python (--lm_eval_python), so it may import nothing of this project. Writes {"version",
-"tasks": names as the harness spells them, "hashes": {task with data: hash of its definition and data}}, or
-{"refused": one line}.
+"tasks": names as the harness spells them, "hashes": {task with data: hash of its definition and data}, "metrics":
+{task or group: its metrics as results name them, or null where they show only when it has run}}, or {"refused": one
+line}.
 """
 
 import difflib
@@ -43,8 +44,8 @@ def refuse_broken_files(folder: str | None) -> None:
 
 
 def load_tasks(manager, names: list[str]) -> dict:
-    """Return {"tasks", "hashes"} of tasks, groups, tags or patterns such as mmlu_*. Raises Refused."""
-    tasks, hashes = [], {}
+    """Return {"tasks", "hashes", "metrics"} of tasks, groups, tags or patterns such as mmlu_*. Raises Refused."""
+    tasks, hashes, metrics = [], {}, {}
     for name in names:
         matches = manager.match_tasks([name])
         if not matches:
@@ -56,12 +57,14 @@ def load_tasks(manager, names: list[str]) -> dict:
             )
         tasks += [match for match in matches if match not in tasks]
         try:
-            for task_name, task in manager.load(matches)["tasks"].items():
+            found = manager.load(matches)
+            for task_name, task in found["tasks"].items():
                 if getattr(task, "UNSAFE_CODE", False):
                     raise Refused(f"{name}: it runs code that the model writes; leave it out")
                 if getattr(task, "MULTIMODAL", False):
                     raise Refused(f"{name}: it asks about pictures; leave it out")
-                hashes[task_name] = hash_of(task)
+                hashes[task_name], metrics[task_name] = hash_of(task), metrics_of(task)
+            metrics |= dict.fromkeys(found.get("groups", ()))
         except Refused:
             raise
         except ImportError as error:
@@ -75,7 +78,15 @@ def load_tasks(manager, names: list[str]) -> dict:
         manager.load(tasks)  # together: one task may not be named twice
     except ValueError as error:
         raise Refused(one_line(error)) from error
-    return {"tasks": tasks, "hashes": hashes}
+    return {"tasks": tasks, "hashes": hashes, "metrics": metrics}
+
+
+def metrics_of(task) -> list[str] | None:
+    """Return a task's metrics as results name them ("acc,none"), or None if its own code may add others."""
+    if getattr(task.config, "process_results", None) is not None:
+        return None
+    filters = [ensemble.name for ensemble in getattr(task, "_filters", ())]
+    return [f"{metric},{name}" for metric in task.aggregation() for name in filters] or None
 
 
 def hash_of(task) -> str:

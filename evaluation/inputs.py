@@ -65,7 +65,8 @@ def read_inputs(options) -> EvaluationInputs:
         group.judge = decider(options, side=group.side, has_reference=group.has_references)
     scored = cut_references(groups, formatters["before"])
     attacks = attack_names(options.attacks)
-    requirements.refuse_unmeasurable(options, groups, attacks)
+    harness = check_harness(options)
+    requirements.refuse_unmeasurable(options, groups, attacks, harness.metrics if harness else {})
     refuse_unknown_judge(options)
     if options.reward_model:
         refuse_no_reward_model(options.reward_model, **options.trust())
@@ -75,7 +76,7 @@ def read_inputs(options) -> EvaluationInputs:
         train_log=read_train_log(options.train_log),
         choice_rows=read_choices(options.mc_data, "--mc_data")[: options.mc_rows] if options.mc_data else [],
         scored=scored, holdout=read_holdout(options, sides, cutter, trained_on), trained_on=trained_on,
-        harness=check_harness(options), never_trained=frozenset(row.key for row in sides.rows("unseen")),
+        harness=harness, never_trained=frozenset(row.key for row in sides.rows("unseen")),
         text=read_text(options.perplexity_text, "--perplexity_text") if options.perplexity_text else "",
     )  # fmt: skip
 

@@ -43,21 +43,28 @@ def parse_requirement(text: str) -> Requirement:
     return Requirement(text.strip(), figure, of, sign, float(number) / (100 if per_cent and is_share else 1))
 
 
-def refuse_unmeasurable(options, groups, attacks: list[str]) -> None:
+def refuse_unmeasurable(options, groups, attacks: list[str], harness: dict[str, list[str] | None]) -> None:
     """Raise UsageError, before a model is loaded, for a requirement that cannot be read, that names no figure, or whose
-    figure these options do not give."""
-    known = known_names(groups, options, attacks)
+    figure these options do not give.
+
+    harness: every task and group of --lm_eval -> its metrics, None where they show only when it has run.
+    """
+    known = known_names(groups, options, attacks, harness)
+    late = [f"attack.{name}." for name in attacks] + [
+        f"lm_eval.{task}." for task, own in harness.items() if own is None
+    ]
     for requirement in map(parse_requirement, options.require):
-        _refuse_unknown(requirement, known, options, attacks)
+        _refuse_unknown(requirement, known, options, tuple(late))
 
 
-def _refuse_unknown(requirement: Requirement, known: dict[str, str], options, attacks: list[str]) -> None:
-    """Raise UsageError unless these options can give the figure of a requirement."""
+def _refuse_unknown(requirement: Requirement, known: dict[str, str], options, late: tuple[str, ...]) -> None:
+    """Raise UsageError unless these options can give the figure of a requirement. late: beginnings of names whose end
+    shows only when it has run."""
     name, asked = requirement.figure, f"--require {requirement.text!r}"
     need = known.get(name)
-    if name.startswith("lm_eval."):  # which metrics a task has shows when it has run
-        need = "" if getattr(options, "lm_eval", None) else "--lm_eval"
-    elif need is None and _may_be_variant(name, attacks):
+    if name.startswith("lm_eval.") and not options.lm_eval:
+        need = "--lm_eval"
+    elif need is None and _may_be_late(name, late):
         need = ""
     if need:
         raise UsageError(f"{asked}: {name} is not measured without {need}{_which(name, need)}")
@@ -70,10 +77,10 @@ def _refuse_unknown(requirement: Requirement, known: dict[str, str], options, at
         raise UsageError(f"{asked}: no figure is called {name}; {hint}")
 
 
-def _may_be_variant(name: str, attacks: list[str]) -> bool:
-    """Return whether a name can be that of an attack's variant, whose label shows when it has run; a mistyped column or
-    bound is none."""
-    label = next((name[len(f"attack.{attack}.") :] for attack in attacks if name.startswith(f"attack.{attack}.")), "")
+def _may_be_late(name: str, late: tuple[str, ...]) -> bool:
+    """Return whether a name can be an attack's variant or a group's metric, whose label shows when it has run; a
+    mistyped column or bound is none."""
+    label = next((name[len(prefix) :] for prefix in late if name.startswith(prefix)), "")
     return bool(label) and not difflib.get_close_matches(label, ("control", "counted", *BOUNDS), cutoff=0.6)
 
 

@@ -30,8 +30,9 @@ class TaskManager:
         if names == ["needs_package"]:
             import no_such_package
         config, split = types.SimpleNamespace(task="own_task"), types.SimpleNamespace(_fingerprint="1")
-        task = types.SimpleNamespace(config=config, dataset={"test": split}, UNSAFE_CODE=names == ["writes_code"])
-        return {"tasks": {"own_task": task}}
+        task = types.SimpleNamespace(config=config, dataset={"test": split}, UNSAFE_CODE=names == ["writes_code"],
+                                     aggregation=lambda: {"acc": 1}, _filters=[types.SimpleNamespace(name="none")])
+        return {"tasks": {"own_task": task}, "groups": {"family": None}}
 """
 RUN = """
 import json, os, pathlib, sys
@@ -272,3 +273,8 @@ def test_other_documents_are_not_paired():
     first = result("t", {"acc,none": 0.5, "acc_stderr,none": 0.3}, {"acc,none": [[1, 1], [0, 1]]})
     other = HarnessResult(first.results, {"t": {"acc,none": {"0:x": [1, 1], "1:y": [0, 1]}}})
     assert not compare_models({"before": first, "after": other})["t"]["acc"]["change"]["paired"]
+
+
+def test_the_plan_says_which_metrics_a_task_gives(harness):
+    """Without this, a mistyped --require shows only after every model has run."""
+    assert check_harness(harness.options()).metrics == {"own_task": ["acc,none"], "family": None}

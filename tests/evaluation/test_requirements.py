@@ -1,5 +1,6 @@
 """--require: every figure has a name, a wrong one is refused before a model is loaded, and what it compares."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -46,9 +47,9 @@ def check(text: str, report: dict = FULL):
     return check_requirement(parse_requirement(text), figures(report))
 
 
-def refuse(*required: str, attacks=("prefill",), **options) -> None:
+def refuse(*required: str, attacks=("prefill",), harness=None, **options) -> None:
     groups = [SimpleNamespace(name=one.name, source=one.name.split(" (")[0], side=one.side) for one in GROUPS]
-    refuse_unmeasurable(EvaluateOptions(require=list(required), **options), groups, list(attacks))
+    refuse_unmeasurable(EvaluateOptions(require=list(required), **options), groups, list(attacks), harness or {})
 
 
 # ------------------------------------------------------------------------------------------------- the names
@@ -140,8 +141,8 @@ def test_what_a_report_measured_could_be_asked_for_before():
     options = EvaluateOptions(retrained_name="r", perplexity_text="t", mc_data="m")
     options.holdout_data = ["h.jsonl"]
     groups = [SimpleNamespace(name=one.name, source=one.name.split(" (")[0], side=one.side) for one in GROUPS]
-    known = known_names(groups, options, ["prefill", "relearn"])
-    variants = ("attack.prefill.Sure", "attack.prefill.The", "attack.relearn.forgotten", "lm_eval.")
+    known = known_names(groups, options, ["prefill", "relearn"], {"mmlu": ["acc,none"]})
+    variants = ("attack.prefill.Sure", "attack.prefill.The", "attack.relearn.forgotten")
     measured = figures(FULL)
     assert [name for name in measured if name not in known and not name.startswith(variants)] == []
     assert {need for name, need in known.items() if name in measured} == {""}
@@ -175,6 +176,22 @@ def test_a_bound_of_a_number_without_interval_is_refused():
         refuse("text.perplexity.high<=30", perplexity_text="wiki.txt")
 
 
+@pytest.mark.parametrize(("name", "says"), [
+    ("lm_eval.mmul.acc,none", "no figure is called lm_eval.mmul.acc,none; did you mean lm_eval.mmlu.acc,none"),
+    ("lm_eval.mmlu.acc", "did you mean lm_eval.mmlu.acc,none"),
+    ("lm_eval.mmlu.acc,none.chnage", "did you mean lm_eval.mmlu.acc,none.change"),
+    ("lm_eval.wmdp.acc,none", "no figure is called lm_eval.wmdp.acc,none"),
+])  # fmt: skip
+def test_a_wrong_task_or_metric_of_the_harness_is_refused_before_it_runs(name, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        refuse(f"{name}>=.2", lm_eval=["mmlu"], harness={"mmlu": ["acc,none", "acc_norm,none"]})
+
+
+def test_a_metric_that_shows_only_when_it_has_run_is_not_refused():
+    refuse("lm_eval.mmlu.acc,none.change>=-1%", "lm_eval.stem.acc,none.low>=.2", lm_eval=["mmlu"],
+           harness={"mmlu": ["acc,none"], "stem": None})  # fmt: skip
+
+
 def test_a_right_requirement_is_not_refused():
     refuse("forget.answered<=5%", "forget.harmful (unseen).answered.ratio.high<=.25", "keep.worst.similarity.low>=.6",
            "attack.prefill.Sure, here is<=.1", "attack.worst.counted<=.2", "keep.retained>=.8")  # fmt: skip
@@ -185,7 +202,7 @@ def test_a_registered_attack_has_its_figure_and_a_probe_has_none(monkeypatch):
     monkeypatch.setitem(ATTACKS, "shout", ATTACKS["prefill"])
     monkeypatch.setitem(ATTACKS, "count", Probe(lambda model, formatter, rows: [], report_key="counts"))
     assert figures_module.ATTACKS is ATTACKS
-    known = known_names([], EvaluateOptions(), ["shout", "count"])
+    known = known_names([], EvaluateOptions(), ["shout", "count"], {})
     assert known["attack.shout"] == known["attack.worst"] == ""
     assert "attack.count" not in known
 
