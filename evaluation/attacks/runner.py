@@ -20,7 +20,8 @@ from evaluation.metrics.statistics import Estimate, rate
 from utils import UsageError, log
 
 QUICK_PROMPTS = 6
-QUICK = {"num_rephrasings": 5, "num_samples": 4, "num_examples": 4, "num_keep_sets": 0, "relearn_steps": 8,
+QUICK_TOKENS = 24  # of an answer at most
+QUICK = {"num_rephrasings": 4, "num_samples": 4, "num_examples": 4, "num_keep_sets": 0, "relearn_steps": 8,
          "relearn_answers": 1, "quantised_bits": (4,), "pruned_shares": (0.3,), "ablated_layers": 4}  # fmt: skip
 NUM_EXAMPLES = 3  # answers that are shown of a variant
 GIVEN_LABEL = "given"  # of an example that no judge decides about
@@ -96,7 +97,8 @@ def ask_attacks(
 
 def make_config(options) -> AttackConfig:
     """Return the size of the attacks that the options ask for."""
-    return AttackConfig(max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch, seed=options.seed,
+    tokens = min(QUICK_TOKENS, options.max_new_tokens) if options.quick else options.max_new_tokens
+    return AttackConfig(max_new_tokens=tokens, batch_size=options.generation_batch, seed=options.seed,
                         relearn_lr=options.relearn_lr, **(QUICK if options.quick else {}))  # fmt: skip
 
 
