@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,30 @@ def run_python(*words, cwd: Path, env: dict = ENVIRONMENT):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
 
 
+class ScriptServer:
+    """One process with the packages loaded, from which scripts are forked (tests/script_server.py)."""
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.process = subprocess.Popen([sys.executable, ROOT / "tests/script_server.py"], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)  # fmt: skip
+        assert self.process.stdout.readline() == "ready\n"
+
+    def run(self, script: str, words, cwd: Path):
+        """Run a script as `run_python` does."""
+        files = {name: str(Path(self.folder.name) / name) for name in ("stdout", "stderr")}
+        asked = {"script": script, "argv": list(map(str, words)), "cwd": str(cwd), **files}
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        code = int(self.process.stdout.readline())
+        said = {name: Path(file).read_text(encoding="utf-8") for name, file in files.items()}
+        return subprocess.CompletedProcess([script, *words], code, **said)
+
+
+@functools.cache
+def script_server() -> ScriptServer:
+    return ScriptServer()
+
+
 def poison_losses(monkeypatch, is_poisoned, value: float = float("nan")) -> None:
     """From here on, the first term's loss of the calls (1, 2, ...) that `is_poisoned` names is `value`."""
     from method import step
@@ -159,11 +185,15 @@ def poison_losses(monkeypatch, is_poisoned, value: float = float("nan")) -> None
 
 
 def run_cli(script: str, *words, cwd: Path, launcher: tuple[str, ...] = (), env: dict | None = None,
-            quiet: bool = False):  # fmt: skip
+            quiet: bool = False, own: bool = False):  # fmt: skip
     """Run a script as its user does; returns the finished process with its output as text.
 
-    `quiet`: for a refusal that comes after the log has begun; keeps its last line of the error output only."""
-    run = run_python(*launcher, ROOT / script, *words, cwd=cwd, env=ENVIRONMENT | (env or {}))
+    `quiet`: for a refusal that comes after the log has begun; keeps its last line of the error output only. `own`: in
+    an interpreter of its own, as with a launcher or an environment, not forked from one with the packages loaded."""
+    if own or launcher or env or sys.platform == "win32":
+        run = run_python(*launcher, ROOT / script, *words, cwd=cwd, env=ENVIRONMENT | (env or {}))
+    else:
+        run = script_server().run(script, words, cwd)
     if quiet and "Traceback" not in run.stderr:
         run.stderr = run.stderr.splitlines()[-1]
     return run

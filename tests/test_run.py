@@ -60,11 +60,12 @@ def finished(request, tmp_path_factory, model_folders, data_files):
     run = run_cli(
         "unlearn_harm.py", f"--model_name={model_folders[request.param]}", "--model_save_dir=models/out",
         "--log_file=logs/out.log", *data_words(data_files), *SMALL, "--eval_every=2", "--save_every=3", cwd=cwd,
+        own=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     evaluation = run_cli(
         "evaluate_unlearning.py", "--model_name=models/out", "--dtype=fp32", "--max_new_tokens=6",
-        "--train_log=logs/out.jsonl", cwd=cwd,
+        "--train_log=logs/out.jsonl", cwd=cwd, own=True,
     )  # fmt: skip
     assert evaluation.returncode == 0, evaluation.stderr
     return request.param, cwd, run, evaluation
