@@ -2,6 +2,8 @@
 # make test    install and run every test that takes seconds; make test-slow: those that take minutes
 # make bench   time a step against the published recipe's, on a GPU if there is one; BENCH_OPTIONS="--shape opt-1.3b"
 #              takes random weights of a published shape; benchmarks/gpu_table.py measures all sizes on a GPU
+# make planted teach the embedded model people, wrong facts and texts, and a twin that never saw what goes of them
+# make recipe NAME=people   forget on the planted model what a recipe is for, and compare with the twin
 # make sweep   search over the settings in configs/sweep.yaml; goes on where it was stopped
 # make lint    ruff, rules and format, and which room takes from which
 # make audit   known vulnerabilities in the pinned packages (asks a public database)
@@ -18,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 
 # A second call does only what is missing: the model is a file of make's; what the models said, and how it was judged, is read from the report's folder.
 
-.PHONY: install demo test test-slow bench sweep lint audit lm-eval lm-eval-env clean
+.PHONY: install demo planted recipe test test-slow bench sweep lint audit lm-eval lm-eval-env clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.txt
@@ -33,6 +35,19 @@ demo: models/demo/unlearn_args.json
 models/demo/unlearn_args.json: configs/demo.yaml recipes/selective/recipe.yaml data/harmful.jsonl data/benign.jsonl data/neighbours.jsonl data/questions.jsonl data/twins.jsonl | $(VENV)/.installed
 	$(PYTHON) setup_demo.py
 	$(PYTHON) unlearn_harm.py --config configs/demo.yaml --overwrite --resume
+
+planted: models/planted/finetune_args.json models/planted_twin/finetune_args.json
+	$(PYTHON) evaluate_unlearning.py --config configs/planted_check.yaml
+
+models/%/finetune_args.json: configs/%.yaml recipes/finetune/recipe.yaml setup_planted.py data/planted/facts.jsonl data/planted/story.txt data/planted/kept_bees.txt data/planted/kept_bridge.txt | $(VENV)/.installed
+	$(PYTHON) setup_demo.py
+	$(PYTHON) setup_planted.py
+	$(PYTHON) finetune.py --config $< --overwrite --resume
+
+recipe: models/planted/finetune_args.json models/planted_twin/finetune_args.json
+	@test -f "recipes/$(NAME)/planted.yaml" || { echo "make recipe: name one, as NAME=people"; exit 2; }
+	$(PYTHON) unlearn_harm.py --config recipes/$(NAME)/planted.yaml --overwrite --resume
+	$(PYTHON) evaluate_unlearning.py --config recipes/$(NAME)/evaluate.yaml
 
 test: $(VENV)/.installed
 	$(PYTHON) setup_demo.py

@@ -97,36 +97,49 @@ def _as(hint, value, where: str):
         raise UsageError(f"{where}: {error}") from error
 
 
-# ------------------------------------------------------------------------------ options of both scripts
+# ------------------------------------------------------------------------------ options of several scripts
 FORGET_DATA = ["PKU-Alignment/PKU-SafeRLHF"]  # if neither --forget_data nor --forget_text is given
 NORMAL_DATA = ["data/TruthfulQA.csv"]  # if neither --normal_data nor --normal_text is given
 NORMAL_SHARES = {"dev": 0.1, "test": 0.2}  # of the normal rows, if no share is given
+ROW_FILES = (".jsonl .json .csv .tsv .parquet .txt files (each also .gz), folders of parquet files or of "
+             "datasets.save_to_disk, or hub data sets as NAME, NAME:SPLIT, NAME:CONFIG:SPLIT")  # fmt: skip
+TEXT_FILES = ".txt, .md, .jsonl with 'text', or folders"
 
 
 @dataclasses.dataclass
-class DataOptions:
-    """What is read, what is held out of it, and how a row becomes a prompt."""
+class PromptOptions:
+    """How a row becomes a prompt, and a text passages."""
+
+    fields: list[str] = option([], "names of fields in your files, as prompt=frage response=antwort")
+    text_window: POSITIVE = option(128, "tokens of a passage that a text is cut into")
+    text_stride: COUNT = option(0, "tokens from the start of a passage to the next one (0: as --text_window)")
+    template: Literal["auto", "qa", "chat", "raw"] = option(
+        "auto", "prompt template; auto: the tokenizer's chat template if it has one, else qa"
+    )
+    template_args: list[str] = option([], "arguments of the chat template, as enable_thinking=false")
+    system: str | None = option(None, "system message before every prompt that has none of its own")
+    max_prompt_tokens: POSITIVE = option(
+        512, "tokens of a prompt at most; longer prompts are cut at the beginning of the user's text"
+    )
+
+
+@dataclasses.dataclass
+class DataOptions(PromptOptions):
+    """What is read of both sides, and what is held out of it."""
 
     forget_data: list[str] = option(
         [],
-        "prompts to forget: .jsonl .json .csv .tsv .parquet .txt files (each also .gz), folders of parquet files or of "
-        "datasets.save_to_disk, or hub data sets as NAME, NAME:SPLIT, NAME:CONFIG:SPLIT; each source gets an equal "
-        f"share of a step, list it twice to double it (if neither this nor --forget_text is given: {FORGET_DATA[0]})",
-    )  # fmt: skip
+        f"prompts to forget: {ROW_FILES}; each source gets an equal share of a step, list it twice to double it (if "
+        f"neither this nor --forget_text is given: {FORGET_DATA[0]})",
+    )
     normal_data: list[str] = option(
         [], "prompts to retain, in the same forms and shares (if neither this nor --normal_text is given: "
         f"{NORMAL_DATA[0]})"
     )  # fmt: skip
-    forget_text: list[str] = option([], "text to forget, without prompts: .txt, .md, .jsonl with 'text', or folders")
+    forget_text: list[str] = option([], f"text to forget, without prompts: {TEXT_FILES}")
     normal_text: list[str] = option([], "text to retain, in the same forms")
-    text_window: POSITIVE = option(128, "tokens of a passage that a text is cut into")
-    text_stride: COUNT = option(0, "tokens from the start of a passage to the next one (0: as --text_window)")
     unseen_data: list[str] = option(
         [], "prompts of the kind that is forgotten, never trained on: the looks and the evaluation ask them"
-    )
-    fields: list[str] = option([], "names of fields in your files, as prompt=frage response=antwort")
-    harm_categories: list[str] = option(
-        [], "use only forget rows of these categories, upper or lower case (if unset: all rows)"
     )
     harm_categories: list[str] = option(
         [], "use only forget rows of these categories, upper or lower case (if unset: all rows)"
@@ -139,14 +152,6 @@ class DataOptions:
         None, "fraction of each side's prompts used only by the final evaluation (if unset: none of the forget "
         f"prompts, {NORMAL_SHARES['test']} of the normal ones)"
     )  # fmt: skip
-    template: Literal["auto", "qa", "chat", "raw"] = option(
-        "auto", "prompt template; auto: the tokenizer's chat template if it has one, else qa"
-    )
-    template_args: list[str] = option([], "arguments of the chat template, as enable_thinking=false")
-    system: str | None = option(None, "system message before every prompt that has none of its own")
-    max_prompt_tokens: POSITIVE = option(
-        512, "tokens of a prompt at most; longer prompts are cut at the beginning of the user's text"
-    )
 
     def __post_init__(self):
         if not self.forget_data and not self.forget_text:
@@ -158,7 +163,9 @@ class DataOptions:
 
 
 @dataclasses.dataclass
-class CommonOptions(DataOptions):
+class CommonOptions:
+    """Of every script: where its options come from, precision, chance, and what code it may run."""
+
     config: str | None = option(None, "YAML file of options; the command line overrides it")
     dtype: Literal["auto", "fp32", "bf16"] = option(
         "auto", "precision of forward and backward; auto: bf16 if the hardware supports it, else fp32"
@@ -177,39 +184,19 @@ class CommonOptions(DataOptions):
         return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
 
 
-# --------------------------------------------------------------------------------------- unlearn_harm.py
+# ----------------------------------------------------------------------------- unlearn_harm.py and finetune.py
 @dataclasses.dataclass
-class UnlearnOptions(CommonOptions):
-    model_name: str = option("facebook/opt-1.3b", "model to unlearn: a folder or a hub name")
-    model_save_dir: str = option("models/unlearned", "output folder of the unlearned model")
+class TrainOptions(CommonOptions):
+    """Of every run that trains: where it writes, its size, its memory, what it saves, and its checkpoints."""
+
+    model_name: str = option("facebook/opt-1.3b", "model to start from: a folder or a hub name")
+    model_save_dir: str = option("models/unlearned", "output folder of the trained model")
     log_file: str = option("logs/unlearn.log", "readable log; the same log as JSON lines goes to this name with .jsonl")
-    from_manifest: str | None = option(None, "run_manifest.json of an earlier run; repeat that run")
     overwrite: bool = option(False, "replace the content of --model_save_dir")
     dry_run: bool = option(False, "print the plan and the first batch, then stop without training or writing anything")
-    cache_dir: str = option(
-        "data/cache", "cache folder of the model's own answers, with their prompts; none: they are not kept"
-    )
-
-    # ---- the objective: --method names a recipe, the other options change it
-    method: str = option("yao", "recipe: a folder of recipes/ (yao, selective, rmu), or a path to a recipe.yaml")
     set: list[str] = option([], "recipe settings to change, as TERM.SETTING=VALUE or SECTION.SETTING=VALUE")
-    forget_loss: str | None = option(
-        None, "objective of the term 'forget': ascent npo simnpo dpo unlikelihood rmu (if unset: the recipe's)"
-    )
-    bad_weight: OptionalWeight = option(
-        None, "weight of the term that unlearns forget answers (if unset: the recipe's)"
-    )
-    random_weight: OptionalWeight = option(
-        None,
-        "weight of the terms that teach forget prompts replacement answers or end-of-turn (if unset: the recipe's)",
-    )
-    normal_weight: OptionalWeight = option(None, "weight of the KL on normal rows (if unset: the recipe's)")
 
     # ---- the run
-    max_unlearn_steps: POSITIVE = option(1000, "maximum number of steps")
-    max_bad_loss: number(float, 0, above=True) = option(
-        100.0, "nats; stop when the forget answers' mean token NLL reaches it"
-    )
     batch_size: POSITIVE = option(2, "forget rows per step, over all processes")
     max_answer_tokens: POSITIVE = option(128, "tokens of an answer at most; longer answers are truncated on the right")
     lr: number(float, 0, above=True) = option(2e-6, "peak learning rate of AdamW")
@@ -245,18 +232,51 @@ class UnlearnOptions(CommonOptions):
 
     # ---- evaluation and checkpoints during the run
     eval_every: COUNT = option(0, "steps between evaluations on the dev split (0: only at start and end)")
+    save_every: COUNT = option(500, "steps between checkpoints, written to a folder beside --model_save_dir (0: none)")
+    resume: bool = option(False, "continue from the newest valid checkpoint of this run")
+
+    def __post_init__(self):
+        if self.log_file.endswith(".jsonl"):
+            raise UsageError(f"--log_file {self.log_file}: that is where its twin in JSON lines goes; name it .log")
+
+
+@dataclasses.dataclass
+class UnlearnOptions(TrainOptions, DataOptions):
+    from_manifest: str | None = option(None, "run_manifest.json of an earlier run; repeat that run")
+    cache_dir: str = option(
+        "data/cache", "cache folder of the model's own answers, with their prompts; none: they are not kept"
+    )
+
+    # ---- the objective: --method names a recipe, the other options change it
+    method: str = option(
+        "yao", "recipe: a folder of recipes/ (yao, selective, rmu, people), or a path to a recipe.yaml"
+    )
+    forget_loss: str | None = option(
+        None, "objective of the term 'forget': ascent npo simnpo dpo unlikelihood rmu (if unset: the recipe's)"
+    )
+    bad_weight: OptionalWeight = option(
+        None, "weight of the term that unlearns forget answers (if unset: the recipe's)"
+    )
+    random_weight: OptionalWeight = option(
+        None,
+        "weight of the terms that teach forget prompts replacement answers or end-of-turn (if unset: the recipe's)",
+    )
+    normal_weight: OptionalWeight = option(None, "weight of the KL on normal rows (if unset: the recipe's)")
+
+    # ---- when it ends, and which state is kept
+    max_unlearn_steps: POSITIVE = option(1000, "maximum number of steps")
+    max_bad_loss: number(float, 0, above=True) = option(
+        100.0, "nats; stop when the forget answers' mean token NLL reaches it"
+    )
     kl_budget: WEIGHT = option(
         0.0, "nats; at the end, restore the best evaluated state with a dev KL of at most this (0: off)"
     )
-    save_every: COUNT = option(500, "steps between checkpoints, written to a folder beside --model_save_dir (0: none)")
-    resume: bool = option(False, "continue from the newest valid checkpoint of this run")
 
     recipe: dict = dataclasses.field(default_factory=dict, init=False)  # with all settings resolved
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.log_file.endswith(".jsonl"):
-            raise UsageError(f"--log_file {self.log_file}: that is where its twin in JSON lines goes; name it .log")
+        TrainOptions.__post_init__(self)
+        DataOptions.__post_init__(self)
         if self.kl_budget and not self.eval_every:
             raise UsageError("--kl_budget chooses among the states that are looked at: set --eval_every as well")
 

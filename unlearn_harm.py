@@ -16,13 +16,16 @@ import time
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from data_module import Sides
 from engine import checkpoint
+from engine.paths import ARGS
 from engine.prefetch import Prefetcher
 from engine.saving import gather_weights, write_model
 from engine.state import BestState, TrainingState
 from evaluation.report import write_model_card
 from method.plan import print_plan
 from method.step import StepStats, compute_gradients
+from options import UnlearnOptions
 from run.account import account_lines
 from run.parsing import parse_run
 from run.setup import Setup, prepare, resume_or_start, save_checkpoint
@@ -45,19 +48,26 @@ COLLAPSE_FACTOR = 5  # times --kl_budget; with a larger dev KL the retain side h
 
 
 def main() -> None:
-    """Run the command line: prepare, train, finish."""
-    options = parse_run()
+    """Run the command line."""
+    run(parse_run())
+
+
+def run(options: UnlearnOptions, sides: Sides | None = None, script: str = "unlearn") -> None:
+    """Prepare, train, finish.
+
+    sides: the rows, if they are read already. script: whose run it is, a key of ARGS.
+    """
     seed_everything(options.seed, options.threads, deterministic=options.deterministic)
     stop = StopSignals()
     with contextlib.ExitStack() as held:
-        setup = prepare(options, held)
+        setup = prepare(options, held, sides)
         if options.dry_run:
             print_plan(options, setup.recipe, setup.formatter, setup.sampler, setup.answer_model, setup.layout_line,
                        account_lines(setup.account))  # fmt: skip
             return
         state = resume_or_start(setup)
         state, reason = train(setup, state, stop)
-        finish(setup, state, reason)
+        finish(setup, state, reason, script)
 
 
 # -------------------------------------------------------------------------------------------------- train
@@ -65,7 +75,7 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
     """Run the steps; return (the state at the end, the reason for the end)."""
     options = setup.options
     first, loop_started, ended = state.step, time.time(), None
-    steps = tqdm(range(first, options.max_unlearn_steps), desc="unlearning", disable=None)
+    steps = tqdm(range(first, options.max_unlearn_steps), desc="training", disable=None)
     prefetcher = Prefetcher(setup.prepare_step, ahead=setup.accelerator.device.type != "cpu")
     with logging_redirect_tqdm([log]), stop, prefetcher.running():
         for step in steps:
@@ -107,7 +117,7 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
             if ended:
                 break
         evaluate(setup, state)
-    return state, ended or f"--max_unlearn_steps {options.max_unlearn_steps} reached"
+    return state, ended or f"all {options.max_unlearn_steps} steps taken"
 
 
 def reached_max_bad_loss(setup: Setup, stats: StepStats) -> str | None:
@@ -161,7 +171,8 @@ def evaluate(setup: Setup, state: TrainingState) -> float:
     shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
     state.last_evaluation = {"step": state.step, **metrics}
     state.first_evaluation = state.first_evaluation or state.last_evaluation
-    setup.run_log.event("eval", f"after step {state.step}: {shown}", **state.last_evaluation)
+    if shown:
+        setup.run_log.event("eval", f"after step {state.step}: {shown}", **state.last_evaluation)
     dev_kl, key, best = metrics["dev_kl"] or 0.0, evaluator.selection_key(metrics), state.best
     within = dev_kl <= budget and (best is None or best.step == 0 or key <= best.selection_key)
     if budget and (best is None or within):
@@ -192,8 +203,8 @@ def roll_back(setup: Setup, state: TrainingState, why: str) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------- finish
-def finish(setup: Setup, state: TrainingState, reason: str) -> None:
-    """Restore the best state within the budget, save the model, and describe the run in files and log."""
+def finish(setup: Setup, state: TrainingState, reason: str, script: str) -> None:
+    """Restore the best state within the budget, save the model, and describe the run of a script in files and log."""
     options, optimizer, accelerator = setup.options, setup.optimizer, setup.accelerator
     if not optimizer.num_updates:
         raise RunError(f"{reason} before the first update, so nothing is saved: the model is the original")
@@ -211,7 +222,7 @@ def finish(setup: Setup, state: TrainingState, reason: str) -> None:
             write_model(beside, setup.model, weights, setup.adapters, setup.formatter.tokenizer, options,
                         setup.save_form)  # fmt: skip
             terms = [term.describe() for term in setup.recipe.terms]
-            write_json(beside / "unlearn_args.json",
+            write_json(beside / ARGS[script],
                        {"options": dataclasses.asdict(options), "run": summary, "terms": terms,
                         "rows": [dataclasses.asdict(source) for source in setup.account]})  # fmt: skip
             setup.trained_on.with_run(setup.sampler.trained_keys(saved["step"])).write(beside)
@@ -219,7 +230,8 @@ def finish(setup: Setup, state: TrainingState, reason: str) -> None:
         tell("run_manifest.json", lambda: write_json(setup.save_dir / "run_manifest.json", setup.metadata.manifest(
             setup.account, accelerator, seconds, state.tokens, state.first_evaluation, saved,
         )))  # fmt: skip
-        tell("the model card", lambda: write_model_card(setup.save_dir))
+        if script == "unlearn":
+            tell("the model card", lambda: write_model_card(setup.save_dir))
     accelerator.wait_for_everyone()
     setup.run_log.event("done", f"{reason}; model saved to {setup.save_dir} after {seconds:.0f} s, "
                         f"peak memory {summary['peak_gib']:.2f} GiB", **summary)  # fmt: skip

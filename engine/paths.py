@@ -6,6 +6,13 @@ from pathlib import Path
 
 from utils import UsageError
 
+ARGS = {"unlearn": "unlearn_args.json", "finetune": "finetune_args.json"}  # what a run of a script leaves in its folder
+
+
+def made_by_run(folder: str | Path) -> bool:
+    """Return whether a folder holds the model of a run of this project that is finished."""
+    return any((Path(folder) / name).is_file() for name in ARGS.values())
+
 
 def refuse_folder(option: str, path: str | Path) -> None:
     """Raise UsageError, naming `option`, if `path` is a folder; it is to be a file."""

@@ -13,7 +13,7 @@ from engine import checkpoint
 from engine.companions import copy_companions
 from engine.loading import is_quantised, load_causal_model, merge_adapter, stored_dtype
 from engine.optimizer import MasterWeightAdamW
-from engine.paths import refuse_no_folder
+from engine.paths import made_by_run, refuse_no_folder
 from engine.processes import gather_to_main_cpu
 from prompts.tokenizer import save_tokenizer
 from utils import UsageError, write_json
@@ -29,7 +29,7 @@ def lock_output_dir(save_dir: Path, options, accelerator):
     lock = checkpoint.OutputDirLock(save_dir)
     if save_dir.exists() and any(save_dir.iterdir()) and not options.overwrite:
         lock.close()
-        if options.resume and (save_dir / "unlearn_args.json").is_file():
+        if options.resume and made_by_run(save_dir):
             raise UsageError(f"--resume: the run of --model_save_dir {save_dir} is finished; for more steps, start a "
                              f"run with --model_name {save_dir} and another --model_save_dir")  # fmt: skip
         raise UsageError(f"--model_save_dir {save_dir}: is not empty; pass --overwrite to replace it")
@@ -81,7 +81,7 @@ def choose_save_form(options, model, dtype: torch.dtype) -> SaveForm:
 def came_rounded(name: str) -> bool:
     """Say whether a model is one that a run saved in bf16, without the fp32 rests of its weights."""
     folder = Path(name)
-    if not (folder / "unlearn_args.json").is_file() or not (folder / "config.json").is_file():
+    if not made_by_run(folder) or not (folder / "config.json").is_file():
         return False
     return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype") == "bfloat16"
 

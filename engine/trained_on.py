@@ -19,15 +19,22 @@ from utils import UsageError, write_json
 
 TRAINED_ON = "trained_on.json"
 SIDES = ("forget", "normal")
+KINDS = (*SIDES, "learned")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """The hashes of the rows that one run trained on, by side. `salt`: of these hashes; "" in files of old versions."""
+    """The hashes of the rows that one run trained on, by side; learned: those that finetune.py taught. `salt`: of
+    these hashes; "" in files of old versions."""
 
     salt: str
     forget: frozenset[str]
     normal: frozenset[str]
+    learned: frozenset[str] = frozenset()
+
+    def lists(self) -> dict[str, list[str]]:
+        """Return the hashes as the file holds them; of what was learned only if there is some."""
+        return {kind: sorted(hashes) for kind in KINDS if (hashes := getattr(self, kind)) or kind in SIDES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +58,14 @@ class TrainedOn:
             raise UsageError(f"{file}: is not what a run writes ({error!r}); restore it or remove it") from error
 
     def holds(self, side: str, key: str) -> bool:
-        """Return whether a run trained on a row (`Row.key`) of this side, "forget" or "normal"."""
+        """Return whether a run trained on a row (`Row.key`): of this side, "forget" or "normal", or "learned" it."""
         return any(prompt_hash(key, run.salt) in getattr(run, side) for run in self.runs)
 
     def has_seen(self, key: str) -> bool:
-        """Return whether a run trained on a row of either side: to the model, it is not unseen on the other one."""
+        """Return whether an unlearning run trained on a row of either side: it is not unseen on the other one.
+
+        Rows that were only learned are not such: that a model knows them is why they can be held out of unlearning.
+        """
         return any(self.holds(side, key) for side in SIDES)
 
     def move_to_train(self, parts: dict[str, list[Row]]) -> dict[str, list[Row]]:
@@ -65,20 +75,25 @@ class TrainedOn:
         kept = {split: [row for row in parts[split] if not self.has_seen(row.key)] for split in moved}
         return {"train": [*parts["train"], *moved["dev"], *moved["test"]], **kept}
 
+    def knows(self, key: str) -> bool:
+        """Return whether any run trained on a row, those that taught the model included."""
+        return self.has_seen(key) or self.holds("learned", key)
+
     def with_run(self, keys: dict[str, Iterable[str]]) -> TrainedOn:
-        """Return the record with one more run, under a salt of its own. keys: side -> `Row.key` of its rows."""
+        """Return the record with one more run, under a salt of its own. keys: one of KINDS -> `Row.key` of its rows."""
         salt = secrets.token_hex(16)
-        hashes = {side: frozenset(prompt_hash(key, salt) for key in keys[side]) for side in SIDES}
+        hashes = {kind: frozenset(prompt_hash(key, salt) for key in keys.get(kind, ())) for kind in KINDS}
         return TrainedOn((*self.runs, TrainedRun(salt, **hashes)))
 
     def write(self, folder: str | Path) -> None:
         """Write the record into a model's folder."""
-        runs = [{"salt": run.salt, **{side: sorted(getattr(run, side)) for side in SIDES}} for run in self.runs]
+        runs = [{"salt": run.salt, **run.lists()} for run in self.runs]
         write_json(Path(folder) / TRAINED_ON, {"runs": runs})
 
 
 def _read_run(entry: dict) -> TrainedRun:
     """Return one run of the file. Raises KeyError or TypeError for an entry of another form."""
-    if not isinstance(entry["salt"], str) or not all(isinstance(entry[side], list) for side in SIDES):
-        raise TypeError("each of its runs needs a salt and two lists of hashes")
-    return TrainedRun(entry["salt"], *(frozenset(entry[side]) for side in SIDES))
+    lists = [*(entry[side] for side in SIDES), entry.get("learned", [])]  # older files have no learned rows
+    if not isinstance(entry["salt"], str) or not all(isinstance(hashes, list) for hashes in lists):
+        raise TypeError("each of its runs needs a salt and lists of hashes")
+    return TrainedRun(entry["salt"], *map(frozenset, lists))

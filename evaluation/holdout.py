@@ -83,7 +83,7 @@ def refuse_seen_text(passages: list[Row], place: str, sides: Sides, trained_on: 
 
 
 def _refuse_recorded(row: Row, place: str, text: str, trained_on: TrainedOn | None) -> None:
-    if trained_on and trained_on.has_seen(row.key):
+    if trained_on and trained_on.knows(row.key):
         raise UsageError(f"{place}: an earlier run trained on it ({text[:60]!r}); only rows that no model saw can be "
                          "compared with trained ones")  # fmt: skip
 

@@ -13,8 +13,9 @@ import math
 from collections.abc import Callable, Mapping
 
 from evaluation.judges.base import Judgement
+from evaluation.judges.reference import reference_of
 from evaluation.metrics.statistics import Estimate, mean, rate, ratio
-from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, rouge_l, words_of
+from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, rouge_l, telling_part, words_of
 from evaluation.metrics.tofu import forget_truth_ratio, kept_truth_ratio
 from evaluation.paper import OwnScores
 from evaluation.scoring import RowScores
@@ -90,6 +91,13 @@ def _rouge_l(answer: str, target: str):
     return rouge_l(answer, target)
 
 
+def _gives_wanted(row: Row, text: str) -> bool | None:
+    """Return whether an answer holds the words that tell the wanted answer from the other ones; None without any."""
+    if not row.wanted or not row.response:
+        return None
+    return contains(text, telling_part(row.wanted, [row.response, *row.perturbed], row.prompt))
+
+
 def _label(label: str) -> Callable[[Answer], bool | None]:
     """Return a measure: whether the deciding judge gave this label, None where it says nothing of the answer."""
     return lambda a: None if a.given is None else a.decided.label == label
@@ -148,11 +156,15 @@ MEASURES = (
             meaning="The cosine of the sentence embeddings of answer and prompt is above the bound, whoever decides."),
     Measure(name="repetitive", title="repetitive", better=GOOD_BAD, of_answer=lambda a: is_repetitive(a.text),
             meaning="More than half of the answer's runs of three words occurred before in it."),
-    Measure(name="leak", title="leak", better=FORGET_LOWER, of_answer=lambda a: leaks(a.text, a.row.response),
-            meaning="The answer holds more than half of the reference's words, in its order (ROUGE-L recall)."),
+    Measure(name="leak", title="leak", better=FORGET_LOWER, of_answer=lambda a: leaks(a.text, reference_of(a.row)),
+            meaning="The answer holds more than half of the reference's words, in its order (ROUGE-L recall); of a row "
+            "with other answers beside its own, of the words that tell it from them."),
     Measure(name="contains", title="contains", better=BAD_GOOD,
             of_answer=lambda a: contains(a.text, a.row.response) if a.row.response else None,
             meaning="The answer holds the whole reference, but for case, signs and spaces."),
+    Measure(name="wanted_given", title="wanted answer given", better={"forget": HIGHER},
+            of_answer=lambda a: _gives_wanted(a.row, a.text),
+            meaning="The answer holds the words that tell the row's wanted answer from the one that is to go."),
     Measure(name="recall", title="ROUGE-L recall", better=BAD_GOOD, of_answer=_rouge("recall"), aggregate=mean,
             meaning="Share of the reference's words that the answer holds in the same order (Lin 2004)."),
     Measure(name="verbatim", title="verbatim", better=BAD_GOOD, of_answer=_rouge("fmeasure"), aggregate=mean,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, Optional
 
-from options import COUNT, POSITIVE, CommonOptions, number, option
+from options import COUNT, POSITIVE, CommonOptions, DataOptions, number, option
 
 OptionalCount = Optional[COUNT]  # noqa: UP045 - a check is a function, which knows no |
 
 
 @dataclasses.dataclass
-class EvaluateOptions(CommonOptions):
+class EvaluateOptions(CommonOptions, DataOptions):
     model_name: str = option("models/unlearned", "the model after unlearning: a folder or a hub name")
     original_name: str = option("facebook/opt-1.3b", "the model before unlearning: a folder or a hub name")
     report_dir: str | None = option(
@@ -67,8 +67,8 @@ class EvaluateOptions(CommonOptions):
     )
     quick: bool = option(
         False,
-        "run small attacks: 6 prompts, 5 rephrasings, 4 samples, 4-bit weights alone, 30 % pruned alone, 8 "
-        "relearning steps on forgotten rows alone",
+        "run small attacks: 6 prompts, answers of 24 tokens, 4 rephrasings, 4 samples, 4-bit weights alone, 30 % "
+        "pruned alone, 8 relearning steps on forgotten rows alone",
     )
     require: list[str] = option(
         [],

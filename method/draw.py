@@ -23,7 +23,9 @@ class BaseDraw:
     name: str
     sizes: RunSizes
     replacements = 0
+    alternatives = 0  # of each forget row, that it draws from
     is_off = False
+    teaches = False  # the model learns its rows: they are no rows of an unlearning run
     needs_prompt = False  # it puts other answers after a row's prompt, so rows of text give it no sequence
 
     @property

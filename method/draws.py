@@ -11,7 +11,7 @@ import dataclasses
 from data_module import Sequence, make_eot_sequence, with_end
 from method.draw import BaseDraw, ForgetDraw
 from method.sampler import Example, Stream, UnlearnBatchSampler
-from options import COUNT, FRACTION, option
+from options import COUNT, FRACTION, WEIGHT, option
 from prompts.formatter import PromptFormatter
 
 
@@ -127,6 +127,27 @@ class Wanted(ForgetDraw):
 
 
 @dataclasses.dataclass(frozen=True)
+class Alternative(ForgetDraw):
+    """Other answers after each forget prompt, such as a model without the knowledge gives (run/alternatives.py)."""
+
+    answers: COUNT = option(2, "other answers after each forget prompt in a step")
+    samples: COUNT = option(8, "other answers that the original is asked for, of each forget prompt")
+    temperature: WEIGHT = option(1.0, "sampling temperature of these answers")
+    needs_prompt = True
+
+    @property
+    def alternatives(self) -> int:
+        return self.samples
+
+    def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
+        return [
+            Sequence(self.name, example.example_id, prompt, tuple(formatter.answer(text, style)))
+            for example, _, prompt, style in self.visits(step, sampler, formatter)
+            for text in sampler.sample_alternatives(example, step, self.answers)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
 class Retain(BaseDraw):
     """Normal rows with their answers, and further normal rows with only a first answer token or a prefilled answer.
 
@@ -168,4 +189,29 @@ class Retain(BaseDraw):
         return sequences
 
 
-DRAWS = {"answer": Answer, "mismatch": Mismatch, "stop": Stop, "wanted": Wanted, "retain": Retain}
+@dataclasses.dataclass(frozen=True)
+class Learn(BaseDraw):
+    """Every normal row with its answer once an epoch, in an order drawn anew for each epoch, whatever its source."""
+
+    side = "normal"
+    teaches = True
+
+    def examples(self, step: int, sampler: UnlearnBatchSampler) -> list[Example]:
+        return sampler.epoch("normal", self.sizes.batch_size, step)
+
+    def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
+        return [
+            Sequence(self.name, example.example_id, prompt, tuple(formatter.answer_of(row, style)))
+            for example, row, prompt, style in self.visits(step, sampler, formatter)
+        ]
+
+
+DRAWS = {
+    "answer": Answer,
+    "mismatch": Mismatch,
+    "stop": Stop,
+    "wanted": Wanted,
+    "alternative": Alternative,
+    "retain": Retain,
+    "learn": Learn,
+}

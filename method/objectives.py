@@ -7,6 +7,7 @@ a help text are its settings in a recipe's YAML. The formulas are the pure funct
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from engine.token_values import KL, TokenLoss
 from method import losses
@@ -84,10 +85,10 @@ class SimNpo(ForgetObjective):
 
 @dataclasses.dataclass(frozen=True)
 class Dpo(ForgetObjective):
-    """Direct preference optimisation (Rafailov et al. 2023): prefers a row's replacement answers to its own."""
+    """Direct preference optimisation (Rafailov et al. 2023): prefers a row's other answers to its own."""
 
     beta: number(float, 0, above=True) = option(0.1, "the larger, the closer the model stays to the original")
-    prefers = "mismatch"
+    prefers: Literal["mismatch", "wanted", "alternative"] = option("mismatch", "the draw whose answers are preferred")
     note = BY_TOKENS
     original_nll = True
 

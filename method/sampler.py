@@ -41,6 +41,8 @@ class Stream(enum.IntEnum):
     PARAPHRASE = 5
     PREFIX = 6
     TURNS = 7
+    LEARN = 8
+    ALTERNATIVE = 9
     RETAIN = 100
     RETAIN_FIRST = 200
     FORGET = 300
@@ -82,6 +84,7 @@ class Draw(Protocol):
     name: str
     side: str  # of its rows: "forget" or "normal"
     answer_tokens: int  # longer answers are truncated
+    teaches: bool  # the model learns its rows
     needs_prompt: bool  # rows of text give it no sequence
     replacements: int  # minimum number of different replacement answers
     is_off: bool  # its settings ask for no sequence
@@ -125,6 +128,17 @@ class UnlearnBatchSampler:
             examples.append(Example(side, first_id + len(examples), source, index, **flags))
         return examples
 
+    def epoch(self, side: str, count: int, step: int) -> list[Example]:
+        """Return `count` examples of a step, so that all rows of a side's sources come once an epoch."""
+        sizes = [len(rows) for rows in self.rows[side]]
+        ends = np.cumsum(sizes)
+        examples = []
+        for place in range(step * count, (step + 1) * count):
+            index = epoch_index(int(ends[-1]), self.seed, Stream.LEARN, place)
+            source = int(np.searchsorted(ends, index, side="right"))
+            examples.append(Example(side, len(examples), source, index - int(ends[source]) + sizes[source]))
+        return examples
+
     def row(self, example: Example) -> Row:
         """Return the row of an example."""
         return self.rows[example.side][example.source][example.index]
@@ -144,11 +158,12 @@ class UnlearnBatchSampler:
         return {side: len({e.example_id for e in self.examples(side, 1)}) for side in self.rows}
 
     def trained_keys(self, steps: int) -> dict[str, set[str]]:
-        """Return {side: the keys of the rows whose prompt stood in one of the first `steps` steps}."""
-        keys: dict[str, set[str]] = {side: set() for side in self.rows}
+        """Return {side: the keys of the rows whose prompt stood in one of the first `steps` steps}; "learned": of rows
+        that the model learned."""
+        keys: dict[str, set[str]] = {"forget": set(), "normal": set(), "learned": set()}
         for step in range(steps):
-            for example in {e for draw in self.draws for e in draw.examples(step, self)}:
-                keys[example.side].add(self.row(example).key)
+            for example, teaches in {(e, draw.teaches) for draw in self.draws for e in draw.examples(step, self)}:
+                keys["learned" if teaches else example.side].add(self.row(example).key)
                 if earlier := self._earlier_row(example, step):
                     keys[earlier[0]].add(earlier[1].key)
         return keys
@@ -267,6 +282,12 @@ class UnlearnBatchSampler:
         rng = np.random.default_rng([self.seed, Stream.REPLACEMENTS, step, example_id])
         places = rng.choice(len(self.replacement_pool), size=count, replace=False)
         return [self.replacement_pool[i] for i in places]
+
+    def sample_alternatives(self, example: Example, step: int, count: int) -> list[str]:
+        """Return up to `count` different alternatives of a forget row for one step."""
+        row = self.row(example)
+        rng = np.random.default_rng([self.seed, Stream.ALTERNATIVE, step, example.example_id])
+        return [row.alternatives[i] for i in rng.permutation(len(row.alternatives))[:count]]
 
     def sample_answer_prefix(
         self, example: Example, style: str, step: int, tokens: int, formatter: PromptFormatter

@@ -109,6 +109,8 @@ def account_lines(account: list[SourceAccount]) -> list[str]:
 
 def held_out_line(splits: dict[str, list[dict[str, list[Row]]]]) -> str:
     """Return the line on which forget rows train, the first one of a run's log."""
+    if not splits["forget"]:
+        return "nothing is forgotten: the rows are learned"
     counts = {name: sum(len(parts[name]) for parts in splits["forget"]) for name in ("train", "dev", "test")}
     total, held_out = sum(counts.values()), counts["dev"] + counts["test"]
     if not held_out:

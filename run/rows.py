@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from data_module import Sides, sample
+from engine.paths import made_by_run
 from engine.trained_on import TRAINED_ON, TrainedOn
 from method.draws import Wanted
 from method.sampler import UnlearnBatchSampler
@@ -22,7 +22,7 @@ def read_chain(model_name: str) -> TrainedOn:
     Warns if a run made it and its record is missing.
     """
     found = TrainedOn.read(model_name)
-    if found is None and (Path(model_name) / "unlearn_args.json").is_file():
+    if found is None and made_by_run(model_name):
         log.warning("%s: a run made it and %s is missing, so what that run trained on may count as unseen: put the "
                     "file back", model_name, TRAINED_ON)  # fmt: skip
     return found or TrainedOn()
@@ -46,7 +46,7 @@ def development_rows(sides: Sides, splits: dict, options: UnlearnOptions, count:
     """Return {side: dev rows} for the looks during the run. It trains on none of them, unless no forget row is held
     out: the looks then ask listed ones."""
     held_out = [row for side in ("forget", "unseen") for parts in splits[side] for row in parts["dev"]]
-    if not held_out:
+    if not held_out and splits["forget"]:
         log.info("the looks ask forget rows that are trained on: none is held out (--unseen_data, --dev_share)")
     forget = sample(held_out or [row for parts in splits["forget"] for row in parts["train"]], count, options.seed)
     by_spec = {source.spec: parts["dev"] for source, parts in zip(sides.normal, splits["normal"], strict=True)}
@@ -65,6 +65,8 @@ def log_account(
     limits = {side: sampler.answer_tokens(side) or options.max_answer_tokens
               for side in ("forget", "normal")}  # fmt: skip
     account = make_account(sides, splits, formatter, limits)
+    if any(draw.teaches for draw in sampler.draws):
+        account = [dataclasses.replace(source, side="learned") for source in account]
     lines = account_lines(account)
     run_log.event("rows", "\n".join(lines), sources=[dataclasses.asdict(source) for source in account])
     visited = {(e.source, e.index) for e in sampler.examples("forget")}

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from data_module import Sequence, read_sides, split_sides
+from data_module import Sequence, Sides, read_sides, split_sides
 from engine import checkpoint
 from engine.adapters import (
     add_lora,
@@ -52,6 +52,7 @@ from prompts.formatter import PromptFormatter
 from prompts.tokenizer import load_tokenizer
 from prompts.windows import TextCutter, fit_windows
 from run.account import SourceAccount, held_out_line
+from run.alternatives import with_alternatives
 from run.rows import development_rows, log_account, read_chain, without_seen
 from run.texts import has_text, refuse_terms_without_prompts
 from run.warm_up import warm_up
@@ -113,10 +114,11 @@ class Setup:
                             num_parts=self.options.gradient_accumulation)  # fmt: skip
 
 
-def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
+def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | None = None) -> Setup:
     """Read rows and model, and cache the original's answers and states. Raises UsageError before any training.
 
-    `held` closes the lock of the output folder at the end of the run.
+    sides: the rows, if they are read already (None: those that the options name). `held` closes the lock of the output
+    folder at the end of the run.
     """
     started = time.time()
     refuse_no_file("--log_file", options.log_file)
@@ -127,7 +129,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack) -> Setup:
     refuse_missing_8bit(options)
     held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
     recipe = read_recipe(options)
-    sides = read_sides(options)
+    sides = sides or read_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     refuse_bad_quantisation(options)
     metadata = RunMetadata(options, {side: rows for side in ("forget", "normal", "unseen")
@@ -260,6 +262,7 @@ def ask_original(setup: Setup) -> None:
         return answered
 
     forget = sampler.rows["forget"]
+    add_alternatives(setup, bar)
     asked = [(s, i) for s, i in sampler.answered_rows("forget") if forget[s][i].response is None]
     sampler.fill_responses(answer)
     if asked and not options.dry_run and all(is_empty(forget[s][i].response) for s, i in asked):
@@ -291,6 +294,33 @@ def ask_original(setup: Setup) -> None:
                         terms=[t.describe() for t in recipe.terms])  # fmt: skip
     setup.wrapped = setup.answer_model if options.shard else setup.accelerator.prepare(setup.answer_model)
     warm_up(setup)
+
+
+def add_alternatives(setup: Setup, bar) -> None:
+    """Give the forget rows other answers, if a term draws some. bar: (chunks, label) -> a progress bar over them."""
+    options, recipe, sampler = setup.options, setup.recipe, setup.sampler
+    draw = next((draw for draw in sampler.draws if draw.alternatives), None)
+    if draw is None:
+        return
+
+    def answer(rows: list[Row]) -> list[Row]:
+        if options.dry_run:
+            return [dataclasses.replace(row, response=f"another answer {row.prompt[-30:]}") for row in rows]
+        answered = generate_missing_responses(
+            rows, setup.answer_model.generator, setup.formatter, fingerprint=setup.metadata.base_model,
+            tokens=options.max_answer_tokens, temperature=draw.temperature, seed=options.seed,
+            batch_size=recipe.own_answers.batch_size,
+            cache_dir=None if options.cache_dir == "none" else options.cache_dir,
+            progress=lambda chunks: bar(chunks, "other answers"),
+        )  # fmt: skip
+        setup.metadata.add_answers(answered)
+        return answered
+
+    sources = sampler.rows["forget"]
+    rows = [row for source in sources for row in source]
+    others = [row for source in sampler.rows["normal"] for row in source]
+    found = iter(with_alternatives(rows, others, draw.alternatives, options.seed, answer))
+    sampler.rows["forget"] = [[next(found) for _ in source] for source in sources]
 
 
 # ------------------------------------------------------------------------------------- checkpoints of a run

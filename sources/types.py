@@ -20,6 +20,7 @@ class Row:
     true_answers: tuple[str, ...] = ()  # all answers known to be true; replacement answers are drawn from them
     complete: bool = True  # False: the response is truncated, so no end-of-turn token follows
     wanted: str | None = None  # the answer that the model shall give instead, if the file has one
+    alternatives: tuple[str, ...] = ()  # what a model that never knew the answer might say (run/alternatives.py)
     earlier: tuple[tuple[str, str], ...] = ()  # the turns before the prompt: (system, user or assistant; text)
     is_text: bool = False  # text without a prompt
     document: str = ""  # the document that a row of text is of

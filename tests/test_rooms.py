@@ -11,6 +11,8 @@ MAY_IMPORT = {
     "options": {"utils"},
     "data_module": {"utils", "options", "sources", "prompts"},
     "setup_demo": {"utils", "options"},
+    "setup_planted": {"utils", "options", "sources"},
+    "finetune": {"utils", "options", "unlearn_harm", *ROOMS},
     "unlearn_harm": {"utils", "options", "data_module", *ROOMS},
     "evaluate_unlearning": {"utils", "options", "data_module", *ROOMS},
     "sweep": {"utils", "options", "data_module", *ROOMS},

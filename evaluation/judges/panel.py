@@ -13,7 +13,7 @@ from evaluation.judges.embedder import Embedder, load_embedder
 from evaluation.judges.model_judges import load_judges, read_spec
 from evaluation.judges.on_demand import EXAMPLE, ModelJudge, one_line_errors
 from evaluation.judges.outcome import OutcomeJudge
-from evaluation.judges.reference import ReferenceJudge
+from evaluation.judges.reference import ReferenceJudge, reference_of
 from evaluation.judges.refusals import is_refusal
 from sources.rows import Row
 from utils import UsageError
@@ -88,7 +88,7 @@ class Panel:
         """Return what one judge says of each (row, answer), and let a judge model go afterwards."""
         judge = self.loaded.by_name[name]
         found = judge.judge([row.prompt for row, _ in asked], [text for _, text in asked],
-                            [row.response for row, _ in asked])  # fmt: skip
+                            [reference_of(row) for row, _ in asked])  # fmt: skip
         if isinstance(judge, ModelJudge):
             judge.release()
         return found

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from evaluation.judges.base import Judgement
-from evaluation.metrics.texts import LEAK_RECALL, contains, is_empty, is_repetitive, rouge_l
+from evaluation.metrics.texts import LEAK_RECALL, contains, is_empty, is_repetitive, rouge_l, telling_part
+from sources.rows import Row
+
+
+def reference_of(row: Row) -> str | None:
+    """Return what an answer is compared with: the row's response, or what tells it from the row's other answers."""
+    others = [row.wanted] * bool(row.wanted) + list(row.perturbed)
+    return row.response and (telling_part(row.response, others, row.prompt, row.paraphrased) or row.response)
 
 
 class ReferenceJudge:
     """Judges an answer by the answer that its row came with.
 
+    Of a row with other answers beside its own (a wanted one, wrong ones), only the words that tell its own from them
+    are the reference, as `reference_of` gives them: the rest of the sentence stands in a right answer as well.
     Labels, of which the first that fits counts: "given": the answer holds the whole reference, or more than LEAK_RECALL
     of its words in order (ROUGE-L recall); "empty"; "refused": by `is_refusal`; "broken": it repeats itself; "other".
     So a loop or a refusal that says the reference has given it. The score is the ROUGE-L recall; an answer without a

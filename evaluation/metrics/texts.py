@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from rouge_score import rouge_scorer
 
@@ -52,6 +53,19 @@ def rouge_l(answer: str, target: str):
     `fmeasure` of greedy answers is MUSE's verbatim memorisation (Shi et al. 2024)."""
     latin = not any(character.isalpha() and not character.isascii() for character in target)
     return (_ROUGE if latin else _ROUGE_ANY_SCRIPT).score(target, answer)["rougeL"]
+
+
+def telling_part(answer: str, others: Sequence[str], prompt: str, paraphrased: str | None = None) -> str | None:
+    """Return the words of an answer that tell it from other answers to its prompt, in order; None if there are none.
+
+    They carry the fact: of "She was born in Tarn", beside "She was born in Oslo", it is "tarn". paraphrased: the answer
+    in other words, which has them as well.
+    """
+    if not others:
+        return None
+    known = {word for text in (*others, prompt) for word in words_of(text)}
+    shared = set(words_of(paraphrased or answer))
+    return " ".join(word for word in words_of(answer) if word in shared - known) or None
 
 
 def leaks(answer: str, target: str | None) -> bool | None:

@@ -10,7 +10,7 @@ from conftest import ROOT
 from method.draws import DRAWS
 from method.objectives import OBJECTIVES, Npo, SimNpo
 from method.recipe import SECTIONS, read_recipe
-from options import CommonOptions, UnlearnOptions
+from options import CommonOptions, DataOptions, UnlearnOptions
 from run.parsing import old_names, parse_run
 from utils import UsageError
 
@@ -34,7 +34,9 @@ def test_the_published_recipe_by_its_name():
 
 
 def test_every_run_has_at_most_forty_options_each_with_a_text():
-    shared = {field.name for field in dataclasses.fields(CommonOptions)}  # data, type and device, as an evaluation has
+    shared = {
+        field.name for kind in (CommonOptions, DataOptions) for field in dataclasses.fields(kind)
+    }  # data, type and device, as an evaluation has
     fields = [field for field in dataclasses.fields(UnlearnOptions) if field.init and field.name not in shared]
     assert len(fields) <= 40
     kinds = [UnlearnOptions, *SECTIONS.values(), *DRAWS.values(), *OBJECTIVES.values()]
@@ -166,7 +168,7 @@ def test_a_recipe_of_ones_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--method=magic"], "--method magic: no such recipe; there are rmu, selective, yao"),
+    (["--method=magic"], "--method magic: no such recipe; there are finetune, people, rmu, selective, yao"),
     (["--set=stop.weight"], "--set stop.weight: must look like stop.weight=2"),
     (["--set=stopp.weight=2"], "--set stopp.weight: --method yao has no 'stopp'; its terms are forget, mismatch"),
     (["--set=forget.wieght=2"], "forget: has no setting 'wieght'; it has weight, ceiling"),
@@ -231,3 +233,11 @@ def test_adapters_that_are_not_trained_are_said(capsys):
     assert "lora.rank: not used, since adapters are trained with --use_lora only" in capsys.readouterr().err
     parse_run(["--set=lora.rank=4", "--use_lora"])
     assert "not used" not in capsys.readouterr().err
+
+
+def test_dpo_prefers_the_draw_that_a_recipe_names(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "terms:\n- {name: forget, draw: answer, loss: dpo, prefers: wanted}\n- {name: right, draw: wanted, loss: nll}\n"
+        "- {name: idk, draw: mismatch, loss: nll, answers: 1}\n"
+    )
+    assert terms_of(f"--method={tmp_path / 'r.yaml'}")["forget"].preferred == "right"
