@@ -158,12 +158,12 @@ class UnlearnBatchSampler:
         return {side: len({e.example_id for e in self.examples(side, 1)}) for side in self.rows}
 
     def trained_keys(self, steps: int) -> dict[str, set[str]]:
-        """Return {side: the keys of the rows whose prompt stood in one of the first `steps` steps}; "learned": of rows
-        that the model learned."""
-        keys: dict[str, set[str]] = {"forget": set(), "normal": set(), "learned": set()}
+        """Return {side: the keys of the rows whose prompt stood in one of the first `steps` steps}, and "learned":
+        those of rows that the model learned, if there are some."""
+        keys: dict[str, set[str]] = {side: set() for side in self.rows}
         for step in range(steps):
             for example, teaches in {(e, draw.teaches) for draw in self.draws for e in draw.examples(step, self)}:
-                keys["learned" if teaches else example.side].add(self.row(example).key)
+                keys.setdefault("learned" if teaches else example.side, set()).add(self.row(example).key)
                 if earlier := self._earlier_row(example, step):
                     keys[earlier[0]].add(earlier[1].key)
         return keys
