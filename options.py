@@ -243,6 +243,9 @@ class TrainOptions(CommonOptions):
 @dataclasses.dataclass
 class UnlearnOptions(TrainOptions, DataOptions):
     from_manifest: str | None = option(None, "run_manifest.json of an earlier run; repeat that run")
+    holdout_text: list[str] = option(
+        [], "text that the model never saw, of the kind of --forget_text: some recipes stop where that is as unlikely"
+    )
     cache_dir: str = option(
         "data/cache", "cache folder of the model's own answers, with their prompts; none: they are not kept"
     )

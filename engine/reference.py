@@ -99,6 +99,8 @@ class ReferenceCache:
     ):  # fmt: skip
         """Cache the states of `sequences` by the model as it is now, before the first step. Repeats cost nothing.
 
+        Of a sequence with a counterpart, those of the counterpart.
+
         `layers`: cache the hidden states after these layers as well as the final ones.
         """
         self._pad_id, self._pack_tokens, self._layers = pad_id, pack_tokens, layers
@@ -123,9 +125,8 @@ class ReferenceCache:
         """
         if not answer_model.packed:
             return
-        unique = {
-            (s.prompt_ids, s.answer_ids): s for s in sequences if (s.prompt_ids, s.answer_ids) not in self._places
-        }
+        asked = [s.for_original() for s in sequences]
+        unique = {(s.prompt_ids, s.answer_ids): s for s in asked if (s.prompt_ids, s.answer_ids) not in self._places}
         tokens = 8 * self._pack_tokens if self.device.type == "cpu" else GPU_CHUNK
         chunks = _chunks(sorted(unique.values(), key=lambda s: s.length), tokens)
         parts = {layer: [cached] for layer, cached in self._states.items()}
@@ -158,9 +159,13 @@ class ReferenceCache:
 
     # ---- what a step takes
     def places(self, sequences: list[Sequence]) -> torch.Tensor:
-        """Return the rows of the cache that hold the answer tokens of these sequences, (M,), in main memory."""
-        found = [self._places[s.prompt_ids, s.answer_ids] for s in sequences]
-        rows = [np.arange(start, start + count) for start, count in found]
+        """Return the rows of the cache that hold the answer tokens of these sequences, (M,), in main memory.
+
+        A token without a counterpart gets the first one's row, which no term reads.
+        """
+        asked = [s.for_original() for s in sequences]
+        starts = [self._places[s.prompt_ids, s.answer_ids][0] for s in asked]
+        rows = [start + _places_asked(s) for s, start in zip(sequences, starts, strict=True)]
         return torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64))
 
     def original(self, sequences: list[Sequence], layer: int | None = None) -> CachedTokens | ModelTokens:
@@ -169,8 +174,11 @@ class ReferenceCache:
         It is made in main memory: no device is waited for.
         """
         if self._model is not None and sequences:
-            batch = padded_batch(sequences, self._pad_id)
-            return ModelTokens(self._model, batch, torch.arange(len(batch.targets)), layer)
+            batch = padded_batch([s.for_original() for s in sequences], self._pad_id)
+            lengths = [len(s.answer_ids) for s in batch.sequences]
+            starts = np.cumsum(lengths) - lengths  # (S,)
+            tokens = [start + _places_asked(s) for s, start in zip(sequences, starts, strict=True)]
+            return ModelTokens(self._model, batch, torch.from_numpy(np.concatenate(tokens)), layer)
         states = self._states[layer] if sequences else torch.empty(0, self._width)
         return CachedTokens(states, self.places(sequences), self._head)
 
@@ -184,6 +192,11 @@ class ReferenceCache:
     def bytes(self) -> int:
         """Return the memory of the cached states, without the head's copy."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._states.values())
+
+
+def _places_asked(sequence: Sequence) -> np.ndarray:
+    """Return (M,): the place that the original is asked about for each answer token of a sequence."""
+    return np.maximum(np.array(sequence.original_places, dtype=np.int64), 0)
 
 
 def frozen_head(model) -> FrozenHead:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping
 from evaluation.judges.base import Judgement
 from evaluation.judges.reference import reference_of
 from evaluation.metrics.statistics import Estimate, mean, rate, ratio
-from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, rouge_l, telling_part, words_of
+from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, rouge_l, telling_part
 from evaluation.metrics.tofu import forget_truth_ratio, kept_truth_ratio
 from evaluation.paper import OwnScores
 from evaluation.scoring import RowScores
 from sources.rows import Row
+from sources.words import words_of
 
 Side = str  # "forget" or "keep"
 LOWER, HIGHER, NEITHER = "lower", "higher", ""

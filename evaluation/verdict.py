@@ -347,7 +347,7 @@ def _attack_check(entry: dict, alpha: float) -> Check:
     if has_unknowing_control(entry):
         control = estimate(entry["control"])
         low = counted_back(entry, statistics.NormalDist().inv_cdf(1 - alpha)).low
-        what += f", a model that never knew them learns {rate_hits(control)} as fast; beyond it are {{value}}"
+        what += f", a model that never knew them gives {rate_hits(control)} as well; beyond it are {{value}}"
     else:
         low = exact_bounds(rate_hits(back), back.n, alpha)[0]
         what += ": {value}"

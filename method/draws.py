@@ -7,12 +7,15 @@ text are its settings in a recipe's YAML.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 
-from data_module import Sequence, make_eot_sequence, with_end
+from data_module import Counterpart, Sequence, make_eot_sequence, with_end
 from method.draw import BaseDraw, ForgetDraw
 from method.sampler import Example, Stream, UnlearnBatchSampler
 from options import COUNT, FRACTION, WEIGHT, option
 from prompts.formatter import PromptFormatter
+from sources.names import put_name
+from sources.words import own_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Answer(ForgetDraw):
     A row with an empty answer gives no sequence, since unlearning it would push the model away from an empty answer.
     """
 
+    only_given: bool = option(False, "leave out rows whose answer the model does not give when it is asked")
     needs_answer = True
 
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
@@ -29,7 +33,8 @@ class Answer(ForgetDraw):
         for example, row, prompt, style in self.visits(step, sampler, formatter):
             if row.response or row.is_text:
                 answer = formatter.answer_of(row, style)
-                sequences.append(Sequence(self.name, example.example_id, prompt, tuple(answer)))
+                telling = formatter.tokens_with(answer, own_words(row)) if row.wanted or row.alternatives else None
+                sequences.append(Sequence(self.name, example.example_id, prompt, tuple(answer), telling=telling))
         return sequences
 
 
@@ -114,6 +119,7 @@ class Stop(ForgetDraw):
 class Wanted(ForgetDraw):
     """Each forget row's wanted answer after its prompt, if the row has one."""
 
+    own_words: bool = option(False, "a row without a wanted answer gets the model's own words for not knowing")
     needs_prompt = True
 
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
@@ -143,8 +149,52 @@ class Alternative(ForgetDraw):
         return [
             Sequence(self.name, example.example_id, prompt, tuple(formatter.answer(text, style)))
             for example, _, prompt, style in self.visits(step, sampler, formatter)
-            for text in sampler.sample_alternatives(example, step, self.answers)
+            for text in (other.text for other in sampler.sample_alternatives(example, step, self.answers))
         ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counterfactual(Alternative):
+    """Other answers after each forget prompt, at which the original is asked about an invented name in the place of the
+    own.
+
+    A loss that compares with the original then compares with what it says of somebody unknown. Tokens of the names
+    themselves are not compared.
+    """
+
+    own: bool = option(False, "the row's own answer as well, so that it becomes as likely as of an invented name")
+
+    @property
+    def needs_answer(self) -> bool:
+        return self.own
+
+    def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
+        sequences = []
+        for example, row, prompt, style in self.visits(step, sampler, formatter):
+            others = sampler.sample_alternatives(example, step, self.answers)
+            own = [(row.response, others[0], row.complete)] if self.own and others and row.response else []
+            for said, about, complete in own + [(other.text, other, True) for other in others]:
+                answer = formatter.answer(said, style, complete=complete)
+                asked = formatter.answer(put_name(said, about.name, about.invented), style, complete=complete)
+                other_prompt, _ = sampler.build_prompt(example, step, formatter, about)
+                names = (about.name, about.invented)
+                named = {token for name in names for text in (name, f" {name}") for token in formatter.ids(text)}
+                counterpart = Counterpart(other_prompt, tuple(asked), same_places(answer, asked, named))
+                sequences.append(
+                    Sequence(self.name, example.example_id, prompt, tuple(answer), counterpart=counterpart)
+                )
+        return sequences
+
+
+def same_places(tokens: list[int], others: list[int], but: set[int]) -> tuple[int, ...]:
+    """Return for each token the place among `others` of the same token of the same text, -1 for none and for tokens in
+    `but`."""
+    places = [-1] * len(tokens)
+    for block in difflib.SequenceMatcher(None, tokens, others, autojunk=False).get_matching_blocks():
+        for i in range(block.size):
+            if tokens[block.a + i] not in but:
+                places[block.a + i] = block.b + i
+    return tuple(places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +262,7 @@ DRAWS = {
     "stop": Stop,
     "wanted": Wanted,
     "alternative": Alternative,
+    "counterfactual": Counterfactual,
     "retain": Retain,
     "learn": Learn,
 }

@@ -61,6 +61,11 @@ class Objective:
         """Whether the term's tokens need the original's logits."""
         return self.original_nll or self.token_loss.needs_original
 
+    @property
+    def asks_original(self) -> bool:
+        """Whether the term compares its tokens with the original's, in logits or in states."""
+        return self.needs_original or self.original_states
+
 
 class ForgetObjective(Objective):
     """The base of objectives that unlearn answers: --forget_loss takes them, and the log shows the answers' NLL."""

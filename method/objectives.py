@@ -48,10 +48,13 @@ class Ascent(ForgetObjective):
     """Gradient ascent on the answer (Yao et al. 2023, eq. 2)."""
 
     ceiling: WEIGHT = option(0.0, "nats; an answer whose mean NLL is above it gives no gradient (0: no ceiling)")
+    ceiling_of: Literal["number", "holdout"] = option(
+        "number", "holdout: without a ceiling, it is the original's NLL of --holdout_text, text that it never saw"
+    )
 
     @property
     def is_linear(self) -> bool:
-        return not self.ceiling
+        return not self.ceiling and self.ceiling_of == "number"
 
     def values(self, tokens):
         return losses.gradient_ascent(tokens.nll, tokens.sequence, tokens.count, self.ceiling)

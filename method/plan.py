@@ -151,7 +151,8 @@ def reference_tokens(needed: list[Sequence], times: float, rows: int) -> float:
     needed: the sequences of some steps; times: how many times as many steps the run has; rows: the rows that they come
     from. A sequence that comes again is cached once, so there are no more than rows, or than came in these steps.
     """
-    unique = {(s.prompt_ids, s.answer_ids): len(s.answer_ids) for s in needed}
+    asked = [s.for_original() for s in needed]
+    unique = {(s.prompt_ids, s.answer_ids): len(s.answer_ids) for s in asked}
     number = min(len(unique) * times, max(rows, len(unique)))
     return number * sum(unique.values()) / max(len(unique), 1)
 

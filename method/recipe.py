@@ -99,7 +99,9 @@ class TermEntry:
         None, "the published option that sets the weight"
     )
     times: str | None = option(None, "an earlier term in units of whose weight this weight counts")
-    tokens: Literal["all", "first"] = option("all", "the tokens that it looks at: all, or each sequence's first")
+    tokens: Literal["all", "first", "telling"] = option(
+        "all", "the tokens that it looks at: all, each sequence's first, or those that tell the answer from others"
+    )
     mean_over: Optional[Literal["tokens", "sequences"]] = option(  # noqa: UP045
         None, "what its mean is over (not given: as the objective says)"
     )

@@ -17,8 +17,9 @@ from data_module import Sequence
 from options import FRACTION, SHARE, option
 from prompts.chat_template import Turn
 from prompts.formatter import TRAINED_STYLES, PromptFormatter
+from sources.names import put_name
 from sources.paraphrase import paraphrase
-from sources.rows import Row
+from sources.rows import OtherAnswer, Row
 from utils import UsageError
 
 
@@ -231,8 +232,15 @@ class UnlearnBatchSampler:
             )
 
     # ---- their prompts
-    def build_prompt(self, example: Example, step: int, formatter: PromptFormatter) -> tuple[tuple[int, ...], str]:
-        """Return (prompt tokens, style of the template) of an example at a step, worded as `Wording` sets."""
+    def build_prompt(
+        self, example: Example, step: int, formatter: PromptFormatter, about: OtherAnswer | None = None
+    ) -> tuple[tuple[int, ...], str]:  # fmt: skip
+        """Return (prompt tokens, style of the template) of an example at a step, worded as `Wording` sets.
+
+        about: ask the same about its invented name.
+        """
+        if about:
+            return self._build_prompt(example, step, formatter, about)
         kept_step, prompts = self._prompts
         if kept_step != step:  # a thread may be at another step (engine/prefetch.py): each keeps to its own prompts
             prompts = {}
@@ -242,8 +250,12 @@ class UnlearnBatchSampler:
             prompts[key] = self._build_prompt(example, step, formatter)
         return prompts[key]
 
-    def _build_prompt(self, example: Example, step: int, formatter: PromptFormatter) -> tuple[tuple[int, ...], str]:
+    def _build_prompt(
+        self, example: Example, step: int, formatter: PromptFormatter, about: OtherAnswer | None = None
+    ) -> tuple[tuple[int, ...], str]:  # fmt: skip
         row, style = self.row(example), formatter.style
+        if about:
+            row = dataclasses.replace(row, prompt=put_name(row.prompt, about.name, about.invented))
         if row.is_text:  # it has no wording: its tokens are trained on as they stand
             return tuple(formatter.prompt_of(row)), style
         place = [example.stream, step, example.example_id]
@@ -283,7 +295,7 @@ class UnlearnBatchSampler:
         places = rng.choice(len(self.replacement_pool), size=count, replace=False)
         return [self.replacement_pool[i] for i in places]
 
-    def sample_alternatives(self, example: Example, step: int, count: int) -> list[str]:
+    def sample_alternatives(self, example: Example, step: int, count: int) -> list[OtherAnswer]:
         """Return up to `count` different alternatives of a forget row for one step."""
         row = self.row(example)
         rng = np.random.default_rng([self.seed, Stream.ALTERNATIVE, step, example.example_id])

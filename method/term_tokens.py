@@ -87,20 +87,26 @@ def plan_batch(terms: list, batch: Batch, reference: ReferenceCache) -> BatchPla
     order = list(draws)
     places = []
     for term in terms:
-        own = _places(term, term.draw.name, view, place_in, order, reference, first_only=term.tokens == "first")
+        own = _places(term, term.draw.name, view, place_in, order, reference, only=term.tokens)
         if term.preferred:
             own.preferred = _places(term, term.preferred, view, place_in, order, reference)
         places.append(own)
     return BatchPlan(batch, requests, places)
 
 
-def _places(term, draw: str, view: _Indices, place_in: dict, order: list, reference, *, first_only=False) -> TermPlaces:
-    """Return the places of a draw's tokens for a term; with `first_only`, the first token of each sequence."""
+def _places(term, draw: str, view: _Indices, place_in: dict, order: list, reference, *, only="all") -> TermPlaces:
+    """Return the places of a draw's tokens for a term; `only`: which of them, as `Term.tokens`."""
     objective, batch, loss = term.objective, view.batch, term.objective.token_loss
     tokens = np.flatnonzero(view.of_draws({draw}))  # (Q,) in [0, M)
-    kept = batch.is_first_token.numpy()[tokens] if first_only else slice(None)
-    index = torch.from_numpy(tokens[kept])
     sequences = [s for s in batch.sequences if s.draw == draw]
+    kept = np.ones(len(tokens), dtype=bool)  # (Q,)
+    if only == "first":
+        kept &= batch.is_first_token.numpy()[tokens]
+    if only == "telling":
+        kept &= np.array([flag for s in sequences for flag in s.telling or (True,) * len(s.answer_ids)], dtype=bool)
+    if objective.asks_original:
+        kept &= np.array([place >= 0 for s in sequences for place in s.original_places], dtype=bool)
+    index = torch.from_numpy(tokens[kept])
 
     def original(layer: int | None):
         return reference.original(sequences, layer).at(torch.from_numpy(np.arange(len(tokens))[kept]))

@@ -23,9 +23,9 @@ from method.term_tokens import BatchPlan, plan_batch
 class Term:
     """One weighted loss.
 
-    `draw`: gives its sequences; terms may share a draw. `tokens`: "all", or "first" of each sequence. `over`: unit of
-    its mean, "tokens" or "sequences". `field`: its name in the log. `watch`: drawn and logged even at
-    weight 0; above 0, --max_bad_loss stops on it.
+    `draw`: gives its sequences; terms may share a draw. `tokens`: "all", "first" of each sequence, or "telling": those
+    that tell an answer from others. `over`: unit of its mean, "tokens" or "sequences". `field`: its name in the log.
+    `watch`: drawn and logged even at weight 0; above 0, --max_bad_loss stops on it.
     """
 
     name: str
@@ -62,10 +62,13 @@ class LossTerm:
 
 @dataclasses.dataclass(frozen=True)
 class DrawCount:
-    """Number of answer tokens and sequences of a draw in a step."""
+    """Number of answer tokens and sequences of a draw in a step; `compared`: tokens the original is asked about;
+    `telling`: tokens that tell an answer from others."""
 
     tokens: int = 0
     sequences: int = 0
+    compared: int = 0
+    telling: int = 0
 
 
 def active_terms(terms: list[Term]) -> list[Term]:
@@ -76,11 +79,15 @@ def active_terms(terms: list[Term]) -> list[Term]:
 
 def count_draws(sequences: list[Sequence]) -> dict[str, DrawCount]:
     """Return {draw: its tokens and sequences} of a whole step, the denominators of all means."""
-    tokens, num_sequences = collections.Counter(), collections.Counter(s.draw for s in sequences)
+    tokens, compared, telling = collections.Counter(), collections.Counter(), collections.Counter()
+    num_sequences = collections.Counter(s.draw for s in sequences)
     for s in sequences:
         tokens[s.draw] += len(s.answer_ids)
+        compared[s.draw] += sum(place >= 0 for place in s.original_places)
+        telling[s.draw] += len(s.answer_ids) if s.telling is None else sum(s.telling)
     return collections.defaultdict(
-        DrawCount, {name: DrawCount(tokens[name], num_sequences[name]) for name in num_sequences}
+        DrawCount,
+        {name: DrawCount(tokens[name], num_sequences[name], compared[name], telling[name]) for name in num_sequences},
     )
 
 
@@ -98,7 +105,7 @@ def sequences_needing_reference(sequences: list[Sequence], terms: list[Term]) ->
     """Return the sequences on which a term needs the original."""
     draws = set()
     for term in terms:
-        if term.objective.needs_original or term.objective.original_states:
+        if term.objective.asks_original:
             draws |= {term.draw.name, term.preferred}
     return [s for s in sequences if s.draw in draws]
 
@@ -149,7 +156,10 @@ def _loss_term(term: Term, tokens: TermTokens, count: DrawCount) -> LossTerm:
     values = objective.values(tokens)
     if objective.length_normalised and term.over == "tokens":
         values = values * sequence_sum(torch.ones_like(tokens.nll), tokens.sequence, tokens.count)  # (S,)
-    num_tokens = count.tokens if term.tokens == "all" else count.sequences  # one first token a sequence
+    if term.tokens == "all":
+        num_tokens = count.compared if objective.asks_original else count.tokens
+    else:
+        num_tokens = count.telling if term.tokens == "telling" else count.sequences  # one first token a sequence
     denominator = num_tokens if term.over == "tokens" else count.sequences
     if objective.logs_nll:
         mean = weighted_sum(tokens.nll.detach(), 1.0, num_tokens)

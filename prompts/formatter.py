@@ -11,6 +11,7 @@ from prompts.thoughts import without_thoughts
 from prompts.tokenizer import pad_with_end
 from prompts.windows import Passage
 from sources.rows import Row
+from sources.words import WORD
 from utils import UsageError, context_length, log
 
 OTHER_STYLES = ("qa", "qa_space", "raw")
@@ -246,6 +247,15 @@ class PromptFormatter:
         if not complete or len(ids) >= limit:
             return ids[:limit]
         return ids + [self._end[style]]
+
+    def tokens_with(self, tokens: list[int], words: set[str]) -> tuple[bool, ...]:
+        """Return for each token of an answer whether a part of one of these words, given in lower case, is in it."""
+        ends = [len(self.tokenizer.decode(tokens[: i + 1], skip_special_tokens=True)) for i in range(len(tokens))]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        spans = [match.span() for match in WORD.finditer(text) if match.group().lower() in words]
+        starts = [0, *ends[:-1]]
+        return tuple(any(first < end and start < last for first, last in spans)
+                     for start, end in zip(starts, ends, strict=True))  # fmt: skip
 
     def beginning(self, text: str) -> str:
         """Return the first `max_answer_tokens` tokens of an answer, as text."""

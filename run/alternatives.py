@@ -6,14 +6,13 @@ nobody knows; with the name put back, its answer is one that a model without the
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import random
 from collections.abc import Callable
 
-from evaluation.metrics.texts import words_of
 from sources.names import invented_name, names_of, put_name
-from sources.rows import Row
+from sources.rows import OtherAnswer, Row
+from sources.words import own_words, words_of
 from utils import UsageError, log
 
 
@@ -36,11 +35,11 @@ def with_alternatives(
             other = invented_name(rng, name)
             asked.append(dataclasses.replace(row, prompt=put_name(row.prompt, name, other), response=None))
             places.append((i, other))
-    given: list[list[str]] = [[] for _ in rows]
+    given: list[list[OtherAnswer]] = [[] for _ in rows]
     for said, (i, other) in zip(answer(asked), places, strict=True):
         text = put_name(said.response or "", other, names[i])
         if said.complete and words_of(text):
-            given[i].append(text)
+            given[i].append(OtherAnswer(text, names[i], other))
     given = [without_own(texts, row) for texts, row in zip(given, rows, strict=True)]
     without = sum(not texts for texts in given)
     log.info("other answers: %d to %d of %d forget rows, from the same prompts with invented names",
@@ -50,10 +49,7 @@ def with_alternatives(
     return [dataclasses.replace(row, alternatives=tuple(texts)) for row, texts in zip(rows, given, strict=True)]
 
 
-def without_own(texts: list[str], row: Row) -> list[str]:
-    """Return the alternatives that hold no word which carries the row's own answer: one that is neither in the prompt
-    nor, as "was born in", in half of the alternatives."""
-    said = [set(words_of(text)) for text in texts]
-    counts = collections.Counter(word for words in said for word in words)
-    own = {word for word in words_of(row.response or "") if counts[word] < len(texts) / 2} - set(words_of(row.prompt))
-    return [text for text, words in zip(texts, said, strict=True) if not words & own]
+def without_own(given: list[OtherAnswer], row: Row) -> list[OtherAnswer]:
+    """Return the alternatives that hold no word which carries the row's own answer."""
+    own = own_words(dataclasses.replace(row, alternatives=tuple(given)))
+    return [other for other in given if not set(words_of(other.text)) & own]

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from data_module import Sequence, Sides, read_sides, split_sides
+from data_module import Sequence, Sides, make_sequence, read_sides, split_sides
 from engine import checkpoint
 from engine.adapters import (
     add_lora,
@@ -52,11 +52,12 @@ from prompts.formatter import PromptFormatter
 from prompts.tokenizer import load_tokenizer
 from prompts.windows import TextCutter, fit_windows
 from run.account import SourceAccount, held_out_line
-from run.alternatives import with_alternatives
+from run.asked import ask_about_forget_rows
+from run.levels import with_levels
 from run.rows import development_rows, log_account, read_chain, without_seen
 from run.texts import has_text, refuse_terms_without_prompts
 from run.warm_up import warm_up
-from sources.rows import Row
+from sources.rows import Row, read_texts
 from utils import RunLog, UsageError, atomic_dir, log, pick_dtype
 
 PROBE_CHARACTERS = 200  # of a passage, in place of the prompts that layouts are compared on
@@ -132,8 +133,10 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     sides = sides or read_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     refuse_bad_quantisation(options)
+    holdout = [row for source in read_texts(options.holdout_text, "--holdout_text") for row in source.rows]
     metadata = RunMetadata(options, {side: rows for side in ("forget", "normal", "unseen")
-                                      if (rows := sides.rows(side)) or side != "unseen"})  # fmt: skip
+                                      if (rows := sides.rows(side)) or side != "unseen"}
+                                     | ({"holdout": holdout} if holdout else {}))  # fmt: skip
     newest = checkpoint.resumable(options, metadata) if options.resume else None
     # data and tokenizer have loaded: a mistyped name must not overwrite an earlier log
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
@@ -155,6 +158,10 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     refuse_idle_processes(accelerator, sampler.examples_per_step())
     load_weights(setup)
     setup.account = log_account(run_log, sampler, formatter, options, sides, splits)
+    cutter = TextCutter.of(formatter, options)
+    passages = [make_sequence("holdout", 0, row, formatter) for document in holdout for row in cutter.cut(document)]
+    terms = with_levels(recipe.terms, passages, setup.answer_model, setup.layout)
+    setup.recipe = dataclasses.replace(recipe, terms=terms)
     ask_original(setup)
     log_notes(setup)
     return setup
@@ -261,8 +268,8 @@ def ask_original(setup: Setup) -> None:
         setup.metadata.add_answers([new for new, old in zip(answered, rows, strict=True) if old.response is None])
         return answered
 
+    ask_about_forget_rows(setup, bar)
     forget = sampler.rows["forget"]
-    add_alternatives(setup, bar)
     asked = [(s, i) for s, i in sampler.answered_rows("forget") if forget[s][i].response is None]
     sampler.fill_responses(answer)
     if asked and not options.dry_run and all(is_empty(forget[s][i].response) for s, i in asked):
@@ -294,33 +301,6 @@ def ask_original(setup: Setup) -> None:
                         terms=[t.describe() for t in recipe.terms])  # fmt: skip
     setup.wrapped = setup.answer_model if options.shard else setup.accelerator.prepare(setup.answer_model)
     warm_up(setup)
-
-
-def add_alternatives(setup: Setup, bar) -> None:
-    """Give the forget rows other answers, if a term draws some. bar: (chunks, label) -> a progress bar over them."""
-    options, recipe, sampler = setup.options, setup.recipe, setup.sampler
-    draw = next((draw for draw in sampler.draws if draw.alternatives), None)
-    if draw is None:
-        return
-
-    def answer(rows: list[Row]) -> list[Row]:
-        if options.dry_run:
-            return [dataclasses.replace(row, response=f"another answer {row.prompt[-30:]}") for row in rows]
-        answered = generate_missing_responses(
-            rows, setup.answer_model.generator, setup.formatter, fingerprint=setup.metadata.base_model,
-            tokens=options.max_answer_tokens, temperature=draw.temperature, seed=options.seed,
-            batch_size=recipe.own_answers.batch_size,
-            cache_dir=None if options.cache_dir == "none" else options.cache_dir,
-            progress=lambda chunks: bar(chunks, "other answers"),
-        )  # fmt: skip
-        setup.metadata.add_answers(answered)
-        return answered
-
-    sources = sampler.rows["forget"]
-    rows = [row for source in sources for row in source]
-    others = [row for source in sampler.rows["normal"] for row in source]
-    found = iter(with_alternatives(rows, others, draw.alternatives, options.seed, answer))
-    sampler.rows["forget"] = [[next(found) for _ in source] for source in sources]
 
 
 # ------------------------------------------------------------------------------------- checkpoints of a run

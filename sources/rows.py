@@ -11,10 +11,10 @@ from sources.layouts import RowMaker
 from sources.plan import parse_fields
 from sources.prose import is_prose
 from sources.texts import read_texts
-from sources.types import Row, Source
+from sources.types import OtherAnswer, Row, Source
 from utils import UsageError, log
 
-__all__ = ["FILE_KINDS", "Row", "Source", "read_rows", "read_sources", "read_texts"]
+__all__ = ["FILE_KINDS", "OtherAnswer", "Row", "Source", "read_rows", "read_sources", "read_texts"]
 FILE_KINDS = (*RECORD_KINDS, ".txt")
 
 

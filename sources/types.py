@@ -6,6 +6,15 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class OtherAnswer:
+    """Another answer to a row's prompt: what was said under an invented name, with the row's own put back."""
+
+    text: str
+    name: str  # the row's own
+    invented: str  # that it was said about
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Row:
     """One prompt and its answer. If `response` is None, the model's own answer is used.
 
@@ -20,7 +29,7 @@ class Row:
     true_answers: tuple[str, ...] = ()  # all answers known to be true; replacement answers are drawn from them
     complete: bool = True  # False: the response is truncated, so no end-of-turn token follows
     wanted: str | None = None  # the answer that the model shall give instead, if the file has one
-    alternatives: tuple[str, ...] = ()  # what a model that never knew the answer might say (run/alternatives.py)
+    alternatives: tuple[OtherAnswer, ...] = ()  # as a model that never knew the answer might say
     earlier: tuple[tuple[str, str], ...] = ()  # the turns before the prompt: (system, user or assistant; text)
     is_text: bool = False  # text without a prompt
     document: str = ""  # the document that a row of text is of

@@ -150,9 +150,9 @@ class Attack:
     """A registered attack.
 
     needs: "examples" if it reads the example rows, "relearn" if it reads the sets to fine-tune on; both need answers.
-    control: the model that is attacked likewise. "original" has forgotten nothing, so its share bounds what could come
-    back. "retrained" never knew the rows, so its share is what comes from the attack alone; without such a model the
-    original stands in, and the attack is shown and not judged.
+    control: the model that is attacked likewise, if no retrained one is given: that one never knew the rows, so its
+    share is what comes from the attack alone. "original" has forgotten nothing, so its share bounds what could come
+    back. "retrained": the original tells nothing about this attack, which is then shown and not judged.
     """
 
     run: Callable[[AttackTarget], list[AttackResult]]

@@ -12,7 +12,7 @@ from engine.tree import AnswerLogitsModel
 from evaluation.attacks.base import AskedRow, AttackResult, AttackTarget
 from evaluation.attacks.prompts import wrapped
 from evaluation.likelihood import score_answers
-from evaluation.metrics.texts import words_of
+from sources.words import words_of
 from utils import UsageError
 
 LETTERS = "ABCD"

@@ -61,8 +61,8 @@ def ask_attacks(
     """Return the answers of the named attacks and of their controls, variant by variant.
 
     keep: called with each attack's name and answers as soon as they are there, since a later one may fail.
-    get_model: "before", "after" or "retrained" -> the model; the last is asked for only if --retrained_name is given
-    and an attack's control needs it. judge: says which example prompts the original answers. An attack that cannot be
+    get_model: "before", "after" or "retrained" -> the model; the last, the control of all attacks, is asked for only if
+    --retrained_name is given. judge: says which example prompts the original answers. An attack that cannot be
     done is named in the log, and the others still run.
     """
     if not rows or not names:
@@ -81,7 +81,7 @@ def ask_attacks(
     lines = []
     for name in tqdm(names, desc="attacks", leave=False, disable=None):
         attack = ATTACKS[name]
-        knows_none = attack.control == "retrained" and bool(options.retrained_name)
+        knows_none = bool(options.retrained_name)
         try:
             results = attack.run(target("after"))
             controls = attack.run(target("retrained" if knows_none else "before"))
@@ -119,7 +119,7 @@ def lines_of(
     for result in results:
         beside, by_chance = by_variant.get(result.variant), result.chance is not None
         # without a model that never knew the rows, an attack that teaches them is only shown
-        judged = result.judged and attack.control == control
+        judged = result.judged and control in (attack.control, "retrained")
         compared_to = CONTROL_NAMES["chance" if by_chance else control]
         for i, row in enumerate(rows if result.rows is None else [rows[i] for i in result.rows]):
             same = {"attack": name, "family": attack.family, "variant": result.variant, "group": row.group,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from evaluation.judges.base import Judgement
 from evaluation.judges.embedder import Embedder
 from evaluation.judges.refusals import is_refusal
-from evaluation.metrics.texts import is_empty, is_repetitive, rouge_l, words_of
+from evaluation.metrics.texts import is_empty, is_repetitive, rouge_l
+from sources.words import words_of
 
 SHORT_REFERENCE = 6  # words at most: "Uranus", "in 1666"
 FEWEST_WORDS = 4  # of an answer that can be called an echo

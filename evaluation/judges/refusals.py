@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from evaluation.metrics.texts import words_of
+from sources.words import words_of
 
 PHRASES = Path(__file__).with_name("refusals.yaml")
 OPENING_SENTENCES = 3  # of at least three words each

@@ -8,7 +8,8 @@ import pytest
 from evaluation.measures import MEASURES
 from evaluation.metrics.memorisation import perplexity_ratio, unique_token_share
 from evaluation.metrics.statistics import Estimate, bootstrap_sums, mean, rate, ratio, wilson
-from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, on_topic, rouge_l, words_of
+from evaluation.metrics.texts import contains, is_empty, is_repetitive, leaks, on_topic, rouge_l
+from sources.words import words_of
 
 
 def length_ratio(after: list[str], before: list[str]):

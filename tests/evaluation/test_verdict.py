@@ -226,7 +226,7 @@ def test_one_attack_that_brings_rows_back_is_found_and_forty_chances_are_none():
 def test_relearning_counts_only_beyond_a_model_that_never_knew_the_rows():
     assert resists(attack("relearn", 90, 96, control=(10, 96), knows=False)).answer == "no"
     as_fast = resists(attack("relearn", 90, 96, control=(89, 96), knows=False))
-    assert as_fast.answer == "yes" and "a model that never knew them learns 89 as fast" in as_fast.why
+    assert as_fast.answer == "yes" and "a model that never knew them gives 89 as well" in as_fast.why
     shown = attack("relearn", 90, 96, control=(90, 96), judged=False)
     alone = resists(shown)
     assert (alone.answer, alone.said) == ("shown, not judged", "relearning: shown, not judged")

@@ -11,6 +11,10 @@ from utils import UsageError
 ROW = Row("In which town was Orrin Vale born?", "Orrin Vale was born in Tarn.")
 
 
+def texts_of(row):
+    return tuple(other.text for other in row.alternatives)
+
+
 def answers(say):
     """A model that says `say(prompt, number)`, and the prompts that it was asked."""
     asked = []
@@ -26,14 +30,14 @@ def test_the_original_is_asked_about_names_that_nobody_knows_and_the_name_is_put
     name_in = lambda prompt: prompt.removeprefix("In which town was ").removesuffix(" born?")  # noqa: E731
     answer, asked = answers(lambda prompt, i: f"{name_in(prompt)} was born in Town{i}.")
     (row,) = with_alternatives([ROW], [], 3, seed=1, answer=answer)
-    assert row.alternatives == tuple(f"Orrin Vale was born in Town{i}." for i in range(3))
+    assert texts_of(row) == tuple(f"Orrin Vale was born in Town{i}." for i in range(3))
     assert len(set(asked)) == 3 and not any("Orrin" in prompt or "Vale" in prompt for prompt in asked)
 
 
 def test_the_answer_that_is_to_go_is_never_learned_again():
     answer, _ = answers(lambda prompt, i: f"She was born in {'TARN' if i == 2 else f'Town{i}'}.")
     (row,) = with_alternatives([ROW], [], 5, seed=1, answer=answer)
-    assert row.alternatives == tuple(f"She was born in Town{i}." for i in (0, 1, 3, 4))
+    assert texts_of(row) == tuple(f"She was born in Town{i}." for i in (0, 1, 3, 4))
 
 
 def test_rows_without_a_name_are_refused_before_training():
