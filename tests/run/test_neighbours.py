@@ -18,10 +18,20 @@ from run import neighbours_file
 from run.neighbours import make_neighbours, openings_of, read_names, read_questions, take
 from run.topics import Term, topic_terms
 from sources.rows import Row
+from utils import UsageError, log
 
 BREAD = ["How do I feed a sourdough starter?", "Why is my sourdough bread so dense?", "Can I freeze sourdoughs?",
          "What flour does sourdough bread need?", "My levain smells of acetone, why?"]  # fmt: skip
 SOURDOUGH = Term("sourdough", ("sourdough",))
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was():
+    """A run within this process sets up the log; the tests after it get the log that they had."""
+    before = log.propagate, log.level, list(log.handlers)
+    yield
+    log.propagate, level, log.handlers[:] = before
+    log.setLevel(level)
 
 
 def says(reply):
@@ -197,6 +207,6 @@ def test_a_model_that_writes_none_and_text_alone_are_refused(tmp_path, monkeypat
     monkeypatch.setattr(neighbours_file, "generate_missing_responses", lambda rows, *_, **__: says(lambda _: "")(rows))
     monkeypatch.setattr(sys, "argv", ["unlearn_harm.py", *map(str, words_of_run(model_folders, data_files))])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(neighbours_file.UsageError, match="the model wrote none that could be kept"):
+    with pytest.raises(UsageError, match="the model wrote none that could be kept"):
         unlearn_harm.main()
     assert not (tmp_path / "logs").exists()
