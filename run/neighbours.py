@@ -87,7 +87,7 @@ def make_neighbours(prompts: list[str], others: list[str], count: int, seed: int
         names = ask_names(prompts, terms, answer)
         subjects = list(itertools.chain(*itertools.zip_longest(*names.values())))
         subjects = [name for name in dict.fromkeys(subjects) if name]
-        placed = put_names(prompts, names)
+        placed = put_names(spread([text for text in prompts if any(term.find(text) for term in terms)], count), names)
     questions = ask_questions(subjects, openings, count, answer)
     candidates = [text for pair in itertools.zip_longest(placed, questions) for text in pair if text]
     rng = np.random.default_rng([seed, 13])

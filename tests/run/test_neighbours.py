@@ -16,6 +16,7 @@ from options import UnlearnOptions
 from prompts.tokenizer import load_tokenizer
 from run import neighbours_file
 from run.neighbours import make_neighbours, openings_of, read_names, read_questions, take
+from run.parsing import parse_run
 from run.topics import Term, topic_terms
 from sources.rows import Row
 from utils import UsageError, log
@@ -168,6 +169,8 @@ def test_a_dry_run_shows_them_and_the_run_takes_them_as_they_were_edited(dry_run
     assert f"{spec}: read from this file, which was there" in (tmp_path / "logs/run.log").read_text()
     manifest = json.loads((tmp_path / "models/out/run_manifest.json").read_text())
     assert account in manifest["data"]["rows"] and spec in manifest["data"]["files_sha256"]
+    repeated = parse_run([f"--from_manifest={tmp_path / 'models/out/run_manifest.json'}"])
+    assert spec in repeated.normal_data and repeated.make_neighbours == 0, "the file as it was, and no second one"
     record = TrainedOn.read(tmp_path / "models/out")
     assert any(record.holds("normal", row["prompt"]) for row in edited)
     assert not any(record.holds("normal", row["prompt"]) for row in rows)
