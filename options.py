@@ -250,6 +250,11 @@ class UnlearnOptions(TrainOptions, DataOptions):
         "data/cache", "cache folder of the model's own answers, with their prompts; none: they are not kept"
     )
 
+    make_neighbours: COUNT = option(
+        0, "number of prompts beside the forget prompts that the model writes, to retain: one more normal source, in a "
+        "file beside the log, which --dry_run writes too and you may edit (0: none)"
+    )  # fmt: skip
+
     # ---- the objective: --method names a recipe, the other options change it
     method: str = option(
         "yao", "recipe: a folder of recipes/ (yao, selective, rmu, people), or a path to a recipe.yaml"

@@ -62,6 +62,8 @@ def run(options: UnlearnOptions, sides: Sides | None = None, script: str = "unle
     with contextlib.ExitStack() as held:
         setup = prepare(options, held, sides)
         if options.dry_run:
+            if setup.neighbours and setup.accelerator.is_main_process:
+                print("\n".join(setup.neighbours.plan_lines()))
             print_plan(options, setup.recipe, setup.formatter, setup.sampler, setup.answer_model, setup.layout_line,
                        account_lines(setup.account))  # fmt: skip
             return

@@ -41,6 +41,7 @@ FREE = {
     "deterministic",  # rounding alone
     "threads",  # rounding alone, and 0 leaves the number to the machine anyway
     "allow_pickle",  # how weights may be read; the weights themselves are compared
+    "make_neighbours",  # their file is one of normal_data, and its rows are compared
 }  # fmt: skip
 PATHS = ("model_name", "forget_data", "normal_data")  # options whose values may name files or folders
 

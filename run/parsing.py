@@ -111,7 +111,8 @@ def _check_recipe(recipe, where: str) -> None:
 def read_earlier_run(path: str, old: dict[str, list[str]]) -> EarlierRun:
     """Read a run_manifest.json. Folders that the run wrote to are not taken over. Raises UsageError."""
     known = {field.name for field in dataclasses.fields(UnlearnOptions) if field.init}
-    dropped = {"config", "overwrite", "resume", "model_save_dir", "log_file", "set", "forget_loss", *WEIGHTS}
+    dropped = {"config", "overwrite", "resume", "model_save_dir", "log_file", "set", "forget_loss", *WEIGHTS,
+               "make_neighbours"}  # their file is among normal_data  # fmt: skip
     try:
         arguments = json.loads(Path(path).read_text(encoding="utf-8"))["arguments"]
         earlier = EarlierRun(words_of({k: v for k, v in arguments.items() if k in known - dropped}),

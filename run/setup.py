@@ -54,6 +54,7 @@ from prompts.windows import TextCutter, fit_windows
 from run.account import SourceAccount, held_out_line
 from run.asked import ask_about_forget_rows
 from run.levels import with_levels
+from run.neighbours_file import Neighbours, add_neighbours
 from run.rows import development_rows, log_account, read_chain, without_seen
 from run.texts import has_text, refuse_terms_without_prompts
 from run.warm_up import warm_up
@@ -83,6 +84,7 @@ class Setup:
     sampler: UnlearnBatchSampler
     dev_rows: dict[str, list[Row]]
     trained_on: TrainedOn  # by the runs that made --model_name
+    neighbours: Neighbours | None = None  # of --make_neighbours
     account: list[SourceAccount] = dataclasses.field(default_factory=list)
     answer_model: AnswerLogitsModel | None = None
     layout_line: str = ""
@@ -134,12 +136,17 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     refuse_bad_quantisation(options)
     holdout = [row for source in read_texts(options.holdout_text, "--holdout_text") for row in source.rows]
+    neighbours = None
+    if options.make_neighbours:
+        sides, neighbours = add_neighbours(options, sides, tokenizer, accelerator.device)
     metadata = RunMetadata(options, {side: rows for side in ("forget", "normal", "unseen")
                                       if (rows := sides.rows(side)) or side != "unseen"}
                                      | ({"holdout": holdout} if holdout else {}))  # fmt: skip
     newest = checkpoint.resumable(options, metadata) if options.resume else None
     # data and tokenizer have loaded: a mistyped name must not overwrite an earlier log
     run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
+    if neighbours:
+        neighbours.warn(options.make_neighbours)
     formatter = PromptFormatter.of(tokenizer, options.model_name, options, options.max_answer_tokens)
     formatter.check_turns(sides.rows("forget") + sides.rows("normal") + sides.rows("unseen"))
     trained_on = read_chain(options.model_name)
@@ -153,7 +160,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
     setup = Setup(
         options, recipe, accelerator, metadata, run_log, newest, started, formatter, sampler,
-        development_rows(sides, splits, options, recipe.dev.prompts), trained_on,
+        development_rows(sides, splits, options, recipe.dev.prompts), trained_on, neighbours,
     )  # fmt: skip
     refuse_idle_processes(accelerator, sampler.examples_per_step())
     load_weights(setup)

@@ -104,7 +104,7 @@ _SCENES = (
 def paraphrase(prompt: str, rng: np.random.Generator) -> str:
     """Return the same request in another form, drawn from `rng` alone. It always contains the request."""
     text = prompt.strip()
-    phrased = _other_form(text, rng)
+    phrased = other_form(text, rng)
     if phrased == text or rng.random() < 0.15:
         phrased = str(rng.choice(_FRAMES)).replace("{p}", phrased)
     if rng.random() < 0.15:  # as typed in haste
@@ -114,7 +114,7 @@ def paraphrase(prompt: str, rng: np.random.Generator) -> str:
     return phrased.upper() if rng.random() < SHOUTED_SHARE else phrased
 
 
-def _other_form(text: str, rng: np.random.Generator) -> str:
+def other_form(text: str, rng: np.random.Generator) -> str:
     """Return the request in the form of the first rule that fits, or the text itself if none does."""
 
     def fill(forms: tuple[str, ...], phrase: str, **more: str) -> str:

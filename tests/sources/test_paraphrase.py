@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from evaluation.attacks import WRAPPERS
-from sources.paraphrase import _FRAMES, _SCENES, _other_form, paraphrase
+from sources.paraphrase import _FRAMES, _SCENES, other_form, paraphrase
 
 
 def forms(prompt, draws=300):
-    return {_other_form(prompt, np.random.default_rng(i)) for i in range(draws)}
+    return {other_form(prompt, np.random.default_rng(i)) for i in range(draws)}
 
 
 @pytest.mark.parametrize(("prompt", "expected"), [
@@ -25,7 +25,7 @@ def forms(prompt, draws=300):
     ("What is the best way to store bread?", "Give me step-by-step instructions on how to store bread."),
     ("What is an archipelago?", "Tell me about an archipelago."),
 ])  # fmt: skip
-def test_a_request_takes_the_other_form(prompt, expected):
+def test_a_request_takes_theother_form(prompt, expected):
     found = forms(prompt)
     assert expected in found
     assert len(found) >= 3, "the draw must vary, or the one new form is as good a cue as the old one"
