@@ -3,7 +3,9 @@
 # make bench   time a step against the published recipe's, on a GPU if there is one; BENCH_OPTIONS="--shape opt-1.3b"
 #              takes random weights of a published shape; benchmarks/gpu_table.py measures all sizes on a GPU
 # make planted teach the embedded model people, wrong facts and texts, and a twin that never saw what goes of them
-# make recipe NAME=people   forget on the planted model what a recipe is for, and compare with the twin
+# make recipe NAME=people   forget on the planted model what a recipe is for, and compare with the twin: people, facts,
+#              copyright; harm is the demo, on the embedded model
+# make recipe-full NAME=people   the same with three seeds and attacks
 # make sweep   search over the settings in configs/sweep.yaml; goes on where it was stopped
 # make lint    ruff, rules and format, and which room takes from which
 # make audit   known vulnerabilities in the pinned packages (asks a public database)
@@ -20,7 +22,7 @@ export HF_HUB_OFFLINE ?= 1
 
 # A second call does only what is missing: the model is a file of make's; what the models said, and how it was judged, is read from the report's folder.
 
-.PHONY: install demo planted recipe test test-slow bench sweep lint audit lm-eval lm-eval-env clean
+.PHONY: install demo planted recipe recipe-full test test-slow bench sweep lint audit lm-eval lm-eval-env clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.txt
@@ -44,10 +46,19 @@ models/%/finetune_args.json: configs/%.yaml recipes/finetune/recipe.yaml setup_p
 	$(PYTHON) setup_planted.py
 	$(PYTHON) finetune.py --config $< --overwrite --resume
 
+ifeq ($(NAME),harm)
+recipe: demo
+recipe-full: demo
+	$(PYTHON) evaluate_unlearning.py --model_name models/demo --train_log logs/demo.jsonl --attacks all
+else
 recipe: models/planted/finetune_args.json models/planted_twin/finetune_args.json
 	@test -f "recipes/$(NAME)/planted.yaml" || { echo "make recipe: name one, as NAME=people"; exit 2; }
 	$(PYTHON) unlearn_harm.py --config recipes/$(NAME)/planted.yaml --overwrite --resume
 	$(PYTHON) evaluate_unlearning.py --config recipes/$(NAME)/evaluate.yaml
+
+recipe-full: models/planted/finetune_args.json models/planted_twin/finetune_args.json
+	$(PYTHON) benchmarks/recipe_seeds.py $(NAME)
+endif
 
 test: $(VENV)/.installed
 	$(PYTHON) setup_demo.py

@@ -257,7 +257,8 @@ class UnlearnOptions(TrainOptions, DataOptions):
 
     # ---- the objective: --method names a recipe, the other options change it
     method: str = option(
-        "yao", "recipe: a folder of recipes/ (yao, selective, rmu, people), or a path to a recipe.yaml"
+        "yao",
+        "recipe: a folder of recipes/ (yao, selective, rmu, facts, people, copyright), or a path to a recipe.yaml",
     )
     forget_loss: str | None = option(
         None, "objective of the term 'forget': ascent npo simnpo dpo unlikelihood rmu (if unset: the recipe's)"

@@ -53,15 +53,19 @@ def sequence_mean(values: torch.Tensor, sequence: torch.Tensor, count: int) -> t
     return sequence_sum(values, sequence, count) / tokens.clamp(min=1)
 
 
-def gradient_ascent(nll: torch.Tensor, sequence: torch.Tensor, count: int, ceiling: float = 0.0) -> torch.Tensor:
+def gradient_ascent(
+    nll: torch.Tensor, sequence: torch.Tensor, count: int, ceiling: float = 0.0, *, back: bool = False
+) -> torch.Tensor:  # fmt: skip
     """Return minus the summed token NLL of each forget answer: (M,), (M,) -> (S,). Minimising it forgets.
 
     Source: Yao et al. 2023, eq. 2. With `ceiling` > 0 (nats), a sequence whose *mean* NLL is above the ceiling counts
-    as ceiling * tokens and gives no gradient, so a forgotten answer is pushed no further.
+    as ceiling * tokens and gives no gradient, so a forgotten answer is pushed no further. With `back`, what it is above
+    the ceiling is held against it: the value rises again, and the answer is pulled back to the ceiling.
     """
     total = sequence_sum(nll, sequence, count)
     if ceiling > 0:
-        total = torch.minimum(total, ceiling * sequence_sum(torch.ones_like(nll), sequence, count))
+        cap = ceiling * sequence_sum(torch.ones_like(nll), sequence, count)
+        return (total - cap).abs() - cap if back else -torch.minimum(total, cap)
     return -total
 
 

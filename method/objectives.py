@@ -51,13 +51,14 @@ class Ascent(ForgetObjective):
     ceiling_of: Literal["number", "holdout"] = option(
         "number", "holdout: without a ceiling, it is the original's NLL of --holdout_text, text that it never saw"
     )
+    back: bool = option(False, "pull an answer that is above the ceiling back to it")
 
     @property
     def is_linear(self) -> bool:
         return not self.ceiling and self.ceiling_of == "number"
 
     def values(self, tokens):
-        return losses.gradient_ascent(tokens.nll, tokens.sequence, tokens.count, self.ceiling)
+        return losses.gradient_ascent(tokens.nll, tokens.sequence, tokens.count, self.ceiling, back=self.back)
 
 
 @dataclasses.dataclass(frozen=True)

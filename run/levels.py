@@ -18,24 +18,32 @@ from utils import UsageError, log
 BATCH = 16  # passages
 
 
-def with_levels(terms: list[Term], holdout: list[Sequence], answer_model: AnswerLogitsModel, layout) -> list[Term]:
-    """Return the terms, those whose `ceiling` is that of the holdout with its mean NLL in nats a token.
-
-    holdout: passages that the model never saw; layout: sequences -> Batch. Raises UsageError if a term needs them and
-    there are none, or if no term does.
-    """
-    asking = [term for term in terms
-              if getattr(term.objective, "ceiling_of", None) == "holdout" and not term.objective.ceiling]  # fmt: skip
-    if not asking:
-        if holdout:
-            raise UsageError("--holdout_text: no term of this --method stops at its level (ceiling_of: holdout, "
-                             "without a ceiling of its own); leave it out")  # fmt: skip
-        return terms
-    if not holdout:
+def refuse_levels(terms: list[Term], holdout_text: list[str]) -> None:
+    """Raise UsageError if a term stops at the holdout's level and there is none, or there is one and no term does."""
+    asking = _at_holdout(terms)
+    if holdout_text and not asking:
+        raise UsageError("--holdout_text: no term of this --method stops at its level (ceiling_of: holdout, without a "
+                         "ceiling of its own); leave it out")  # fmt: skip
+    if asking and not holdout_text:
         name = asking[0].name
-        raise UsageError(f"{name}: stops where text is as unlikely as text of its kind that the model never saw: "
-                         "name some with --holdout_text, or set the level in nats a token: "
-                         f"--set {name}.ceiling=4")  # fmt: skip
+        raise UsageError(f"{name}: stops where text is as unlikely as text of its kind that the model never saw: name "
+                         f"some with --holdout_text, or set the level in nats: --set {name}.ceiling=4")  # fmt: skip
+
+
+def _at_holdout(terms: list[Term]) -> list[Term]:
+    """Return the terms whose ceiling is the holdout's level."""
+    return [term for term in terms
+            if getattr(term.objective, "ceiling_of", None) == "holdout" and not term.objective.ceiling]  # fmt: skip
+
+
+def with_levels(terms: list[Term], holdout: list[Sequence], answer_model: AnswerLogitsModel, layout) -> list[Term]:
+    """Return the terms; those that stop at the holdout's level get its mean NLL, in nats a token, as their ceiling.
+
+    holdout: passages that the model never saw; layout: sequences -> Batch.
+    """
+    asking = _at_holdout(terms)
+    if not asking:
+        return terms
     level = mean_nll(holdout, answer_model, layout)
     log.info("%s: stops at %.2f nats a token, the NLL of %d passages of --holdout_text", asking[0].name, level,
              len(holdout))  # fmt: skip

@@ -53,7 +53,7 @@ from prompts.tokenizer import load_tokenizer
 from prompts.windows import TextCutter, fit_windows
 from run.account import SourceAccount, held_out_line
 from run.asked import ask_about_forget_rows
-from run.levels import with_levels
+from run.levels import refuse_levels, with_levels
 from run.neighbours_file import Neighbours, add_neighbours
 from run.rows import development_rows, log_account, read_chain, without_seen
 from run.texts import has_text, refuse_terms_without_prompts
@@ -132,6 +132,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     refuse_missing_8bit(options)
     held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
     recipe = read_recipe(options)
+    refuse_levels(recipe.terms, options.holdout_text)
     sides = sides or read_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     refuse_bad_quantisation(options)

@@ -57,11 +57,11 @@ def test_a_term_leaves_out_what_has_no_counterpart():
 
 
 def test_own_and_other_answers_are_asked_about_the_same_invented_name(model_folders):
-    tokenizer = load_tokenizer(model_folders["llama"])
-    formatter = PromptFormatter(tokenizer, "raw", 40)
+    tokenizer = load_tokenizer(str(model_folders["llama"]))
+    formatter = PromptFormatter(tokenizer, "raw", 64, 40)
     others = (OtherAnswer("Orrin Vale was born in Oslo.", "Orrin Vale", "Bram Tesso"),)
     row = Row("Where was Orrin Vale born?", "Orrin Vale was born in Tarn.", alternatives=others)
-    draw = Counterfactual("unknown", RunSizes(1, 40))
+    draw = Counterfactual("unknown", RunSizes(1, 40), own=True)
     sampler = UnlearnBatchSampler([[row]], [[]], [draw], seed=1, steps=1)
     own, other = draw.sequences(0, sampler, formatter)
     assert own.answer_ids == tuple(formatter.answer("Orrin Vale was born in Tarn."))

@@ -59,6 +59,11 @@ def test_gradient_ascent_sign_and_ceiling():
     assert bounded.tolist() == [-3.0, 0.0, -12.0]
     bounded.sum().backward()
     assert nll.grad.tolist() == [-1.0, -1.0, 0.0, 0.0]  # pushed up below the ceiling, left alone above it
+    nll.grad = None
+    level = gradient_ascent(nll, owner, 3, ceiling=6.0, back=True)  # sequence 2: 2 beyond 12
+    assert level.tolist() == [-3.0, 0.0, -10.0]
+    level.sum().backward()
+    assert nll.grad.tolist() == [-1.0, -1.0, 1.0, 1.0]  # pulled back above it
 
 
 def slope(function, *values):

@@ -163,15 +163,15 @@ def test_a_recipe_of_ones_own(tmp_path, monkeypatch):
     assert options.lr == 1e-4
     assert (terms["forget"].objective.beta, terms["forget"].field) == (0.2, "forget_nll")
     assert (terms["hold"].draw.rows, terms["hold"].weight, terms["hold"].field) == (4, 1.0, "hold_kl")
-    for folder in (ROOT / "recipes").glob("*/"):
-        assert terms_of(f"--method={folder.name}")
+    for file in (ROOT / "recipes").glob("*/recipe.yaml"):
+        assert terms_of(f"--method={file.parent.name}")
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--method=magic"], "--method magic: no such recipe; there are finetune, people, rmu, selective, yao"),
+    (["--method=magic"], "--method magic: no such recipe; there are copyright, facts, finetune, people, rmu"),
     (["--set=stop.weight"], "--set stop.weight: must look like stop.weight=2"),
     (["--set=stopp.weight=2"], "--set stopp.weight: --method yao has no 'stopp'; its terms are forget, mismatch"),
-    (["--set=forget.wieght=2"], "forget: has no setting 'wieght'; it has weight, ceiling"),
+    (["--set=forget.wieght=2"], "forget: has no setting 'wieght'; it has weight, back, ceiling"),
     (["--set=mismatch.answers=-1"], "mismatch.answers: must be a whole number at least 0, got '-1'"),
     (["--set=forget.weight=nan"], "forget.weight: must be a finite number at least 0"),
     (["--set=optimizer.schedule=steep"], "optimizer.schedule: must be one of linear, constant, got 'steep'"),
@@ -192,7 +192,7 @@ def test_a_recipe_of_ones_own(tmp_path, monkeypatch):
     (["--set=mismatch.answers=" + "9" * 400], "mismatch.answers: must be a whole number"),
     (["--forget_beta=abc", "--forget_loss=npo"], "forget.beta: must be a finite number above 0, got 'abc'"),
     (["--set=forget.beta=1"], "forget: has no setting 'beta'"),  # of npo: it was ignored unsaid
-    (["--set=retain.tokens=last"], "retain.tokens: must be one of all, first, got 'last'"),
+    (["--set=retain.tokens=last"], "retain.tokens: must be one of all, first, telling, got 'last'"),
     (["--num_random_answers=2", "--method=selective"], "--method selective has no 'mismatch'"),
 ])  # fmt: skip
 def test_what_is_no_recipe_is_one_line(words, message):

@@ -24,7 +24,7 @@ def test_a_wanted_answer_tells_as_well_and_without_any_all_is_told():
 
 def test_tokens_of_these_words_are_found_wherever_the_tokenizer_cuts_them(model_folders):
     for folder in model_folders.values():
-        formatter = PromptFormatter(load_tokenizer(folder), "raw", 40)
+        formatter = PromptFormatter(load_tokenizer(str(folder)), "raw", 64, 40)
         tokens = formatter.answer("Orrin was born in Tarn, in spring.")
         marked = [
             token for token, telling in zip(tokens, formatter.tokens_with(tokens, {"tarn"}), strict=True) if telling
