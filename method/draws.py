@@ -14,8 +14,8 @@ from method.draw import BaseDraw, ForgetDraw
 from method.sampler import Example, Stream, UnlearnBatchSampler
 from options import COUNT, FRACTION, WEIGHT, option
 from prompts.formatter import PromptFormatter
-from sources.names import put_name
-from sources.words import own_words
+from sources.names import put_name, spans_of_name
+from sources.words import own_words, spans_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,10 @@ class Answer(ForgetDraw):
         for example, row, prompt, style in self.visits(step, sampler, formatter):
             if row.response or row.is_text:
                 answer = formatter.answer_of(row, style)
-                telling = formatter.tokens_with(answer, own_words(row)) if row.wanted or row.alternatives else None
+                telling = None
+                if row.wanted or row.alternatives:
+                    words = own_words(row)
+                    telling = formatter.tokens_within(answer, lambda text, words=words: spans_of(text, words))
                 sequences.append(Sequence(self.name, example.example_id, prompt, tuple(answer), telling=telling))
         return sequences
 
@@ -177,23 +180,27 @@ class Counterfactual(Alternative):
                 answer = formatter.answer(said, style, complete=complete)
                 asked = formatter.answer(put_name(said, about.name, about.invented), style, complete=complete)
                 other_prompt, _ = sampler.build_prompt(example, step, formatter, about)
-                names = (about.name, about.invented)
-                named = {token for name in names for text in (name, f" {name}") for token in formatter.ids(text)}
-                counterpart = Counterpart(other_prompt, tuple(asked), same_places(answer, asked, named))
+                own_name, other_name = (
+                    formatter.tokens_within(tokens, lambda text, name=name: spans_of_name(text, name))
+                    for tokens, name in ((answer, about.name), (asked, about.invented))
+                )
+                places = same_places(
+                    [-1 if named else token for token, named in zip(answer, own_name, strict=True)],
+                    [-2 if named else token for token, named in zip(asked, other_name, strict=True)],
+                )
+                counterpart = Counterpart(other_prompt, tuple(asked), places)
                 sequences.append(
                     Sequence(self.name, example.example_id, prompt, tuple(answer), counterpart=counterpart)
                 )
         return sequences
 
 
-def same_places(tokens: list[int], others: list[int], but: set[int]) -> tuple[int, ...]:
-    """Return for each token the place among `others` of the same token of the same text, -1 for none and for tokens in
-    `but`."""
+def same_places(tokens: list[int], others: list[int]) -> tuple[int, ...]:
+    """Return for each token the place among `others` of the same token of the same text, -1 for none."""
     places = [-1] * len(tokens)
     for block in difflib.SequenceMatcher(None, tokens, others, autojunk=False).get_matching_blocks():
         for i in range(block.size):
-            if tokens[block.a + i] not in but:
-                places[block.a + i] = block.b + i
+            places[block.a + i] = block.b + i
     return tuple(places)
 
 

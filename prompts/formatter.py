@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 
 from prompts.chat_template import ChatTemplate, Turn, read_template_args
 from prompts.cutting import CutCounts, count_cut, cut_turns
@@ -11,7 +12,6 @@ from prompts.thoughts import without_thoughts
 from prompts.tokenizer import pad_with_end
 from prompts.windows import Passage
 from sources.rows import Row
-from sources.words import WORD
 from utils import UsageError, context_length, log
 
 OTHER_STYLES = ("qa", "qa_space", "raw")
@@ -248,11 +248,13 @@ class PromptFormatter:
             return ids[:limit]
         return ids + [self._end[style]]
 
-    def tokens_with(self, tokens: list[int], words: set[str]) -> tuple[bool, ...]:
-        """Return for each token of an answer whether a part of one of these words, given in lower case, is in it."""
+    def tokens_within(self, tokens: list[int], find: Callable[[str], Iterable[tuple[int, int]]]) -> tuple[bool, ...]:
+        """Return for each token of an answer whether it holds a part of what `find` finds in the text.
+
+        find: text -> (start, end) in characters.
+        """
         ends = [len(self.tokenizer.decode(tokens[: i + 1], skip_special_tokens=True)) for i in range(len(tokens))]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        spans = [match.span() for match in WORD.finditer(text) if match.group().lower() in words]
+        spans = list(find(self.tokenizer.decode(tokens, skip_special_tokens=True)))
         starts = [0, *ends[:-1]]
         return tuple(any(first < end and start < last for first, last in spans)
                      for start, end in zip(starts, ends, strict=True))  # fmt: skip

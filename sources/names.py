@@ -41,7 +41,16 @@ def names_of(rows: list[Row], others: list[Row]) -> list[str | None]:
 
 def put_name(text: str, name: str, other: str) -> str:
     """Return a text with one name in the place of another, its possessive included."""
-    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", lambda _: other, text)
+    return _whole(name).sub(lambda _: other, text)
+
+
+def spans_of_name(text: str, name: str) -> list[tuple[int, int]]:
+    """Return (start, end) of a name wherever it stands in a text."""
+    return [match.span() for match in _whole(name).finditer(text)]
+
+
+def _whole(name: str) -> re.Pattern:
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
 
 
 def _capitalised(text: str, inner: set[str]) -> list[str]:

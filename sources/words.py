@@ -15,6 +15,11 @@ def words_of(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
+def spans_of(text: str, words: set[str]) -> list[tuple[int, int]]:
+    """Return (start, end) of each of these words, given in lower case, in a text."""
+    return [match.span() for match in WORD.finditer(text) if match.group().lower() in words]
+
+
 def own_words(row: Row) -> set[str]:
     """Return the words of a row's answer that carry it: those that are neither in the prompt nor, as "was born in", in
     half of the row's other answers (its alternatives, or else its wanted answer)."""

@@ -24,9 +24,9 @@ PLAIN = Sequence("retain", 0, (5, 6), (30, 31))
 
 
 def test_names_are_not_compared_and_the_words_around_them_are():
-    """7, 8 and 3, 4, 5 are the tokens of two names: "7 8 was born in 9 end" beside "3 4 5 was born in 9 end"."""
-    assert same_places([7, 8, 20, 21, 9, 1], [3, 4, 5, 20, 21, 9, 1], {7, 8, 3, 4, 5}) == (-1, -1, 3, 4, 5, 6)
-    assert same_places([7, 20, 7], [7, 20, 3], {7, 3}) == (-1, 1, -1)  # a token that both names share is a name's too
+    """Tokens of the names are -1 and -2: "NAME was born in 9 end" beside a name of three tokens."""
+    assert same_places([-1, -1, 20, 21, 9, 1], [-2, -2, -2, 20, 21, 9, 1]) == (-1, -1, 3, 4, 5, 6)
+    assert same_places([5, -1, 20], [5, -2, 6, 20]) == (0, -1, 3)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -69,6 +69,6 @@ def test_own_and_other_answers_are_asked_about_the_same_invented_name(model_fold
     assert own.counterpart.answer_ids == tuple(formatter.answer("Bram Tesso was born in Tarn."))
     assert own.counterpart.prompt_ids == tuple(formatter.prompt("Where was Bram Tesso born?"))
     compared = [token for token, place in zip(own.answer_ids, own.original_places, strict=True) if place >= 0]
-    assert tokenizer.decode(compared).replace("</s>", "").strip().endswith("was born in Tarn.")
+    assert tokenizer.decode(compared, skip_special_tokens=True).strip() == "was born in Tarn."
     for token, place in zip(own.answer_ids, own.original_places, strict=True):
         assert place < 0 or own.counterpart.answer_ids[place] == token

@@ -3,7 +3,7 @@
 from prompts.formatter import PromptFormatter
 from prompts.tokenizer import load_tokenizer
 from sources.rows import OtherAnswer, Row
-from sources.words import own_words
+from sources.words import own_words, spans_of
 
 
 def others(*texts):
@@ -26,8 +26,9 @@ def test_tokens_of_these_words_are_found_wherever_the_tokenizer_cuts_them(model_
     for folder in model_folders.values():
         formatter = PromptFormatter(load_tokenizer(str(folder)), "raw", 64, 40)
         tokens = formatter.answer("Orrin was born in Tarn, in spring.")
+        tarn = lambda text: spans_of(text, {"tarn"})  # noqa: E731
         marked = [
-            token for token, telling in zip(tokens, formatter.tokens_with(tokens, {"tarn"}), strict=True) if telling
+            token for token, telling in zip(tokens, formatter.tokens_within(tokens, tarn), strict=True) if telling
         ]
         said = formatter.tokenizer.decode(marked).strip()
         assert said.startswith("Tarn") and len(said) <= len("Tarn,")  # a token may hold the comma as well
