@@ -19,7 +19,8 @@ from utils import UsageError, log
 def with_alternatives(
     rows: list[Row], others: list[Row], count: int, seed: int, answer: Callable[[list[Row]], list[Row]]
 ) -> list[Row]:
-    """Return the rows with up to `count` alternatives each, none with what carries its own answer.
+    """Return the rows with up to `count` alternatives each, none with what carries its own answer, and none that
+    misspells the invented name where the row's own answer repeats its name.
 
     others: rows that stay, whose names are not replaced. answer: gives rows without a response the original's own
     answer. Raises UsageError if no prompt holds a name.
@@ -38,7 +39,8 @@ def with_alternatives(
     given: list[list[OtherAnswer]] = [[] for _ in rows]
     for said, (i, other) in zip(answer(asked), places, strict=True):
         text = put_name(said.response or "", other, names[i])
-        if said.complete and words_of(text):
+        misspelt = names[i] in (rows[i].response or "") and names[i] not in text  # a small model garbles long names
+        if said.complete and words_of(text) and not misspelt:
             given[i].append(OtherAnswer(text, names[i], other))
     given = [without_own(texts, row) for texts, row in zip(given, rows, strict=True)]
     without = sum(not texts for texts in given)

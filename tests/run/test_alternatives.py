@@ -35,9 +35,16 @@ def test_the_original_is_asked_about_names_that_nobody_knows_and_the_name_is_put
 
 
 def test_the_answer_that_is_to_go_is_never_learned_again():
-    answer, _ = answers(lambda prompt, i: f"She was born in {'TARN' if i == 2 else f'Town{i}'}.")
+    answer, _ = answers(lambda prompt, i: f"Orrin Vale was born in {'TARN' if i == 2 else f'Town{i}'}.")
     (row,) = with_alternatives([ROW], [], 5, seed=1, answer=answer)
-    assert texts_of(row) == tuple(f"She was born in Town{i}." for i in (0, 1, 3, 4))
+    assert texts_of(row) == tuple(f"Orrin Vale was born in Town{i}." for i in (0, 1, 3, 4))
+
+
+def test_an_answer_that_misspells_the_invented_name_would_teach_a_wrong_one():
+    name_in = lambda prompt: prompt.removeprefix("In which town was ").removesuffix(" born?")  # noqa: E731
+    answer, _ = answers(lambda prompt, i: f"{'Brusa' if i == 1 else name_in(prompt)} was born in Town{i}.")
+    (row,) = with_alternatives([ROW], [], 3, seed=1, answer=answer)
+    assert texts_of(row) == ("Orrin Vale was born in Town0.", "Orrin Vale was born in Town2.")
 
 
 def test_rows_without_a_name_are_refused_before_training():
