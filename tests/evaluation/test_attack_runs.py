@@ -185,7 +185,7 @@ def test_the_example_is_the_sample_that_hit_and_says_what_the_judge_calls_it(mon
     assert ("2", "yes 3") in judged and len(judged) == 2 * 12
 
 
-def test_relearning_is_judged_beside_a_model_that_never_knew_and_else_only_shown(monkeypatch):
+def test_every_attack_is_judged_beside_a_model_that_never_knew_and_relearning_is_else_only_shown(monkeypatch):
     texts = {"after": ["yes"], "before": ["yes"], "retrained": ["no"]}
     answer = lambda label: [one_answer_each("benign, 8 steps", texts[label], [2])]  # noqa: E731
     loaded = []
@@ -199,7 +199,8 @@ def test_relearning_is_judged_beside_a_model_that_never_knew_and_else_only_shown
     relearn, prefill = judge_attacks(lines, ROWS, judge)
     assert (relearn["judged"], relearn["control"]["value"]) == (True, 0.0)
     assert relearn["control_name"] == "a model that never knew the rows"
-    assert (prefill["judged"], prefill["control"]["value"], prefill["control_name"]) == (True, 1.0, "the original")
+    assert (prefill["judged"], prefill["control"]["value"]) == (True, 0.0), "what it says as well has not come back"
+    assert prefill["control_name"] == "a model that never knew the rows"
 
 
 def test_guessing_is_the_control_of_a_choice_and_no_judge_reads_it(monkeypatch):
