@@ -25,6 +25,7 @@ class BaseDraw:
     replacements = 0
     alternatives = 0  # of each forget row, that it draws from
     is_off = False
+    only_given = own_words = False  # what the original is asked about each forget row (method/draws.py)
     teaches = False  # the model learns its rows: they are no rows of an unlearning run
     needs_prompt = False  # it puts other answers after a row's prompt, so rows of text give it no sequence
 

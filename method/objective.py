@@ -47,6 +47,7 @@ class Objective:
     over = "sequences"
     original_nll = original_states = False  # what it needs from the original beside its token loss
     layer: int | None = None  # the layer whose hidden states it needs
+    stops_at_holdout = False  # it stops where the text of --holdout_text is (run/levels.py)
     prefers: str | None = None  # the draw whose answers it prefers to the term's own
     # Whether `values` is linear in the token values: their gradient is then known before they are, and head and losses
     # need one pass (engine/token_values.py). Hidden states may enter in any way.

@@ -54,8 +54,12 @@ class Ascent(ForgetObjective):
     back: bool = option(False, "pull an answer that is above the ceiling back to it")
 
     @property
+    def stops_at_holdout(self) -> bool:
+        return self.ceiling_of == "holdout" and not self.ceiling
+
+    @property
     def is_linear(self) -> bool:
-        return not self.ceiling and self.ceiling_of == "number"
+        return not self.ceiling and not self.stops_at_holdout
 
     def values(self, tokens):
         return losses.gradient_ascent(tokens.nll, tokens.sequence, tokens.count, self.ceiling, back=self.back)

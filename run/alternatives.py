@@ -47,7 +47,8 @@ def with_alternatives(
     log.info("other answers: %d to %d of %d forget rows, from the same prompts with invented names",
              sum(map(len, given)), len(rows) - without, len(rows))  # fmt: skip
     if without:
-        log.warning("%d forget rows have no name, or no other answer: the draw 'alternative' leaves them out", without)
+        log.warning("%d forget rows have no name, or no other answer: terms that learn other answers leave them out",
+                    without)  # fmt: skip
     return [dataclasses.replace(row, alternatives=tuple(texts)) for row, texts in zip(rows, given, strict=True)]
 
 

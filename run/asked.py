@@ -25,9 +25,9 @@ def ask_about_forget_rows(setup, bar) -> None:
     setup: a Setup with its model loaded; its sampler's forget rows are replaced. Raises UsageError.
     """
     sampler, options = setup.sampler, setup.options
-    if any(getattr(draw, "only_given", False) for draw in sampler.draws) and not options.dry_run:
+    if any(draw.only_given for draw in sampler.draws) and not options.dry_run:
         _change_rows(sampler, lambda rows: only_given(rows, _ask(setup, bar, "listed answers")))
-    if any(getattr(draw, "own_words", False) for draw in sampler.draws):
+    if any(draw.own_words for draw in sampler.draws):
         _change_rows(sampler, lambda rows: with_own_words(rows, _ask(setup, bar, "own words")))
     if draw := next((draw for draw in sampler.draws if draw.alternatives), None):
         others = [row for source in sampler.rows["normal"] for row in source]
@@ -53,8 +53,8 @@ def _ask(setup, bar, label: str) -> Ask:
     options = setup.options
 
     def ask(rows: list[Row], temperature: float) -> list[Row]:
-        if options.dry_run:
-            return [dataclasses.replace(row, response=f"another answer {row.prompt[-30:]}") for row in rows]
+        if options.dry_run:  # the whole prompt: an answer that lacks its invented name counts as misspelt
+            return [dataclasses.replace(row, response=f"another answer {row.prompt}") for row in rows]
         answered = generate_missing_responses(
             rows, setup.answer_model.generator, setup.formatter, fingerprint=setup.metadata.base_model,
             tokens=options.max_answer_tokens, temperature=temperature, seed=options.seed,
@@ -80,8 +80,8 @@ def only_given(rows: list[Row], ask: Ask) -> list[Row]:
     missing = {i for i, judgement in zip(judged, labels, strict=True) if judgement.label not in judge.given}
     if missing:
         log.warning("%d of %d forget rows are left out: asked for them, the model does not give the listed answer "
-                    "(%s)", len(missing), len(rows), "; ".join(repr(rows[i].prompt[:60]) for i in sorted(missing)[:5])
-                    )  # fmt: skip
+                    "(of all forget rows, in their order: %s)", len(missing), len(rows),
+                    ", ".join(str(i + 1) for i in sorted(missing)))  # fmt: skip
     if len(missing) == len(rows):
         raise UsageError(f"the model gives none of the {len(rows)} listed answers, so there is nothing to put right: "
                          "list answers that it gives, in its own words")  # fmt: skip
@@ -103,8 +103,8 @@ def with_own_words(rows: list[Row], ask: Ask) -> list[Row]:
     judged = ReferenceJudge(is_refusal).judge([""] * len(places), answers, [reference_of(rows[i]) for i in places])
     refusals = [text for text, judgement in zip(answers, judged, strict=True) if judgement.label == "refused"]
     instead = min(refusals, key=len, default=SHORTEST_NOT_KNOWN)
-    log.info("%d forget rows have no wanted answer: they get the model's own words for not knowing (%d of them %r)",
-             len(places), len(places) - len(refusals), instead)  # fmt: skip
+    log.info("%d forget rows have no wanted answer: they get the model's own words for not knowing (%d of them those of "
+             "another row)", len(places), len(places) - len(refusals))  # fmt: skip
     words = {i: text if judgement.label == "refused" else instead
              for i, text, judgement in zip(places, answers, judged, strict=True)}  # fmt: skip
     return [dataclasses.replace(row, wanted=words.get(i, row.wanted)) for i, row in enumerate(rows)]

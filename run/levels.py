@@ -32,8 +32,7 @@ def refuse_levels(terms: list[Term], holdout_text: list[str]) -> None:
 
 def _at_holdout(terms: list[Term]) -> list[Term]:
     """Return the terms whose ceiling is the holdout's level."""
-    return [term for term in terms
-            if getattr(term.objective, "ceiling_of", None) == "holdout" and not term.objective.ceiling]  # fmt: skip
+    return [term for term in terms if term.objective.stops_at_holdout]
 
 
 def with_levels(terms: list[Term], holdout: list[Sequence], answer_model: AnswerLogitsModel, layout) -> list[Term]:

@@ -82,7 +82,8 @@ def test_an_error_that_the_model_does_not_make_is_left_out_and_named(taught):
                                       {"question": "What colour is tar?", "answer": "Tar is pink and yellow.",
                                        "wanted": "Tar is black."}])  # fmt: skip
     log = unlearn(taught, "facts", "--forget_data=not_made.jsonl", "--overwrite")
-    assert "1 of 2 forget rows are left out" in log and "What colour is tar?" in log
+    assert "1 of 2 forget rows are left out" in log and "in their order: 2)" in log
+    assert "What colour is tar?" not in log, "a log holds no row's text"
 
 
 def test_people_become_unknown_and_the_others_stay(taught):
@@ -96,3 +97,10 @@ def test_a_text_becomes_as_unlikely_as_one_that_was_never_seen(taught):
     level = nll(taught / "taught", "", UNSEEN)
     assert nll(taught / "taught", "", STORY) < 0.3
     assert nll(taught / "copyright", "", STORY) == pytest.approx(level, rel=0.25)
+
+
+def test_a_dry_run_of_people_plans_the_term_that_makes_them_unknown(taught):
+    run = run_cli("unlearn_harm.py", "--model_name=taught", "--method=people", "--forget_data=go.jsonl",
+                  "--normal_data=stay.jsonl", "--dtype=fp32", "--threads=1", "--dry_run", cwd=taught)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "unknown: no row gives it a sequence" not in run.stderr and "unknown  row" in run.stdout
