@@ -103,8 +103,8 @@ def with_own_words(rows: list[Row], ask: Ask) -> list[Row]:
     judged = ReferenceJudge(is_refusal).judge([""] * len(places), answers, [reference_of(rows[i]) for i in places])
     refusals = [text for text, judgement in zip(answers, judged, strict=True) if judgement.label == "refused"]
     instead = min(refusals, key=len, default=SHORTEST_NOT_KNOWN)
-    log.info("%d forget rows have no wanted answer: they get the model's own words for not knowing (%d of them those of "
-             "another row)", len(places), len(places) - len(refusals))  # fmt: skip
+    log.info("%d forget rows have no wanted answer: they get the model's own words for not knowing (%d of them those "
+             "of another row)", len(places), len(places) - len(refusals))  # fmt: skip
     words = {i: text if judgement.label == "refused" else instead
              for i, text, judgement in zip(places, answers, judged, strict=True)}  # fmt: skip
     return [dataclasses.replace(row, wanted=words.get(i, row.wanted)) for i, row in enumerate(rows)]
