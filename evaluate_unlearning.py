@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from engine.loading import load_causal_model
-from engine.paths import refuse_folder, refuse_no_folder
+from engine.paths import read_args, refuse_folder, refuse_no_folder
 from engine.processes import join_processes
 from evaluation import verdict
 from evaluation.aggregate import make_report
@@ -155,7 +155,7 @@ def write_files(folder: Path, report: dict, lines: list[dict], train_log) -> Non
 
 def update_card(model_folder: Path, report: dict) -> None:
     """Write the figures into the card of a model of this project; a folder that cannot be written to keeps its card."""
-    if (model_folder / "unlearn_args.json").is_file():
+    if read_args(model_folder):
         try:
             write_model_card(model_folder, report)
         except OSError as error:
@@ -172,11 +172,8 @@ def load_for(name: str, options):
 # ---------------------------------------------------------------------------------------------------- times
 def unlearning_seconds(model_name: str) -> dict[str, float]:
     """Return {"unlearning": seconds of the run that made the model}; {} for a model of another origin."""
-    try:
-        run = json.loads((Path(model_name) / "unlearn_args.json").read_text(encoding="utf-8"))["run"]
-        return {"unlearning": float(run["seconds"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    seconds = ((read_args(model_name) or {}).get("run") or {}).get("seconds")  # old versions have none
+    return {} if seconds is None else {"unlearning": float(seconds)}
 
 
 def time_line(seconds: dict[str, float], *, any_kept: bool) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from engine import checkpoint
-from engine.paths import refuse_no_folder
+from engine.paths import read_args, refuse_no_folder
 from evaluation.figures import point_values
 from evaluation.report import front_plot, print_table
 from options import POSITIVE, OneLineParser, UnlearnOptions, option
@@ -125,7 +125,7 @@ def held_out_words(settings: dict, config: str) -> list[str]:
 def judged(folder: Path, settings: dict, options) -> dict:
     """Run and evaluate one combination, unless it is finished; return its figures."""
     arguments = words_for(settings) + held_out_words(settings, options.config)
-    if (folder / "unlearn_args.json").is_file():
+    if read_args(folder):
         refuse_other_settings(folder, [f"--config={options.config}", *arguments])
     else:
         log_file = folder.parent / "logs" / f"{folder.name}.log"
@@ -138,14 +138,14 @@ def judged(folder: Path, settings: dict, options) -> dict:
     figures = point_values(report)
     if missing := {"forget.answered.ratio", "keep.worst.answered.ratio"} - figures.keys():
         raise RunError(f"{folder}: {' and '.join(sorted(missing))} not measured: the original answers nothing")
-    seconds = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["run"]["seconds"]
+    seconds = read_args(folder)["run"]["seconds"]
     return {"forget": figures["forget.answered"], "keep": figures["keep.worst.answered.ratio"],
             "similarity": figures["keep.similarity"], "seconds": seconds}  # fmt: skip
 
 
 def refuse_other_settings(folder: Path, argv: list[str]) -> None:
     """Raise UsageError if the finished run in a folder has other settings than these arguments ask for."""
-    run_options = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))["options"]
+    run_options = read_args(folder)["options"]
     finished, asked = (checkpoint.flat(tree) for tree in (run_options, dataclasses.asdict(parse_run(argv))))
     names = asked.keys() - checkpoint.FREE
     if differ := checkpoint.differences(*({name: flat.get(name) for name in names} for flat in (finished, asked))):

@@ -1,7 +1,8 @@
-"""Refuse a path of the wrong kind, before a script spends time on anything else."""
+"""Folders that a run made, and paths of the wrong kind, refused before a script spends time on anything else."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from utils import UsageError
@@ -12,6 +13,20 @@ ARGS = {"unlearn": "unlearn_args.json", "finetune": "finetune_args.json"}  # wha
 def made_by_run(folder: str | Path) -> bool:
     """Return whether a folder holds the model of a run of this project that is finished."""
     return any((Path(folder) / name).is_file() for name in ARGS.values())
+
+
+def read_args(folder: str | Path, script: str = "unlearn") -> dict | None:
+    """Return what a run of a script (a key of ARGS) wrote beside its model: its options and, as "run", what it measured
+    of itself. None for a folder of another origin. Raises UsageError for a damaged file."""
+    path = Path(folder) / ARGS[script]
+    if not path.is_file():
+        return None
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        made["options"]["model_name"], made["options"]["seed"]  # of every run
+        return made
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: is not what a run writes ({error!r}); restore it or remove it") from error
 
 
 def refuse_folder(option: str, path: str | Path) -> None:

@@ -109,7 +109,6 @@ def make_report(inputs: EvaluationInputs, records: dict[str, Record], scores: Sc
         judge["decides"] = [f"{e['side']}: {e['name']}" for e in entries if e["judge"] == judge["name"]]
     told = (inputs.groups, {label: record.scores for label, record in records.items()}, inputs.holdout,
             {label: record.holdout for label, record in records.items()})  # fmt: skip
-    known = (inputs.trained_on, inputs.never_trained)
     pooled = pooled_entries(lines, facts)
     for name, left in extraction_report(*told).items():
         entry = pooled["forget"] if name == "all" else next(entry for entry in entries if entry["name"] == name)
@@ -122,7 +121,8 @@ def make_report(inputs: EvaluationInputs, records: dict[str, Record], scores: Sc
         "options": dataclasses.asdict(options), "judges": judges,
         "on_topic_cosine": next(judge["on_topic_cosine"] for judge in judges if judge["name"] == OUTCOME),
         "groups": entries, "pooled": pooled,
-        "membership": membership_report(*told, *known), "forget_quality": forget_quality_report(*told[:2], *known),
+        "membership": membership_report(*told, inputs.members),
+        "forget_quality": forget_quality_report(*told[:2], inputs.members),
         "given_text": compare_text_scores({label: record.text_scores for label, record in records.items()}),
     }  # fmt: skip
     return as_plain(report)

@@ -16,12 +16,13 @@ from evaluation.holdout import read_holdout
 from evaluation.judges.classifier import refuse_no_reward_model
 from evaluation.judges.panel import decider, refuse_unknown_judge
 from evaluation.likelihood import read_choices, read_text
+from evaluation.members import Members, read_members
 from evaluation.train_log import TrainLog, read_train_log
 from prompts.chat_template import default_template
 from prompts.formatter import PromptFormatter
 from prompts.tokenizer import load_tokenizer
 from prompts.windows import TextCutter, ask_to_go_on
-from sources.rows import Row
+from sources.rows import Row, read_sources
 from utils import UsageError
 
 
@@ -41,8 +42,7 @@ class EvaluationInputs:
     text: str  # whose perplexity is taken
     holdout: dict[str, list[Row]]  # rows with answers that no model ever saw, by source
     harness: HarnessPlan | None  # the tasks of lm-evaluation-harness
-    trained_on: TrainedOn | None  # the record of the unlearned model, if it has one
-    never_trained: frozenset[str]  # `Row.key` of rows that are no members, whatever their split says
+    members: Members  # which forget rows a run trained on
 
     def hash(self) -> str:
         """Return a hash of all rows and texts that were read from files."""
@@ -57,7 +57,8 @@ def read_inputs(options) -> EvaluationInputs:
     cutter, trained_on = TextCutter.of(formatters["before"], options), TrainedOn.read(options.model_name)
     splits = by_source(sides, split_sides(sides, options, cutter))
     formatters["before"].check_turns(sides.rows("forget") + sides.rows("normal") + sides.rows("unseen"))
-    groups = make_groups(splits, formatters["before"].style, options)
+    about = read_sources(options.about_data, "--about_data", fields=options.fields)
+    groups = make_groups(splits, formatters["before"].style, options, about)
     if options.judge_by != "outcome":
         groups = split_by_reference(groups)
     ask_texts(groups, formatters)
@@ -75,8 +76,8 @@ def read_inputs(options) -> EvaluationInputs:
         relearn_sets=read_relearn_data(options),
         train_log=read_train_log(options.train_log),
         choice_rows=read_choices(options.mc_data, "--mc_data")[: options.mc_rows] if options.mc_data else [],
-        scored=scored, holdout=read_holdout(options, sides, cutter, trained_on), trained_on=trained_on,
-        harness=harness, never_trained=frozenset(row.key for row in sides.rows("unseen")),
+        scored=scored, holdout=read_holdout(options, sides, cutter, trained_on),
+        harness=harness, members=read_members(options, sides, formatters["before"], trained_on),
         text=read_text(options.perplexity_text, "--perplexity_text") if options.perplexity_text else "",
     )  # fmt: skip
 

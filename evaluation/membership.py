@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.trained_on import TrainedOn
-from evaluation.groups import LISTED, TRAINED, Group, unseen_groups
+from evaluation.groups import Group, unseen_groups
+from evaluation.members import Members
 from evaluation.metrics.membership import auc, privacy_leakage
 from evaluation.metrics.memorisation import ExtractionLeft, extraction_left
 from evaluation.metrics.tofu import forget_quality
 from evaluation.scoring import RowScores
 from sources.rows import Row
 
+ALL = Members()  # of a model without a record, all forget rows but those held out
 Scores = dict[str, list[list[RowScores | None]]]  # "before", "after", perhaps "retrained" -> what `score_rows` gave
-MEMBER_SPLITS = (TRAINED, LISTED, "train", "")  # "": all rows of a source were asked
 FEWEST = 10  # rows on each side, below which the figures say next to nothing
 NO_HOLDOUT = ("not measured: membership compares the trained forget rows with rows that no model ever saw; name such "
               "rows as --holdout_data or --holdout_text")  # fmt: skip
@@ -37,41 +37,23 @@ def membership_report(
     scores: Scores,
     holdout: dict[str, list[Row]],
     holdout_scores: dict[str, list[RowScores | None]],
-    trained_on: TrainedOn | None = None,
-    never_trained: frozenset[str] = frozenset(),
+    known: Members = ALL,
 ) -> dict:
     """Return report.json's "membership": an entry per forget source that has trained rows with answers.
 
     groups, scores: those of the evaluation. holdout, holdout_scores: rows that no model ever saw, from `read_holdout`,
     and every model's scores of them, from `score_holdout`.
-    trained_on: the record of the unlearned model, if it has one. never_trained: `Row.key` of rows that are no members
-    whatever their split says (those of --unseen_data). Without both kinds of rows, "not_measured" says why.
+    known: which rows are members. Without both kinds of rows, "not_measured" says why.
     """
     if not holdout:
         return {"entries": [], "not_measured": NO_HOLDOUT}
     entries = []
-    for source, places in _members(groups, trained_on, never_trained).items():
+    for source, places in known.places(groups).items():
         members = _rows_of(scores, places)
         others = _of_kind(any(groups[i].is_text for i, _ in places), holdout, holdout_scores)
         if members["after"] and others["after"]:
             entries.append(_entry(source, members, others))
     return {"entries": entries, "not_measured": None if entries else NO_MEMBERS}
-
-
-def _members(
-    groups: list[Group], trained_on: TrainedOn | None, never_trained: frozenset[str]
-) -> dict[str, list[tuple[int, int]]]:
-    """Return {forget source: places (group, row) of the rows that a run trained on}; without a record, of all rows that
-    were not held out."""
-    places: dict[str, list[tuple[int, int]]] = {}
-    for i, group in enumerate(groups):
-        if group.side == "forget" and group.counts and group.split in MEMBER_SPLITS:
-            trained = [(i, j) for j, row in enumerate(group.rows)
-                       if row.key not in never_trained
-                       and (trained_on is None or trained_on.holds("forget", row.key))]  # fmt: skip
-            if trained:
-                places.setdefault(group.source, []).extend(trained)
-    return places
 
 
 def _rows_of(scores: Scores, places: list[tuple[int, int]]) -> dict[str, list[RowScores]]:
@@ -118,15 +100,14 @@ def map_scores(score, rows: list[RowScores]) -> list[float]:
 def forget_quality_report(
     groups: list[Group],
     scores: Scores,
-    trained_on: TrainedOn | None = None,
-    never_trained: frozenset[str] = frozenset(),
+    known: Members = ALL,
 ) -> dict | None:
     """Return report.json's "forget_quality": TOFU's KS test of the truth ratios after against those of the retrained
     model, on the trained forget rows, and the original's beside it. None without a retrained model or truth ratios.
     The arguments are those of `membership_report`."""
     if "retrained" not in scores:
         return None
-    places = [place for of_source in _members(groups, trained_on, never_trained).values() for place in of_source]
+    places = [place for of_source in known.places(groups).values() for place in of_source]
     ratios = {label: list(_truth_ratios(rows)) for label, rows in _rows_of(scores, places).items()}
     if not ratios["after"]:
         return None

@@ -80,6 +80,11 @@ class EvaluateOptions(CommonOptions, DataOptions):
     )
     examples: COUNT = option(6, "number of example answers printed side by side at the end")
 
+    about_data: list[str] = option(
+        [], "questions about the forget text, with answers: what is known about a text may stay where its words go, so "
+        "they are asked and shown apart, and count towards no verdict"
+    )  # fmt: skip
+
     # ---- membership
     holdout_data: list[str] = option(
         [], "rows with answers that no model of this evaluation ever saw, of the kind of --forget_data: membership and "

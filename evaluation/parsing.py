@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
-from pathlib import Path
 
+from engine.paths import read_args
+from evaluation.members import SPLIT_OPTIONS
 from evaluation.options import EvaluateOptions
 from options import DataOptions, OneLineParser, config_words, peek, underscored, words_of
 from utils import UsageError
-
-SPLIT_OPTIONS = ("seed", "dev_share", "test_share", "text_window", "text_stride")  # what a split of the rows depends on
 
 
 def parse_evaluation(argv: list[str] | None = None) -> EvaluateOptions:
@@ -39,15 +37,12 @@ def words_of_run(folder: str, own: list[str]) -> list[str]:
     These are its data options, seed and original. `own`: sides that are given data or text of one's own, for which
     the run's data and text are left out, and the run's categories with its forget data.
     """
-    path = Path(folder) / "unlearn_args.json"
-    if not path.is_file():
+    made = read_args(folder)
+    if made is None:
         return []
-    try:
-        made_with = json.loads(path.read_text(encoding="utf-8"))["options"]
-        names = {field.name for field in dataclasses.fields(DataOptions)} & made_with.keys() | {"seed"}
-        names -= {f"{side}_{kind}" for side in own for kind in ("data", "text")}
-        if "forget" in own:
-            names -= {"unseen_data", "harm_categories"}
-        return words_of({"original_name": made_with["model_name"], **{name: made_with[name] for name in sorted(names)}})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: is not what a run writes ({error!r}); restore it or remove it") from error
+    made_with = made["options"]
+    names = {field.name for field in dataclasses.fields(DataOptions)} & made_with.keys() | {"seed"}
+    names -= {f"{side}_{kind}" for side in own for kind in ("data", "text")}
+    if "forget" in own:
+        names -= {"unseen_data", "harm_categories"}
+    return words_of({"original_name": made_with["model_name"], **{name: made_with[name] for name in sorted(names)}})

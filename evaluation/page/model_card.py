@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from engine.paths import read_args
 from evaluation.page.tables import group_table, worst_attack_line
 from evaluation.page.wording import sentence
 from sources.containers import RECORD_KINDS, TEXT_KINDS, kind_of
@@ -25,7 +26,8 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name 
 
 def write_model_card(folder: Path, report: dict | None = None) -> None:
     """Write README.md of a model folder from its unlearn_args.json and, once evaluated, the figures of its report."""
-    made = json.loads((folder / "unlearn_args.json").read_text(encoding="utf-8"))
+    made = read_args(folder)
+    assert made, folder
     options = {"recipe": None, **made["options"]}  # a folder made before recipes has none
     sides = {side: listed(options, side) for side in ("forget", "normal")}
     is_moved = report and Path(report["before"]).exists()  # a name that was relative to another folder is no hub name

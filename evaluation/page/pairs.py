@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from evaluation.groups import unseen_groups
+from evaluation.groups import PUBLISHED_NAME, unseen_groups
 
 SHOWN_CHARACTERS = 260  # of a text in a pair; the rest can be unfolded
 MODELS = ("before", "after", "retrained")
@@ -55,7 +55,7 @@ def is_harm(report: dict) -> bool:
 
 def shown_groups(report: dict) -> list[dict]:
     """Return the groups that the page shows. The published prompt asks for harm: elsewhere it says nothing."""
-    return [group for group in report["groups"] if group["counts"] or is_harm(report)]
+    return [group for group in report["groups"] if is_harm(report) or not group["name"].startswith(PUBLISHED_NAME)]
 
 
 def example_pairs(report: dict, lines: list[dict]) -> list[Pair]:

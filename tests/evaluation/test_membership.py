@@ -1,5 +1,6 @@
 """Membership: trained rows against rows that no model ever saw, and what is refused as such a row."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from data_module import read_sides
 from engine.trained_on import TrainedOn
 from evaluation.groups import LISTED, TRAINED, UNSEEN, Group
 from evaluation.holdout import read_holdout
+from evaluation.members import Members, merged, trained_spans
 from evaluation.membership import extraction_report, forget_quality_report, membership_report
 from evaluation.metrics.membership import min_k, min_k_plus_plus, zlib_ratio
 from evaluation.options import EvaluateOptions
@@ -81,13 +83,31 @@ def test_members_are_those_on_the_record_and_none_that_never_trained(tmp_path):
     scores = {label: [[scored(i) for i in range(3)], [None, scored(1), scored(1)]] for label in ("before", "after")}
     new = {label: [scored(9)] * 12 for label in ("before", "after")}
     record = TrainedOn().with_run({"forget": [row.key for row in trained.rows[:2]], "normal": []})
-    found = membership_report([trained, unseen], scores, HOLDOUT, new, record)
+    found = membership_report([trained, unseen], scores, HOLDOUT, new, Members(record))
     assert [(e["source"], e["members"]) for e in found["entries"]] == [("bios", 2)]
     found = membership_report([trained, unseen], scores, HOLDOUT, new)  # of a model without a record, all
     assert [(e["source"], e["members"]) for e in found["entries"]] == [("bios", 3), ("asked", 2)]
-    found = membership_report([trained, unseen], scores, HOLDOUT, new,
-                              never_trained=frozenset(row.key for row in unseen.rows))  # fmt: skip
+    known = Members(never_trained=frozenset(row.key for row in unseen.rows))
+    found = membership_report([trained, unseen], scores, HOLDOUT, new, known)
     assert [e["source"] for e in found["entries"]] == ["bios"]
+
+
+def test_a_passage_of_other_windows_is_a_member_where_a_run_trained_on_all_of_it(files):
+    """A run in windows of 8 trained on the tokens 0 to 24 and 32 to 40 of a text; asked are windows of 12."""
+    files.options.forget_text = [files.write("book.txt", files.book)]
+    sides, tokenizer = read_sides(files.options), make_tokenizer("chat")
+    (document,) = sides.rows("forget")[-1:]
+    of_run = dataclasses.replace(files.options, text_window=8, text_stride=0, dev_share=0.0, test_share=0.0)
+    seen = [p.key for p in TextCutter(tokenizer, 8, has_start=True).cut(document) if p.end <= 24 or p.start == 32]
+    record = TrainedOn().with_run({"forget": seen, "normal": []})
+    formatter = SimpleNamespace(tokenizer=tokenizer, text_start=(0,))
+    spans = trained_spans(sides, of_run, formatter, record)
+    assert spans == {(document.source, document.document): [(0, 24), (32, 40)]}
+    asked = {p.start: p for p in TextCutter(tokenizer, 12, 4, has_start=True).cut(document)}
+    known = Members(record, trained_text=spans)
+    assert [known.holds(asked[start]) for start in (0, 12, 16, 28, 32)] == [True, True, False, False, False]
+    assert not Members(record).holds(asked[0])
+    assert merged([(4, 6), (0, 2), (2, 4), (8, 9)]) == [(0, 6), (8, 9)]
 
 
 def test_text_is_compared_with_text():
