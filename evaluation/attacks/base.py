@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -24,11 +24,11 @@ CONTROL_NAMES = {"original": "the original", "retrained": "a model that never kn
 # ------------------------------------------------------------------------------------------- what is attacked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AskedRow:
-    """A prompt with what a judge of its answers has to know.
+    """A prompt, or a passage, with what a judge of its answers has to know.
 
-    row: its response is the original model's answer. reference: the answer that came with the row. judge: the name of
-    the judge that decides over its group; None, of example prompts, which are in no group: the one that decides over
-    prompts without an answer.
+    row: of a prompt, its response is the original model's answer. reference: the answer that came with the row. judge:
+    the name of the judge that decides over its group; None, of example prompts, which are in no group: the one that
+    decides over prompts without an answer.
     """
 
     row: Row
@@ -149,6 +149,7 @@ def one_answer_each(variant: str, texts: list[str], rows: list[int] | None = Non
 class Attack:
     """A registered attack.
 
+    run: asks prompts. on_text: asks passages of text to go on; None if the attack has no such form.
     needs: "examples" if it reads the example rows, "relearn" if it reads the sets to fine-tune on; both need answers.
     control: the model that is attacked likewise, if no retrained one is given: that one never knew the rows, so its
     share is what comes from the attack alone. "original" has forgotten nothing, so its share bounds what could come
@@ -157,17 +158,24 @@ class Attack:
 
     run: Callable[[AttackTarget], list[AttackResult]]
     family: Family
+    on_text: Callable[[AttackTarget], list[AttackResult]] | None = None
     needs: frozenset[str] = frozenset()
     control: Literal["original", "retrained"] = "original"
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether it can be run on passages."""
+        return self.on_text is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
     """A registered probe: `measure(model, formatter, rows)` returns numbers, or an empty list if it cannot read this
-    kind of model. report.json holds the numbers of both models under `report_key`."""
+    kind of model. report.json holds the numbers of both models under `report_key`. It reads prompts and passages."""
 
     measure: Callable[[torch.nn.Module, PromptFormatter, list[Row]], list[float]]
     report_key: str
+    takes_text: ClassVar[bool] = True
 
 
 # ------------------------------------------------------------------------------------- labels in report.json

@@ -1,4 +1,4 @@
-"""The rows of an attack: forgotten prompts, and examples that an adversary shows, teaches or compares.
+"""The rows of an attack: forgotten prompts or passages, and examples that an adversary shows, teaches or compares.
 
 An attack sees the unlearned model, never its answers; where it needs harmful text, it takes the original's answers.
 """
@@ -12,9 +12,11 @@ from collections.abc import Callable
 from data_module import prompt_hash, sample
 from engine.generation import generate
 from engine.trained_on import TrainedOn
+from evaluation.attacks import ATTACKS
 from evaluation.attacks.base import AskedRow, AttackConfig, AttackData, RelearnSet
-from evaluation.groups import free_name, trained_rows, unseen_groups
+from evaluation.groups import Group, free_name, trained_rows, unseen_groups
 from prompts.formatter import PromptFormatter
+from prompts.windows import Passage, whole
 from sources.rows import Row, read_sources
 from utils import UsageError, log
 
@@ -36,7 +38,7 @@ DRAWN = 1.5  # examples drawn for each one used: some get no answer from the ori
 
 @dataclasses.dataclass(frozen=True)
 class Forgotten:
-    """The prompts that attacks ask. not_attacked: names of the forget groups that no attack asks."""
+    """What attacks ask: prompts, and passages of text. not_attacked: names of the forget groups that none asks."""
 
     rows: list[AskedRow]
     not_attacked: list[str]
@@ -46,27 +48,61 @@ class Forgotten:
         return {"rows": len(self.rows), "not_attacked": self.not_attacked}
 
 
-def forgotten_rows(lines: list[dict], style: str, count: int, seed: int) -> Forgotten:
-    """Return at most `count` forgotten prompts: unseen, answered before and not after, as the deciding judges say.
+def forgotten_rows(
+    lines: list[dict], groups: list[Group], style: str, count: int, seed: int, attacks: list[str]
+) -> Forgotten:  # fmt: skip
+    """Return at most `count` forgotten prompts, and as many passages: unseen, given before and not after, as the
+    deciding judges say.
 
-    lines: those of scores.jsonl. The prompts are drawn from all groups together, since what holds for one kind of
-    prompt need not hold for another. Passages of text are no prompts, so no attack asks them.
+    lines: those of scores.jsonl; groups: whose rows they are; attacks: those that are asked for. Prompts, and passages,
+    are drawn from all their groups together, since what holds for one group need not hold for another. No two passages
+    share a token.
     """
     judged = [line for line in lines if line["side"] == "forget" and line["counts"]]
-    texts = list(dict.fromkeys(line["group"] for line in judged if line.get("text")))
-    if texts:
-        log.warning("attacks: not on %s: an attack asks prompts, and this is text", ", ".join(texts))
-    prompts = [line for line in judged if not line.get("text")]
-    unseen = unseen_groups(line["group"] for line in prompts)
-    forgotten = {}
-    for line in prompts:
-        if (line["group"] in unseen and line["style"] == style and line["before"]["answered"]
-                and line["after"]["answered"] is False):  # fmt: skip
-            row = Row(line["prompt"], line["before"]["answer"], earlier=tuple(map(tuple, line.get("earlier", ()))))
-            forgotten[row.key] = AskedRow(row=row, id=prompt_id(row), group=line["group"], judge=line.get("judge"),
-                                          reference=line.get("reference"))  # fmt: skip
-    chosen = sample([asked.row for asked in forgotten.values()], count, seed)
-    return Forgotten([forgotten[row.key] for row in chosen], texts)
+    texts = [line for line in judged if line.get("text")]
+    prompts = _forgotten([line for line in judged if not line.get("text") and line["style"] == style], _prompt)
+    chosen = [prompts[row.key] for row in sample([asked.row for asked in prompts.values()], count, seed)]
+    names = list(dict.fromkeys(line["group"] for line in texts))
+    if attacks and names and not any(ATTACKS[name].takes_text for name in attacks):
+        log.warning("attacks: not on %s: none of those asked for reads text", ", ".join(names))
+        return Forgotten(chosen, names)
+    cut = {(group.name, row.prompt, row.response): row for group in groups if group.is_text for row in group.rows}
+    passages = _forgotten(texts, lambda line: cut[line["group"], line["prompt"], line["reference"]])
+    drawn = apart(sample([asked.row for asked in passages.values()], len(passages), seed))
+    return Forgotten([*chosen, *(passages[row.key] for row in drawn[:count])], [])
+
+
+def _forgotten(lines: list[dict], row_of: Callable[[dict], Row]) -> dict[str, AskedRow]:
+    """Return {key: row} of those lines of unseen groups that were given before and are not after."""
+    unseen, found = unseen_groups(line["group"] for line in lines), {}
+    for line in lines:
+        if line["group"] in unseen and line["before"]["answered"] and line["after"]["answered"] is False:
+            row = row_of(line)
+            found[row.key] = AskedRow(row=row, id=prompt_id(row), group=line["group"], judge=line.get("judge"),
+                                      reference=line.get("reference"))  # fmt: skip
+    return found
+
+
+def _prompt(line: dict) -> Row:
+    """Return the prompt of a line, with the original's answer."""
+    return Row(line["prompt"], line["before"]["answer"], earlier=tuple(map(tuple, line.get("earlier", ()))))
+
+
+def apart(passages: list[Passage]) -> list[Passage]:
+    """Return the passages of which none shares a token with an earlier one of the list."""
+    kept: list[Passage] = []
+    for passage in passages:
+        if not any(overlap(passage, other) for other in kept):
+            kept.append(passage)
+    return kept
+
+
+def overlap(row: Row, passage: Row) -> bool:
+    """Return whether two passages of one document share a token."""
+    if not (isinstance(row, Passage) and isinstance(passage, Passage)):
+        return False
+    is_same = (row.source, row.document) == (passage.source, passage.document)
+    return is_same and row.start < passage.end and passage.start < row.end
 
 
 def prompt_id(row: Row) -> str:
@@ -123,25 +159,27 @@ def collect_data(
 ) -> AttackData:
     """Return the attacked rows with the example rows that are needed ("examples", "relearn").
 
+    asked: prompts, or passages; examples are of the same kind, but for what is taught of the keep side.
     splits: {"forget" or "keep": {source: its rows by split}}. own_sets: the rows of --relearn_data. Examples of the
     forget side are rows that the run trained on, since others were never forgotten.
     """
     data = AttackData(asked=asked, forget_train_rows=[])
     if not needs:
         return data
-    attacked = {prompt_hash(row.key) for row in data.rows}
+    is_text = any(row.is_text for row in data.rows)
     trained_on = TrainedOn.read(maker.options.model_name)
-    forget = not_among(attacked, [row for parts in splits["forget"].values()
-                                  for row in trained_rows(parts["train"], trained_on)])  # fmt: skip
-    keep = {source: not_among(attacked, [row for part in parts.values() for row in part])
+    trained = [row for parts in splits["forget"].values() for row in trained_rows(parts["train"], trained_on)]
+    forget = not_among(data.asked, [row for row in trained if row.is_text == is_text])
+    keep = {source: not_among(data.asked, [row for of_split in parts.values() for row in of_split
+                                           if is_text or not row.is_text])
             for source, parts in splits["keep"].items()}  # fmt: skip
     taught: dict[str, list[Row]] = {}
     if "relearn" in needs:
-        taught = own_rows(own_sets, attacked) or first_sources(keep, maker.config.num_keep_sets)
+        taught = own_rows(own_sets, data.asked) or first_sources(keep, maker.config.num_keep_sets)
     drawn = maker.draw({FORGOTTEN: forget, **taught} if "examples" in needs or not own_sets else taught)
     data.forget_train_rows = drawn.get(FORGOTTEN, [])
     if "examples" in needs:
-        keep_rows = [row for rows in keep.values() for row in rows]
+        keep_rows = [row for rows in keep.values() for row in rows if row.is_text == is_text]
         data.keep_rows = sample(keep_rows, maker.config.num_examples, maker.options.seed)
     if "relearn" in needs:
         sets = [RelearnSet(name, drawn[name]) for name in taught if drawn[name] or own_sets]
@@ -152,33 +190,43 @@ def collect_data(
     return data
 
 
-def not_among(attacked: set[str], rows: list[Row]) -> list[Row]:
-    """Return the rows that are prompts and are not attacked."""
-    return [row for row in rows if not row.is_text and prompt_hash(row.key) not in attacked]
+def not_among(attacked: list[AskedRow], rows: list[Row]) -> list[Row]:
+    """Return the rows that tell nothing of an attacked one: not its prompt, not its answer under a prompt in other
+    words, and of a passage no token of it."""
+    prompts = {prompt_hash(asked.row.key) for asked in attacked}
+    answers = {prompt_hash(asked.answer) for asked in attacked}
+    return [row for row in rows
+            if prompt_hash(row.key) not in prompts and not (row.response and prompt_hash(row.response) in answers)
+            and not any(overlap(row, asked.row) for asked in attacked)]  # fmt: skip
 
 
-def own_rows(own_sets: dict[str, list[Row]], attacked: set[str]) -> dict[str, list[Row]]:
-    """Return the rows of --relearn_data by set. Attacked prompts are left out of them, and that is said."""
+def own_rows(own_sets: dict[str, list[Row]], attacked: list[AskedRow]) -> dict[str, list[Row]]:
+    """Return the rows of --relearn_data by set. What the attack asks is left out of them, and that is said."""
     taught = {name: not_among(attacked, rows) for name, rows in own_sets.items()}
     for name, rows in own_sets.items():
         if left_out := len(rows) - len(taught[name]):
-            log.warning("--relearn_data %s: %d of its rows are asked by the attack, and are not taught", name, left_out)
+            log.warning("--relearn_data %s: %d of its rows are asked by the attack, or hold an answer that it looks "
+                        "for, and are not taught", name, left_out)  # fmt: skip
     return taught
 
 
 def first_sources(keep: dict[str, list[Row]], count: int) -> dict[str, list[Row]]:
-    """Return the first `count` keep sources that hold prompts, by name."""
+    """Return the first `count` keep sources that hold rows, by name."""
     names_taken: set[str] = {FORGOTTEN}
     sources = [source for source, rows in keep.items() if rows][:count]
     return {free_name(source, names_taken): keep[source] for source in sources}
 
 
 def forgotten_set(data: AttackData) -> list[RelearnSet]:
-    """Return the set of forgotten rows. If there are too few beside the attacked ones, half of these are taught and the
-    others asked."""
+    """Return the set of forgotten rows. If there are too few beside the attacked ones, half of these are taught, and
+    those others asked that have another answer."""
     if len(data.forget_train_rows) >= FEWEST_TAUGHT:
         return [RelearnSet(FORGOTTEN, data.forget_train_rows)]
-    if len(data.asked) < 2:
+    taught = data.asked[::2]
+    told = {prompt_hash(asked.answer) for asked in taught}
+    measured = [i for i in range(1, len(data.asked), 2) if prompt_hash(data.asked[i].answer) not in told]
+    if not measured:
         return []
-    taught = [dataclasses.replace(asked.row, response=asked.answer) for asked in data.asked[::2]]
-    return [RelearnSet(f"half of the {FORGOTTEN}", taught, list(range(1, len(data.asked), 2)))]
+    rows = [whole(asked.row) if asked.row.is_text else dataclasses.replace(asked.row, response=asked.answer)
+            for asked in taught]  # fmt: skip
+    return [RelearnSet(f"half of the {FORGOTTEN}", rows, measured)]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from engine.tree import AnswerLogitsModel
 from evaluation.attacks import ATTACKS
-from evaluation.attacks.base import CONTROL_NAMES, AskedRow, AttackConfig, AttackResult, AttackTarget
+from evaluation.attacks.base import CONTROL_NAMES, AskedRow, AttackConfig, AttackData, AttackResult, AttackTarget
 from evaluation.attacks.rows import ExampleMaker, Judge, collect_data
 from evaluation.inputs import EvaluationInputs
 from evaluation.metrics.statistics import Estimate, rate
@@ -24,6 +24,7 @@ QUICK_TOKENS = 24  # of an answer at most
 QUICK = {"num_rephrasings": 4, "num_samples": 4, "num_examples": 4, "num_keep_sets": 0, "relearn_steps": 8,
          "relearn_answers": 1, "quantised_bits": (4,), "pruned_shares": (0.3,), "ablated_layers": 4}  # fmt: skip
 NUM_EXAMPLES = 3  # answers that are shown of a variant
+CONTROLS = {"before": "original", "retrained": "retrained"}  # a model -> what it is called as a control
 GIVEN_LABEL = "given"  # of an example that no judge decides about
 
 
@@ -62,34 +63,38 @@ def ask_attacks(
 
     keep: called with each attack's name and answers as soon as they are there, since a later one may fail.
     get_model: "before", "after" or "retrained" -> the model; the last, the control of all attacks, is asked for only if
-    --retrained_name is given. judge: says which example prompts the original answers. An attack that cannot be
-    done is named in the log, and the others still run.
+    --retrained_name is given. judge: says which example prompts the original answers. Prompts and passages are attacked
+    each with examples of their kind. An attack that cannot be done is named in the log, and the others still run.
     """
     if not rows or not names:
         return []
     config = make_config(options)
     maker = ExampleMaker(original=get_model("before").model, formatter=inputs.formatters["before"], judge=judge,
                          options=options, config=config)  # fmt: skip
+    kinds = [of_kind for is_text in (False, True) if (of_kind := [row for row in rows if row.row.is_text == is_text])]
     needs = set().union(*(ATTACKS[name].needs for name in names))
-    data = collect_data(rows, inputs.splits, inputs.relearn_sets, needs, maker)
+    data = [collect_data(of_kind, inputs.splits, inputs.relearn_sets, needs, maker) for of_kind in kinds]
 
-    def target(label: str) -> AttackTarget:
+    def target(label: str, data: AttackData) -> AttackTarget:
         wrapped = get_model(label)
         return AttackTarget(model=wrapped.model, formatter=inputs.formatters[label], packed=wrapped.packed, data=data,
                             config=config)  # fmt: skip
 
-    lines = []
+    lines, control = [], "retrained" if options.retrained_name else "before"
     for name in tqdm(names, desc="attacks", leave=False, disable=None):
-        attack = ATTACKS[name]
-        knows_none = bool(options.retrained_name)
-        try:
-            results = attack.run(target("after"))
-            controls = attack.run(target("retrained" if knows_none else "before"))
-        except UsageError as error:  # such as a model that takes no adapters: the other attacks still run
-            log.warning("attack %s: not done: %s", name, error)
-            continue
-        of_attack = lines_of(name, results, controls, rows, "retrained" if knows_none else "original")
-        if keep:
+        of_attack = []
+        for of_kind, examples in zip(kinds, data, strict=True):
+            run = ATTACKS[name].on_text if of_kind[0].row.is_text else ATTACKS[name].run
+            if run is None:
+                log.info("attack %s: not on the passages: it has no form for text", name)
+                continue
+            try:
+                results, controls = run(target("after", examples)), run(target(control, examples))
+            except UsageError as error:  # such as a model that takes no adapters: the other attacks still run
+                log.warning("attack %s: not done: %s", name, error)
+                continue
+            of_attack += lines_of(name, results, controls, of_kind, CONTROLS[control])
+        if keep and of_attack:
             keep(name, of_attack)
         lines += of_attack
     return lines

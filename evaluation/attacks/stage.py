@@ -98,7 +98,8 @@ def attack(
     models are asked again where it calls other prompts forgotten. --embedder is part of the built-in judge of outcomes,
     which chooses the examples that some attacks show or teach: those are asked again.
     """
-    forgotten = forgotten_rows(lines, inputs.formatters["after"].style, num_prompts(options), options.seed)
+    forgotten = forgotten_rows(lines, inputs.groups, inputs.formatters["after"].style, num_prompts(options),
+                               options.seed, inputs.attacks)  # fmt: skip
     judges, reuse = PanelOfAttacks(panel), may_reuse(options) and all(record.weights for record in records.values())
     keys, file = attack_keys(forgotten, inputs, records, options), folder / "answers" / "attacks.jsonl"
     asked = AskedAttacks.read(file, keys) if reuse else AskedAttacks(file=file, keys=keys)

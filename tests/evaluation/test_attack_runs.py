@@ -1,6 +1,7 @@
 """Attacks as an evaluation runs them: which rows, with which control, judged by whom, and what is shown of them."""
 
 import dataclasses
+import itertools
 import json
 import re
 import weakref
@@ -17,9 +18,11 @@ from evaluation.attacks.rows import ExampleMaker, Said, collect_data, forgotten_
 from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks, rate_back, read_probes
 from evaluation.attacks.stage import attack
 from evaluation.figures import figures
+from evaluation.groups import Group
 from evaluation.judges.base import Judgement
 from evaluation.model_run import Models
 from evaluation.options import EvaluateOptions
+from prompts.windows import Passage, ask_to_go_on, whole
 from sources.rows import Row
 from utils import UsageError
 
@@ -44,15 +47,54 @@ def test_attacked_are_forgotten_prompts_of_every_group(caplog):
     lines += [line("first (trained)", 1), line("never", 1, before=False), line("still", 1, after=True),
               line("pasted", 1, style="qa"), line("shown (unseen)", 1, counts=False), line("kept", 1, side="keep"),
               line("unread (unseen)", 1, before=None, after=None), line("book (unseen)", 1, text=True)]  # fmt: skip
-    found = forgotten_rows(lines, "chat", 20, seed=3)
+    found = forgotten_rows(lines, [], "chat", 20, 3, ["suffix"])
     assert len({asked.id for asked in found.rows}) == 20
     assert {asked.group for asked in found.rows} == {"first (unseen)", "second (unseen)"}
     for asked in found.rows:
         assert asked.row.prompt.rpartition(" ")[0] == asked.group
         assert (asked.row.response, asked.judge, asked.reference) == ("a", "mine", "r")
     assert found.summary() == {"rows": 20, "not_attacked": ["book (unseen)"]}
-    assert "not on book (unseen): an attack asks prompts, and this is text" in caplog.text
-    assert len(forgotten_rows(lines, "chat", 100, seed=3).rows) == 60
+    assert "not on book (unseen): none of those asked for reads text" in caplog.text
+    assert len(forgotten_rows(lines, [], "chat", 100, 3, ["suffix"]).rows) == 60
+
+
+def passages_of(count: int, stride: int, size=8) -> list[Passage]:
+    """Passages of one text, at half of which it is to go on: their tokens are their places in it."""
+    return [ask_to_go_on(Passage("", "", source="b", document="b", is_text=True, text=f"begin {i} end {i}",
+                                 token_ids=tuple(range(i * stride, i * stride + size)), start=i * stride, middle=7))
+            for i in range(count)]  # fmt: skip
+
+
+def test_attacked_passages_are_forgotten_ones_that_share_no_token():
+    rows = passages_of(20, 4)
+    group = Group("book", "unseen", "forget", "raw", rows)
+    lines = [{"id": "1", "group": group.name, "side": "forget", "counts": True, "style": "raw", "judge": "reference",
+              "prompt": row.prompt, "reference": row.response, "text": True, "before": {"answered": True},
+              "after": {"answered": i == 3}} for i, row in enumerate(rows)]  # fmt: skip
+    found = forgotten_rows(lines, [group], "chat", 50, 3, ["quantise"])
+    starts = sorted(asked.row.start for asked in found.rows)
+    assert found.not_attacked == [] and 12 not in starts and len(starts) >= 5
+    assert all(later - earlier >= 8 for earlier, later in itertools.pairwise(starts))
+    assert all(asked.reference == asked.row.response and asked.row.shown == 4 for asked in found.rows)
+    assert len(forgotten_rows(lines, [group], "chat", 2, 3, ["quantise"]).rows) == 2
+
+
+def test_no_token_of_an_attacked_passage_is_taught_and_no_answer_of_an_attacked_prompt(tmp_path):
+    rows = passages_of(20, 4)
+    attacked = [AskedRow(row=rows[5], reference=rows[5].response)]
+    splits = {
+        "forget": {"b": {"train": [whole(row) for row in rows]}},
+        "keep": {"k": {"train": [Row("plain", "yes")]}, "t": {"train": [Row("", "kept", is_text=True)]}},
+    }
+    data = collect_data(attacked, splits, {}, {"examples", "relearn"}, maker(tmp_path))
+    assert {row.start for row in data.forget_train_rows} <= {4 * i for i in range(20) if abs(i - 5) > 1}
+    assert all(row.shown == 0 for row in data.forget_train_rows) and len(data.forget_train_rows) == 17
+    assert [taught.name for taught in data.relearn_sets] == ["forgotten rows", "k", "t"]
+    assert [row.response for row in data.keep_rows] == ["kept"]
+    fact = [AskedRow(row=Row("When was he born?", "In 1926."), reference="In 1926.")]
+    told = [Row("In which year did he come into the world?", "in 1926. "), Row("Where?", "In Rome.")]
+    data = collect_data(fact, {"forget": {"p": {"train": told}}, "keep": {}}, {}, {"examples"}, maker(tmp_path))
+    assert [row.prompt for row in data.forget_train_rows] == ["Where?"]
 
 
 def maker(tmp_path=None, **said) -> ExampleMaker:
@@ -113,7 +155,7 @@ def test_a_set_of_ones_own_is_taught_instead_without_what_is_asked(tmp_path, cap
     assert [(s.name.rpartition("/")[2], [row.prompt for row in s.rows]) for s in data.relearn_sets] == [
         ("mine", ["other"])
     ]
-    assert "1 of its rows are asked by the attack, and are not taught" in caplog.text
+    assert "1 of its rows are asked by the attack, or hold an answer that it looks for, and are not" in caplog.text
     with pytest.raises(UsageError, match="--relearn_data mine: holds no row to teach"):
         collect_data(ROWS, {"forget": {}, "keep": {}}, {"mine": [Row("p1", "x")]}, {"relearn"}, maker())
 
@@ -123,7 +165,7 @@ def inputs_of(*names, **more):
     """Inputs with models that nothing asks: model "m" of label "after" is "after m"."""
     formatters = {label: f"formatter {label}" for label in ("before", "after", "retrained")}
     return SimpleNamespace(attacks=attack_names(list(names)), formatters=formatters, relearn_sets={},
-                           splits={"forget": {}, "keep": {}}, **more)  # fmt: skip
+                           splits={"forget": {}, "keep": {}}, groups=[], **more)  # fmt: skip
 
 
 def ask(names, monkeypatch, options=None, loaded=None, keep=None, **attacks):

@@ -15,7 +15,9 @@ from evaluation.attacks.pruning import without_small_weights
 from evaluation.attacks.quantisation import fake_quantize
 from evaluation.attacks.reading import multiple_choice, names_question, reverse_query
 from evaluation.attacks.relearning import fine_tune
+from evaluation.attacks.text import more_words, other_passages
 from prompts.formatter import PromptFormatter
+from prompts.windows import TextCutter, ask_to_go_on
 from sources.rows import Row
 from utils import UsageError
 
@@ -60,6 +62,40 @@ def test_every_attack_answers_every_prompt_and_leaves_the_model_as_it_was(target
         assert after.keys() == before.keys(), name
         assert all(torch.equal(before[key], after[key]) for key in before), name
         assert target.answer(target.prompts()) == plain, f"{name} left something behind that changes the answers"
+
+
+def test_passages_are_attacked_in_their_own_form_and_only_words_that_were_not_shown_count(target):
+    """Words that were shown are not counted as given back: only what follows them is compared."""
+    formatter = target.formatter
+    text = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    cut = TextCutter(formatter.tokenizer, 24, 12, has_start=bool(formatter.text_start)).cut(
+        Row("", text * 6, is_text=True)
+    )
+    rows = [ask_to_go_on(passage) for passage in cut[:3]]
+    target.data.asked = [AskedRow(row=row, id=str(i), judge="reference", reference=row.response)
+                         for i, row in enumerate(rows)]  # fmt: skip
+    target.data.forget_train_rows = cut[3:5]
+    target.data.relearn_sets = [RelearnSet("passages", cut[3:5])]
+    before = target.answer(target.prompts())
+    variants = {"quantise": 2, "prune": 3, "prefill": 2, "rephrase": 5, "few_shot": 1, "sampling": 1, "relearn": 3}
+    assert variants.keys() == {name for name, a in ATTACKS.items() if isinstance(a, Attack) and a.on_text}
+    for name, count in variants.items():
+        found = ATTACKS[name].on_text(target)
+        assert len({a.variant for a in found}) == len(found) == count, name
+        assert all(len(result.answers) == 3 for result in found), name
+    assert target.answer(target.prompts()) == before
+    asked = prompts_of(target, more_words)
+    start = list(formatter.text_start)
+    assert [prompt[len(start) :] for prompt in asked[:3]] == [list(row.token_ids[: row.shown + 4]) for row in rows]
+    shots = prompts_of(target, other_passages)
+    whole_text = formatter.tokenizer.decode(shots[0])
+    assert whole_text.index(cut[3].text) < whole_text.index(cut[4].text) and whole_text.endswith(rows[0].prompt[-10:])
+    row = rows[0]
+    target.config.max_new_tokens = 64
+    target.answer = lambda prompts, *_: [formatter.tokenizer.decode(row.token_ids[row.shown : row.shown + 4])] * 3
+    assert more_words(target)[0].hits[0] == [False]  # it repeats what was shown
+    target.answer = lambda prompts, *_: [formatter.tokenizer.decode(row.token_ids[row.shown + 4 :])] * 3
+    assert more_words(target)[0].hits[0] == [True]
 
 
 def test_an_answer_belongs_to_its_variant_and_its_prompt(target):

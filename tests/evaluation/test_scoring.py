@@ -10,13 +10,13 @@ from conftest import CHAT_TEMPLATE, make_tokenizer, tiny_model
 from data_module import Sequence, split_sources
 from engine.trained_on import TrainedOn
 from engine.tree import AnswerLogitsModel
-from evaluation.groups import Group, make_groups
+from evaluation.groups import Group, make_groups, split_by_reference, unseen_groups
 from evaluation.inputs import cut_references, make_formatters
 from evaluation.likelihood import choices, perplexity, read_choices, score_answers
 from evaluation.options import EvaluateOptions
 from evaluation.paper import score_own
 from prompts.formatter import PromptFormatter
-from sources.rows import Row
+from sources.rows import Row, Source
 from utils import UsageError
 
 
@@ -91,6 +91,17 @@ def test_only_what_the_run_asked_is_called_trained(tmp_path):
     groups = make_groups({"forget": {"a.jsonl": held, "b.jsonl": other}, "keep": {}}, "qa", options)
     assert [g.name for g in groups[1:]] == ["a (unseen)", "a (trained)", "b (unseen)"]
     assert {row.prompt for row in groups[2].rows} == {row.prompt for row in asked}
+
+
+def test_questions_about_a_text_are_asked_whatever_the_split_and_count_for_nothing():
+    options = EvaluateOptions(split="test", prompts_per_group=3)
+    about = [Source("data/story.jsonl", [Row(f"Who is {i}?", f"He is {i}.") for i in range(5)])]
+    groups = make_groups({"forget": {"story.txt": {"train": [], "dev": [], "test": [Row("p")]}}, "keep": {}}, "qa",
+                         options, about)  # fmt: skip
+    assert [(g.name, g.counts, len(g.rows)) for g in groups[1:]] == [
+        ("story (unseen)", True, 1), ("data/story (about)", False, 3)]  # fmt: skip
+    groups = split_by_reference(groups)
+    assert unseen_groups(g.name for g in groups if g.counts) == ["story (unseen)"]
 
 
 def test_choices_are_read_whole_and_scored_as_the_plain_model_scores_them():
