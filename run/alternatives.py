@@ -1,7 +1,8 @@
 """Other answers to forget prompts: what the original says of an invented name in the place of the row's own.
 
 A model that never knew a person answers with some town, some year. So does the original, asked about a person that
-nobody knows; with the name put back, its answer is one that a model without the knowledge would give.
+nobody knows; with the name put back, its answer is one that a model without the knowledge would give. It may name
+what it knows of another person who is to be forgotten: such an answer would keep that alive, and is left out.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from utils import UsageError, log
 def with_alternatives(
     rows: list[Row], others: list[Row], count: int, seed: int, answer: Callable[[list[Row]], list[Row]]
 ) -> list[Row]:
-    """Return the rows with up to `count` alternatives each, none with what carries its own answer, and none that
-    misspells the invented name where the row's own answer repeats its name.
+    """Return the rows with up to `count` alternatives each.
+
+    None holds what carries the row's own answer, or a word that carries another forget row's answer and stands in no
+    row that stays; none misspells the invented name where the row's own answer repeats its name.
 
     others: rows that stay, whose names are not replaced. answer: gives rows without a response the original's own
     answer. Raises UsageError if no prompt holds a name.
@@ -42,7 +45,11 @@ def with_alternatives(
         misspelt = names[i] in (rows[i].response or "") and names[i] not in text  # a small model garbles long names
         if said.complete and words_of(text) and not misspelt:
             given[i].append(OtherAnswer(text, names[i], other))
-    given = [without_own(texts, row) for texts, row in zip(given, rows, strict=True)]
+    own = [own_words(dataclasses.replace(row, alternatives=tuple(of_row)))
+           for row, of_row in zip(rows, given, strict=True)]  # fmt: skip
+    secret = set().union(*own) - {word for row in others for word in words_of(f"{row.prompt} {row.response or ''}")}
+    given = [[other for other in of_row if not set(words_of(other.text)) & (words | secret)]
+             for of_row, words in zip(given, own, strict=True)]  # fmt: skip
     without = sum(not texts for texts in given)
     log.info("other answers: %d to %d of %d forget rows, from the same prompts with invented names",
              sum(map(len, given)), len(rows) - without, len(rows))  # fmt: skip
@@ -50,9 +57,3 @@ def with_alternatives(
         log.warning("%d forget rows have no name, or no other answer: terms that learn other answers leave them out",
                     without)  # fmt: skip
     return [dataclasses.replace(row, alternatives=tuple(texts)) for row, texts in zip(rows, given, strict=True)]
-
-
-def without_own(given: list[OtherAnswer], row: Row) -> list[OtherAnswer]:
-    """Return the alternatives that hold no word which carries the row's own answer."""
-    own = own_words(dataclasses.replace(row, alternatives=tuple(given)))
-    return [other for other in given if not set(words_of(other.text)) & own]

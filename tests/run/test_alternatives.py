@@ -40,6 +40,18 @@ def test_the_answer_that_is_to_go_is_never_learned_again():
     assert texts_of(row) == tuple(f"Orrin Vale was born in Town{i}." for i in (0, 1, 3, 4))
 
 
+def test_an_answer_with_what_only_another_forgotten_row_holds_would_keep_that_alive():
+    """Of the towns that it names for somebody unknown, Garn is a forgotten one; Lund is one of somebody who stays."""
+    other = Row("In which town was Sella Brook born?", "Sella Brook was born in Garn.")
+    both = Row("In which town was Mia Stone born?", "Mia Stone was born in Lund.")
+    stays = Row("In which town was Ida Marsh born?", "Ida Marsh was born in Lund.")
+    towns = ("Garn", "Lund", "Somewhere", "Elsewhere")
+    name_in = lambda prompt: prompt.removeprefix("In which town was ").removesuffix(" born?")  # noqa: E731
+    answer, _ = answers(lambda prompt, i: f"{name_in(prompt)} was born in {towns[i % 4]}.")
+    row, *_ = with_alternatives([ROW, other, both], [stays], 4, seed=1, answer=answer)
+    assert texts_of(row) == tuple(f"Orrin Vale was born in {town}." for town in ("Lund", "Somewhere", "Elsewhere"))
+
+
 def test_an_answer_that_misspells_the_invented_name_would_teach_a_wrong_one():
     name_in = lambda prompt: prompt.removeprefix("In which town was ").removesuffix(" born?")  # noqa: E731
     answer, _ = answers(lambda prompt, i: f"{'Brusa' if i == 1 else name_in(prompt)} was born in Town{i}.")
