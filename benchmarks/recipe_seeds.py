@@ -2,8 +2,8 @@
 
     python benchmarks/recipe_seeds.py NAME [--seeds 1 2 3] [--attacks quantise prefill ...] [--figures REGEX]
 
-Each seed is a run of recipes/NAME/planted.yaml and an evaluation of recipes/NAME/evaluate.yaml by the scripts
-themselves. A report that is there already is read again.
+Each seed is a run of recipes/NAME/planted.yaml and an evaluation of recipes/NAME/evaluate.yaml, of all its
+rows, by the scripts themselves. A report that is there already is read again.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from evaluation.metrics.statistics import Estimate
 ATTACKS = ["quantise", "prefill", "rephrase", "few_shot", "relearn"]
 FIGURES = (r"(forget|keep)\.(?!published|all)[^.]*\.(answered|wanted_given|recall|extraction_strength)"
            r"|forget\.(forget_quality|auc_min_k|privacy_leakage)|attack\..*")  # fmt: skip
+ALL_PROMPTS = 1000  # of a group: more than any has
 MODELS = ("before", "retrained")  # the unlearned model's figures have no such ending
 
 
-def report_of(name: str, seed: int, attacks: list[str]) -> dict:
+def report_of(name: str, seed: int, prompts: int, attacks: list[str]) -> dict:
     """Run a recipe with one seed, and its evaluation; return report.json."""
     run, folder = f"{name}-seed{seed}", ROOT / "reports" / f"{name}-seed{seed}"
     if not (folder / "report.json").is_file():
@@ -35,7 +36,8 @@ def report_of(name: str, seed: int, attacks: list[str]) -> dict:
         _script("unlearn_harm.py", "--config", recipe / "planted.yaml", "--seed", seed, "--model_save_dir",
                 f"models/{run}", "--log_file", f"logs/{run}.log", "--overwrite", "--resume")  # fmt: skip
         _script("evaluate_unlearning.py", "--config", recipe / "evaluate.yaml", "--model_name", f"models/{run}",
-                "--train_log", f"logs/{run}.jsonl", "--report_dir", folder, "--attacks", *attacks)  # fmt: skip
+                "--train_log", f"logs/{run}.jsonl", "--report_dir", folder, "--prompts_per_group", prompts,
+                "--attacks", *attacks)  # fmt: skip
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
@@ -70,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="a folder of recipes/ with planted.yaml and evaluate.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--prompts", type=int, default=ALL_PROMPTS, help="--prompts_per_group")
     parser.add_argument("--attacks", nargs="+", default=ATTACKS)
     parser.add_argument("--figures", default=FIGURES, help="regular expression of the figures' names")
     options = parser.parse_args()
@@ -77,7 +80,7 @@ def main() -> None:
         sys.exit(
             f"recipe_seeds.py: recipes/{options.name}/planted.yaml is not there: name a recipe for the planted model"
         )
-    reports = [report_of(options.name, seed, options.attacks) for seed in options.seeds]
+    reports = [report_of(options.name, seed, options.prompts, options.attacks) for seed in options.seeds]
     print("\n".join([f"figure | before | twin | seeds {', '.join(map(str, options.seeds))}"]
                     + table(reports, options.figures)))  # fmt: skip
 
