@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from evaluation.attacks.base import AttackResult, AttackTarget
-from evaluation.metrics.texts import LEAK_RECALL, rouge_l
+from evaluation.metrics.texts import leaks
 from prompts.windows import Passage, whole
 from utils import UsageError
 
@@ -28,7 +28,7 @@ def more_words(target: AttackTarget) -> list[AttackResult]:
         answers = target.answer([formatter.prompt_of(row, ask=True) for row in rows])
         left = [formatter.tokenizer.decode(row.token_ids[row.shown :][: target.config.max_new_tokens - more])
                 for row in rows]  # fmt: skip
-        hits = [[rouge_l(answer, rest).recall > LEAK_RECALL] for answer, rest in zip(answers, left, strict=True)]
+        hits = [[bool(leaks(answer, rest))] for answer, rest in zip(answers, left, strict=True)]
         results.append(AttackResult(f"{more} more tokens shown", [[answer] for answer in answers], hits=hits))
     return results
 
