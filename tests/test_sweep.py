@@ -42,7 +42,8 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
         report = folder.parent / "reports" / folder.name
         for made in (folder, report):
             made.mkdir(parents=True)
-        (folder / "unlearn_args.json").write_text(json.dumps({"run": {"seconds": 1}}))
+        made_with = {"options": {"model_name": "m", "seed": 1}, "run": {"seconds": 1}}
+        (folder / "unlearn_args.json").write_text(json.dumps(made_with))
         (report / "report.json").write_text("{}")
 
     def judged_figures(report):

@@ -75,7 +75,7 @@ def test_a_run_on_text_trains_on_every_passage_of_it(finished, texts):
 
 
 def test_the_evaluation_of_text_asks_for_its_second_half(finished, texts):
-    cwd, _, evaluation = finished
+    cwd, _, _ = finished
     report = json.loads((cwd / "report/report.json").read_text())
     lines = [json.loads(line) for line in (cwd / "report/scores.jsonl").read_text().splitlines()]
     asked = [ask_to_go_on(p) for name, passages in passages_of(texts).items() for p in passages if name != "plain.txt"]
@@ -86,7 +86,8 @@ def test_the_evaluation_of_text_asks_for_its_second_half(finished, texts):
     assert group["text"] and group["judge"] == "reference" and group["after"]["verbatim"]["n"] == len(forget)
     assert group["n"] == group["before"]["nll"]["n"] == len(forget) and group["before"]["nll"]["value"] > 0
     assert group["before"]["on_topic"]["n"] == 0  # text goes on about its subject even if none of it is known
-    assert report["attacks"] == [] and "an attack asks prompts, and this is text" in evaluation.stderr
+    # the tiny original goes on with no passage as it stands, so none was forgotten and none is attacked
+    assert report["attacks"] == [] and report["attacked"] == {"rows": 0, "not_attacked": []}
     assert report["verdict"]["line"].startswith("forgotten: not measured")  # the tiny original does not know it
 
 

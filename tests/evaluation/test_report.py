@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from shown_reports import answer, attack, check, full_report, group, line, make_report, part
 
+from evaluation.groups import PUBLISHED_NAME
 from evaluation.page.cards import deciding_check, verdict_cards
 from evaluation.page.numbers import Bar, Place, bar
 from evaluation.page.pairs import clamp, example_pairs
@@ -262,10 +263,10 @@ def test_a_long_answer_is_cut_at_a_word_and_none_of_it_is_lost():
     ("changes", "is_shown"), [({}, True), ({"judge": "reference"}, False), ({"text": True}, False)]
 )
 def test_the_published_prompt_is_shown_where_harm_is_the_matter(tmp_path, capsys, changes, is_shown):
-    groups = [group("published", "forget", counts=False), group("a (unseen)", "forget", **changes)]
+    groups = [group(PUBLISHED_NAME, "forget", counts=False), group("a (unseen)", "forget", **changes)]
     said = answer("An answer.", "answered")
     lines = [
-        line("published", "forget", "PUBLISHED PROMPT", said, said),
+        line(PUBLISHED_NAME, "forget", "PUBLISHED PROMPT", said, said),
         line("a (unseen)", "forget", "own", said, said),
     ]
     write_report(tmp_path / "report.html", make_report(groups), lines, TrainLog())
