@@ -58,34 +58,34 @@ def forgotten_rows(
     are drawn from all their groups together, since what holds for one group need not hold for another. No two passages
     share a token.
     """
+    rows = {(group.name, row.prompt, row.response, row.earlier): row for group in groups for row in group.rows}
     judged = [line for line in lines if line["side"] == "forget" and line["counts"]]
     texts = [line for line in judged if line.get("text")]
-    prompts = _forgotten([line for line in judged if not line.get("text") and line["style"] == style], _prompt)
+    prompts = _forgotten([line for line in judged if not line.get("text") and line["style"] == style], rows)
     chosen = [prompts[row.key] for row in sample([asked.row for asked in prompts.values()], count, seed)]
     names = list(dict.fromkeys(line["group"] for line in texts))
     if attacks and names and not any(ATTACKS[name].takes_text for name in attacks):
         log.warning("attacks: not on %s: none of those asked for reads text", ", ".join(names))
         return Forgotten(chosen, names)
-    cut = {(group.name, row.prompt, row.response): row for group in groups if group.is_text for row in group.rows}
-    passages = _forgotten(texts, lambda line: cut[line["group"], line["prompt"], line["reference"]])
+    passages = _forgotten(texts, rows)
     drawn = apart(sample([asked.row for asked in passages.values()], len(passages), seed))
     return Forgotten([*chosen, *(passages[row.key] for row in drawn[:count])], [])
 
 
-def _forgotten(lines: list[dict], row_of: Callable[[dict], Row]) -> dict[str, AskedRow]:
-    """Return {key: row} of those lines of unseen groups that were given before and are not after."""
+def _forgotten(lines: list[dict], rows: dict[tuple, Row]) -> dict[str, AskedRow]:
+    """Return {key: row} of those lines of unseen groups that were given before and are not after. rows: by group,
+    prompt, reference and earlier turns; a prompt gets the original's answer as its response, and keeps all else that
+    its judge reads, such as the wrong answers beside its own."""
     unseen, found = unseen_groups(line["group"] for line in lines), {}
     for line in lines:
         if line["group"] in unseen and line["before"]["answered"] and line["after"]["answered"] is False:
-            row = row_of(line)
+            earlier = tuple(map(tuple, line.get("earlier", ())))
+            row = rows[line["group"], line["prompt"], line["reference"], earlier]
+            if not row.is_text:
+                row = dataclasses.replace(row, response=line["before"]["answer"], complete=True)
             found[row.key] = AskedRow(row=row, id=prompt_id(row), group=line["group"], judge=line.get("judge"),
                                       reference=line.get("reference"))  # fmt: skip
     return found
-
-
-def _prompt(line: dict) -> Row:
-    """Return the prompt of a line, with the original's answer."""
-    return Row(line["prompt"], line["before"]["answer"], earlier=tuple(map(tuple, line.get("earlier", ()))))
 
 
 def apart(passages: list[Passage]) -> list[Passage]:

@@ -11,6 +11,8 @@ from engine.trained_on import TrainedOn
 from evaluation.attacks.base import AskedRow, AttackConfig
 from evaluation.attacks.rows import ExampleMaker, Said, collect_data, forgotten_rows, read_relearn_data
 from evaluation.groups import Group
+from evaluation.judges.reference import ReferenceJudge, reference_of
+from evaluation.judges.refusals import is_refusal
 from evaluation.options import EvaluateOptions
 from prompts.windows import Passage, ask_to_go_on, whole
 from sources.rows import Row
@@ -36,7 +38,9 @@ def test_attacked_are_forgotten_prompts_of_every_group(caplog):
     lines += [line("first (trained)", 1), line("never", 1, before=False), line("still", 1, after=True),
               line("pasted", 1, style="qa"), line("shown (unseen)", 1, counts=False), line("kept", 1, side="keep"),
               line("unread (unseen)", 1, before=None, after=None), line("book (unseen)", 1, text=True)]  # fmt: skip
-    found = forgotten_rows(lines, [], "chat", 20, 3, ["suffix"])
+    groups = [Group(asked["group"], "", "forget", "chat", [Row(asked["prompt"], asked.get("reference"))])
+              for asked in lines]  # fmt: skip
+    found = forgotten_rows(lines, groups, "chat", 20, 3, ["suffix"])
     assert len({asked.id for asked in found.rows}) == 20
     assert {asked.group for asked in found.rows} == {"first (unseen)", "second (unseen)"}
     for asked in found.rows:
@@ -44,7 +48,20 @@ def test_attacked_are_forgotten_prompts_of_every_group(caplog):
         assert (asked.row.response, asked.judge, asked.reference) == ("a", "mine", "r")
     assert found.summary() == {"rows": 20, "not_attacked": ["book (unseen)"]}
     assert "not on book (unseen): none of those asked for reads text" in caplog.text
-    assert len(forgotten_rows(lines, [], "chat", 100, 3, ["suffix"]).rows) == 60
+    assert len(forgotten_rows(lines, groups, "chat", 100, 3, ["suffix"]).rows) == 60
+
+
+def test_an_attack_is_judged_by_what_tells_the_answer_from_the_others_of_its_row():
+    """Most of a wrong answer's words are the right one's: without the others beside it, "in Tarn" is half of it."""
+    row = Row("Where?", "He was born in Oslo.", perturbed=("He was born in Tarn.", "He was born in Lund."))
+    line = {"group": "facts (unseen)", "side": "forget", "counts": True, "style": "chat", "judge": "reference",
+            "prompt": row.prompt, "reference": row.response, "before": {"answered": True, "answer": row.response},
+            "after": {"answered": False}}  # fmt: skip
+    (asked,) = forgotten_rows([line], [Group("facts", "unseen", "forget", "chat", [row])], "chat", 5, 1, []).rows
+    said = ReferenceJudge(is_refusal).judge(
+        ["", ""], ["He was born in Tarn.", "In Oslo."], [reference_of(asked.row)] * 2
+    )
+    assert [judgement.label for judgement in said] == ["other", "given"]
 
 
 def passages_of(count: int, stride: int, size=8) -> list[Passage]:

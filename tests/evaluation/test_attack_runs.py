@@ -17,9 +17,11 @@ from evaluation.attacks.rows import Said
 from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks, rate_back, read_probes
 from evaluation.attacks.stage import attack
 from evaluation.figures import figures
+from evaluation.groups import Group
 from evaluation.judges.base import Judgement
 from evaluation.model_run import Models
 from evaluation.options import EvaluateOptions
+from sources.rows import Row
 from utils import UsageError
 
 
@@ -181,6 +183,7 @@ def stage(monkeypatch, tmp_path):
 
     def run_stage(*names, weights="w", **options):
         inputs = inputs_of(*names)
+        inputs.groups = [Group(name, "unseen", "forget", "chat", [Row(prompt)]) for name, prompt in ("ap", "bq")]
         formatter = SimpleNamespace(style="chat", prompt_of=lambda row, ask: [len(row.prompt)])
         inputs.formatters = dict.fromkeys(inputs.formatters, formatter)
         records = {label: SimpleNamespace(weights=weights) for label in ("after", "before")}
