@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data_module import prompt_hash
+from engine.paths import read_args
 from evaluation.figures import figures
 from evaluation.metrics.statistics import Estimate
 from utils import read_json_lines
@@ -58,7 +59,7 @@ def measure(name: str, count: int, options: argparse.Namespace) -> dict[str, Est
 
 def made_of(name: str, count: int) -> list[str]:
     """Return the neighbours that a run of a list trained with or held out: its last normal source."""
-    args = json.loads((ROOT / f"models/neighbours/{name}-{count}/unlearn_args.json").read_text(encoding="utf-8"))
+    args = read_args(ROOT / f"models/neighbours/{name}-{count}")
     return [row["prompt"] for row in read_json_lines(ROOT / args["options"]["normal_data"][-1])]
 
 

@@ -15,10 +15,10 @@ def made_by_run(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in ARGS.values())
 
 
-def read_args(folder: str | Path, script: str = "unlearn") -> dict | None:
-    """Return what a run of a script (a key of ARGS) wrote beside its model: its options and, as "run", what it measured
-    of itself. None for a folder of another origin. Raises UsageError for a damaged file."""
-    path = Path(folder) / ARGS[script]
+def read_args(folder: str | Path) -> dict | None:
+    """Return what an unlearning run wrote beside its model: its options and, as "run", what it measured of itself. None
+    for a folder of another origin. Raises UsageError for a damaged file."""
+    path = Path(folder) / ARGS["unlearn"]
     if not path.is_file():
         return None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_module import sample
@@ -56,7 +57,7 @@ def group_label(source: str, split: str) -> str:
     return f"{source} ({split})" if split else source
 
 
-def make_groups(splits: dict, style: str, options, about: list[Source] = ()) -> list[Group]:
+def make_groups(splits: dict, style: str, options, about: Sequence[Source] = ()) -> list[Group]:
     """Return one group per source and split; first the published test prompt, in its own template and in the model's.
 
     splits: {"forget" or "keep": {source: its rows by split}}. Of a forget source that holds no row out, the rows that

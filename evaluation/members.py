@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from data_module import Sides, split_sides
+from data_module import Sides, split_sources
 from engine.paths import read_args
 from engine.trained_on import TrainedOn
 from evaluation.groups import LISTED, TRAINED, Group
@@ -65,7 +65,8 @@ def read_members(options, sides: Sides, formatter: PromptFormatter, trained_on: 
 def trained_spans(sides: Sides, options, formatter: PromptFormatter, trained_on: TrainedOn) -> Spans:
     """Return the stretches of each forget document that lie in passages on the record. options: those of the run."""
     spans: Spans = {}
-    for parts in split_sides(sides, options, TextCutter.of(formatter, options))["forget"]:
+    cutter = TextCutter.of(formatter, options)
+    for parts in split_sources([source.rows for source in sides.forget], "forget", options, cutter):
         for passage in (row for rows in parts.values() for row in rows if isinstance(row, Passage)):
             if trained_on.holds("forget", passage.key):
                 spans.setdefault((passage.source, passage.document), []).append((passage.start, passage.end))

@@ -75,10 +75,10 @@ def ask_attacks(
     needs = set().union(*(ATTACKS[name].needs for name in names))
     data = [collect_data(of_kind, inputs.splits, inputs.relearn_sets, needs, maker) for of_kind in kinds]
 
-    def target(label: str, data: AttackData) -> AttackTarget:
+    def target(label: str, of_kind: AttackData) -> AttackTarget:
         wrapped = get_model(label)
-        return AttackTarget(model=wrapped.model, formatter=inputs.formatters[label], packed=wrapped.packed, data=data,
-                            config=config)  # fmt: skip
+        return AttackTarget(model=wrapped.model, formatter=inputs.formatters[label], packed=wrapped.packed,
+                            data=of_kind, config=config)  # fmt: skip
 
     lines, control = [], "retrained" if options.retrained_name else "before"
     for name in tqdm(names, desc="attacks", leave=False, disable=None):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from evaluation.attacks.base import AttackResult, AttackTarget
+from evaluation.attacks.prompts import NUM_SHOTS
 from evaluation.metrics.texts import leaks
 from prompts.windows import Passage, whole
 from utils import UsageError
 
 MORE = (4, 8)  # tokens of what follows that are shown as well
 FEWER = 16  # tokens of the passage that are shown where little of it is
-NUM_SHOTS = 3
 ASKED = {
     "asked to go on": "Continue this text word by word: {}",
     "asked to quote": "Quote the passage that begins as follows, and go on to its end: {}",
