@@ -26,8 +26,7 @@ def more_words(target: AttackTarget) -> list[AttackResult]:
     for more in MORE:
         rows = [dataclasses.replace(row, shown=row.shown + more) for row in target.data.rows]
         answers = target.answer([formatter.prompt_of(row, ask=True) for row in rows])
-        left = [formatter.tokenizer.decode(row.token_ids[row.shown :][: target.config.max_new_tokens - more])
-                for row in rows]  # fmt: skip
+        left = [formatter.tokenizer.decode(row.token_ids[row.shown :][: target.config.max_new_tokens]) for row in rows]
         hits = [[bool(leaks(answer, rest))] for answer, rest in zip(answers, left, strict=True)]
         results.append(AttackResult(f"{more} more tokens shown", [[answer] for answer in answers], hits=hits))
     return results

@@ -96,6 +96,9 @@ def test_passages_are_attacked_in_their_own_form_and_only_words_that_were_not_sh
     assert more_words(target)[0].hits[0] == [False]  # it repeats what was shown
     target.answer = lambda prompts, *_: [formatter.tokenizer.decode(row.token_ids[row.shown + 4 :])] * 3
     assert more_words(target)[0].hits[0] == [True]
+    target.config.max_new_tokens = 3  # no more than an answer can hold is asked of it
+    target.answer = lambda prompts, *_: [formatter.tokenizer.decode(row.token_ids[row.shown + 8 :][:3])] * 3
+    assert more_words(target)[1].hits[0] == [True]
 
 
 def test_an_answer_belongs_to_its_variant_and_its_prompt(target):
