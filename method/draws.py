@@ -12,7 +12,7 @@ import difflib
 from data_module import Counterpart, Sequence, make_eot_sequence, with_end
 from method.draw import BaseDraw, ForgetDraw
 from method.sampler import Example, Stream, UnlearnBatchSampler
-from options import COUNT, FRACTION, WEIGHT, option
+from options import COUNT, FRACTION, POSITIVE, WEIGHT, option
 from prompts.formatter import PromptFormatter
 from sources.names import put_name, spans_of_name
 from sources.words import own_words, spans_of
@@ -195,6 +195,31 @@ class Counterfactual(Alternative):
         return sequences
 
 
+@dataclasses.dataclass(frozen=True)
+class ShortContext(ForgetDraw):
+    """Each forget row's own answer in pieces, at which the original is shown the few tokens before a piece alone.
+
+    A loss that compares with the original then compares with what it says where it cannot tell which text it is in.
+    """
+
+    context: POSITIVE = option(1, "tokens before a piece that the original is shown, after the model's start token")
+    piece: POSITIVE = option(2, "tokens of a piece")
+    needs_answer = True
+
+    def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
+        sequences, start = [], tuple(formatter.text_start)
+        for example, row, prompt, style in self.visits(step, sampler, formatter):
+            tokens = prompt + tuple(formatter.answer_of(row, style))
+            for first in range(len(prompt), len(tokens), self.piece):
+                piece = tokens[first : first + self.piece]
+                shown = start + tokens[max(first - self.context, len(start)) : first]
+                counterpart = Counterpart(shown, piece, tuple(range(len(piece))))
+                sequences.append(
+                    Sequence(self.name, example.example_id, tokens[:first], piece, counterpart=counterpart)
+                )
+        return sequences
+
+
 def same_places(tokens: list[int], others: list[int]) -> tuple[int, ...]:
     """Return for each token the place among `others` of the same token of the same text, -1 for none."""
     places = [-1] * len(tokens)
@@ -270,6 +295,7 @@ DRAWS = {
     "wanted": Wanted,
     "alternative": Alternative,
     "counterfactual": Counterfactual,
+    "short_context": ShortContext,
     "retain": Retain,
     "learn": Learn,
 }

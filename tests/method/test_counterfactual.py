@@ -11,12 +11,13 @@ from engine.layout import padded_batch
 from engine.reference import ReferenceCache
 from engine.tree import AnswerLogitsModel
 from method.draw import RunSizes
-from method.draws import Counterfactual, same_places
+from method.draws import Counterfactual, ShortContext, same_places
 from method.recipe import build_terms
 from method.sampler import UnlearnBatchSampler
 from method.terms import count_draws, plan_losses, sequences_needing_reference
 from prompts.formatter import PromptFormatter
 from prompts.tokenizer import load_tokenizer
+from prompts.windows import Passage
 from sources.rows import OtherAnswer, Row
 
 OWN = Sequence("unknown", 0, (5, 6), (21, 40, 41), counterpart=Counterpart((5, 8, 9), (22, 23, 40, 41), (-1, 2, 3)))
@@ -72,3 +73,20 @@ def test_own_and_other_answers_are_asked_about_the_same_invented_name(model_fold
     assert tokenizer.decode(compared, skip_special_tokens=True).strip() == "was born in Tarn."
     for token, place in zip(own.answer_ids, own.original_places, strict=True):
         assert place < 0 or own.counterpart.answer_ids[place] == token
+
+
+@pytest.mark.parametrize("start", [(2,), ()])
+def test_the_original_is_shown_the_few_tokens_before_a_piece_alone(model_folders, start):
+    """A passage 21 .. 25 in pieces of two: before (23, 24) the original is shown 22, and no more of the text."""
+    formatter = PromptFormatter(load_tokenizer(str(model_folders["llama"])), "raw", 64, 40)
+    formatter.text_start = list(start)  # a model without a start token predicts nothing at the first place
+    draw = ShortContext("unknown", RunSizes(1, 40), context=1, piece=2)
+    passage = Passage("", "five words", token_ids=(21, 22, 23, 24, 25))
+    pieces = draw.sequences(0, UnlearnBatchSampler([[passage]], [[]], [draw], seed=1, steps=1), formatter)
+    wanted = {
+        (2,): [((2,), (21, 22), (2,)), ((2, 21, 22), (23, 24), (2, 22)), ((2, 21, 22, 23, 24), (25,), (2, 24))],
+        (): [((21,), (22, 23), (21,)), ((21, 22, 23), (24, 25), (23,))],
+    }[start]
+    assert [(s.prompt_ids, s.answer_ids, s.counterpart.prompt_ids) for s in pieces] == wanted
+    assert all(s.counterpart.answer_ids == s.answer_ids for s in pieces)
+    assert [s.original_places for s in pieces] == [tuple(range(len(s.answer_ids))) for s in pieces]
