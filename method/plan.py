@@ -181,11 +181,30 @@ def _plan_lines(
         "first batch: each prompt, then in [..] the continuation that a term trains on:",
     ]
     decode = formatter.tokenizer.decode
-    for s in estimate.first.sequences:
-        prompt, answer = (decode(list(ids)).replace("\n", "\\n") for ids in (s.prompt_ids, s.answer_ids))
+    for pieces in in_pieces(estimate.first.sequences):
+        s = pieces[0]
+        prompt, *answers = (
+            decode(list(ids)).replace("\n", "\\n") for ids in (s.prompt_ids, *(piece.answer_ids for piece in pieces))
+        )
         follows = f" each token to be followed by [{decode(list(s.targets[:1]))}]" if s.targets else ""
-        lines.append(f"  {s.draw:8s} row {s.example_id}: {prompt}[{answer}]{follows}")
+        lines.append(f"  {s.draw:8s} row {s.example_id}: {prompt}[{']['.join(answers)}]{follows}")
     return lines
+
+
+def in_pieces(sequences: list[Sequence]) -> list[list[Sequence]]:
+    """Return the sequences in lists: one that goes on where the one before it ends stands in the list of that one."""
+    lists: list[list[Sequence]] = []
+    for s in sequences:
+        last = lists[-1][-1] if lists else None
+        if last and (last.draw, last.example_id, last.prompt_ids + last.answer_ids) == (
+            s.draw,
+            s.example_id,
+            s.prompt_ids,
+        ):
+            lists[-1].append(s)
+        else:
+            lists.append([s])
+    return lists
 
 
 def _num_tokens(sequences: list[Sequence]) -> int:

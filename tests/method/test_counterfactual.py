@@ -12,6 +12,7 @@ from engine.reference import ReferenceCache
 from engine.tree import AnswerLogitsModel
 from method.draw import RunSizes
 from method.draws import Counterfactual, ShortContext, same_places
+from method.plan import in_pieces
 from method.recipe import build_terms
 from method.sampler import UnlearnBatchSampler
 from method.terms import count_draws, plan_losses, sequences_needing_reference
@@ -90,3 +91,5 @@ def test_the_original_is_shown_the_few_tokens_before_a_piece_alone(model_folders
     assert [(s.prompt_ids, s.answer_ids, s.counterpart.prompt_ids) for s in pieces] == wanted
     assert all(s.counterpart.answer_ids == s.answer_ids for s in pieces)
     assert [s.original_places for s in pieces] == [tuple(range(len(s.answer_ids))) for s in pieces]
+    plain = Sequence("forget", 0, pieces[0].prompt_ids, pieces[0].answer_ids)
+    assert in_pieces([*pieces, plain, OWN]) == [pieces, [plain], [OWN]], "a dry run shows a passage in one line"
