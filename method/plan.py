@@ -196,11 +196,8 @@ def in_pieces(sequences: list[Sequence]) -> list[list[Sequence]]:
     lists: list[list[Sequence]] = []
     for s in sequences:
         last = lists[-1][-1] if lists else None
-        if last and (last.draw, last.example_id, last.prompt_ids + last.answer_ids) == (
-            s.draw,
-            s.example_id,
-            s.prompt_ids,
-        ):
+        goes_on = last and s.prompt_ids == last.prompt_ids + last.answer_ids
+        if goes_on and (s.draw, s.example_id) == (last.draw, last.example_id):
             lists[-1].append(s)
         else:
             lists.append([s])
