@@ -3,7 +3,8 @@
     python benchmarks/recipe_seeds.py NAME [--seeds 1 2 3] [--attacks quantise prefill ...] [--figures REGEX]
 
 Each seed is a run of recipes/NAME/planted.yaml and an evaluation of recipes/NAME/evaluate.yaml, of all its
-rows, by the scripts themselves. A report that is there already is read again.
+rows, by the scripts themselves. A report that is there already is read again. The planted model and the twin are the
+same for all seeds: their answers are asked once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,16 +30,29 @@ ALL_PROMPTS = 1000  # of a group: more than any has
 MODELS = ("before", "retrained")  # the unlearned model's figures have no such ending
 
 
-def report_of(name: str, seed: int, prompts: int, attacks: list[str]) -> dict:
-    """Run a recipe with one seed, and its evaluation; return report.json."""
-    run, folder = f"{name}-seed{seed}", ROOT / "reports" / f"{name}-seed{seed}"
+def report_folder(name: str, seed: int) -> Path:
+    """Return where the report of one seed lies."""
+    return ROOT / "reports" / f"{name}-seed{seed}"
+
+
+def report_of(name: str, seed: int, options: argparse.Namespace, answers: Path | None) -> dict:
+    """Run a recipe with one seed, and its evaluation; return report.json.
+
+    answers: an earlier seed's folder of answers, from which those of the models that all seeds share are taken. They
+    carry a key: an evaluation that asks anything else does not read them.
+    """
+    run, folder = f"{name}-seed{seed}", report_folder(name, seed)
     if not (folder / "report.json").is_file():
         recipe = ROOT / "recipes" / name
         _script("unlearn_harm.py", "--config", recipe / "planted.yaml", "--seed", seed, "--model_save_dir",
                 f"models/{run}", "--log_file", f"logs/{run}.log", "--overwrite", "--resume")  # fmt: skip
+        if answers is not None:
+            (folder / "answers").mkdir(parents=True, exist_ok=True)
+            for model in MODELS:
+                shutil.copy(answers / f"{model}.jsonl", folder / "answers")
         _script("evaluate_unlearning.py", "--config", recipe / "evaluate.yaml", "--model_name", f"models/{run}",
-                "--train_log", f"logs/{run}.jsonl", "--report_dir", folder, "--prompts_per_group", prompts,
-                "--attacks", *attacks)  # fmt: skip
+                "--train_log", f"logs/{run}.jsonl", "--report_dir", folder, "--prompts_per_group", options.prompts,
+                "--attacks", *options.attacks, "--attack_prompts", options.attack_prompts)  # fmt: skip
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
@@ -74,13 +89,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--prompts", type=int, default=ALL_PROMPTS, help="--prompts_per_group")
     parser.add_argument("--attacks", nargs="+", default=ATTACKS)
+    parser.add_argument("--attack_prompts", type=int, default=32, help="of the forgotten ones, that are attacked")
     parser.add_argument("--figures", default=FIGURES, help="regular expression of the figures' names")
     options = parser.parse_args()
     if not (ROOT / "recipes" / options.name / "planted.yaml").is_file():
         sys.exit(
             f"recipe_seeds.py: recipes/{options.name}/planted.yaml is not there: name a recipe for the planted model"
         )
-    reports = [report_of(options.name, seed, options.prompts, options.attacks) for seed in options.seeds]
+    reports, answers = [], None
+    for seed in options.seeds:
+        reports.append(report_of(options.name, seed, options, answers))
+        answers = report_folder(options.name, seed) / "answers"
     print("\n".join([f"figure | before | twin | seeds {', '.join(map(str, options.seeds))}"]
                     + table(reports, options.figures)))  # fmt: skip
 

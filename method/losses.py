@@ -9,6 +9,8 @@ Signs: each returned value is to be *minimised*.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -110,6 +112,69 @@ def token_unlikelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     is_target = F.one_hot(targets, logits.shape[-1]).bool()  # (n, V)
     other_logits = logits.masked_fill(is_target, -torch.inf)
     return torch.logsumexp(logits, dim=-1) - torch.logsumexp(other_logits, dim=-1)
+
+
+def weighted_ascent(nll: torch.Tensor, beta: float, other_beta: float = 0.0) -> torch.Tensor:
+    """Return -w * NLL of each token, w = p^beta * (1 - p)^other_beta: (M,) -> (M,). Minimising it forgets.
+
+    p is the token's probability; no gradient flows through w. With other_beta = 0 it is WGA (Wang et al. 2025, arXiv
+    2502.19301): a token that is unlikely already is pushed no further. With both it is SatImp (Yang et al. 2025, arXiv
+    2505.11953, section 5): nor is one that is known by heart.
+    """
+    log_p = -nll.detach()
+    return -(log_p * beta).exp() * (-torch.expm1(log_p)).clamp(min=0) ** other_beta * nll
+
+
+def token_adjusted_kl(
+    logits: torch.Tensor, targets: torch.Tensor, original: torch.Tensor, strength: float
+) -> torch.Tensor:  # fmt: skip
+    """Return KL( original with `strength` taken off the target's logit || model ): logits, original (n, V) -> (n,).
+
+    In nats, 0 where the model says so. Its gradient is that of the published cross-entropy, which is larger by the
+    entropy of what is aimed at. Source: UNDIAL, Dong et al. 2025 (arXiv 2402.10052), section 3.
+    """
+    adjusted = original.scatter_add(-1, targets[:, None], original.new_full((len(targets), 1), -strength))
+    return token_kl(logits, adjusted)
+
+
+def token_ce_u(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy from the model's own distribution without the target: (n, V), (n,) -> (n,) in nats.
+
+    No gradient flows through what is aimed at. The gradient is then that of `token_unlikelihood`: p of the target on
+    its own logit, and -p * p_j / (1 - p) on another's. Source: CE-U, Yang 2025 (arXiv 2503.01224).
+    """
+    is_target = F.one_hot(targets, logits.shape[-1]).bool()  # (n, V)
+    aim = torch.softmax(logits.detach().masked_fill(is_target, -torch.inf), dim=-1)  # (n, V)
+    return F.cross_entropy(logits, aim, reduction="none")
+
+
+def token_margin(logits: torch.Tensor) -> torch.Tensor:
+    """Return (largest logit - mean logit)^2: (n, V) -> (n,); 0 where all tokens are equally likely.
+
+    Source: the logit-margin flattening loss of PDU, Entesari et al. 2025 (arXiv 2506.05314).
+    """
+    return (logits.amax(-1) - logits.mean(-1)).square()
+
+
+def flat(preferred: torch.Tensor, forget: torch.Tensor, divergence: str) -> torch.Tensor:
+    """Return FLAT's loss -g(preferred) + f*(g(forget)): (S,), (S,) in [0, 1] -> (S,).
+
+    preferred, forget: mean probability of the tokens of the answer to prefer ("I don't know", or another) and of the
+    forget answer. g and f* are the variational function and the conjugate of the f-divergence that is maximised
+    between them. Source: Wang et al. 2025 (arXiv 2410.11143), table of f-divergences.
+    """
+    of_preferred, of_forget = FLAT_DIVERGENCES[divergence]
+    return of_forget(forget) - of_preferred(preferred)
+
+
+LN2 = math.log(2)
+# g(v), and f*(g(v)) written out
+FLAT_DIVERGENCES = {
+    "kl": (lambda v: v, lambda v: torch.exp(v - 1)),
+    "pearson": (lambda v: v, lambda v: v.square() / 4 + v),
+    "total_variation": (lambda v: torch.tanh(v) / 2, lambda v: torch.tanh(v) / 2),
+    "jensen_shannon": (lambda v: LN2 - F.softplus(-v), lambda v: v + F.softplus(-v) - LN2),
+}
 
 
 def rmu(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

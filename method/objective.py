@@ -7,6 +7,9 @@ import dataclasses
 import torch
 
 from engine.token_values import NLL, TokenLoss
+from method.losses import sequence_sum
+
+BY_TOKENS = "divided by the step's answer tokens (earlier versions: by its rows, as with mean_over=sequences)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,15 @@ class TermTokens:
     states: torch.Tensor | None = None
     original_states: torch.Tensor | None = None
     preferred: TermTokens | None = None
+
+
+def mean_by_example(tokens: TermTokens, values: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a row's own sequences' values, by example_id: (S,) -> (num_examples,); 0 for none.
+
+    Means over indices: a selection by a mask would wait for the device.
+    """
+    count = sequence_sum(tokens.mine.float(), tokens.examples, tokens.num_examples)
+    return sequence_sum(values * tokens.mine, tokens.examples, tokens.num_examples) / count.clamp(min=1)
 
 
 class Objective:

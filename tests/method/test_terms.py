@@ -120,6 +120,14 @@ def test_dpo_prefers_the_random_answers_of_its_own_row():
     assert losses[0] == pytest.approx((first + second) / 6, rel=1e-5)  # of 6 harmful answer tokens in the whole step
 
 
+def test_flat_compares_mean_probabilities_of_a_rows_own_answers():
+    losses, _ = terms("forget.weight=1", "forget.loss=flat", "forget.prefers=mismatch", "forget.divergence=pearson")
+    first = (exp(-1) + exp(-3)) / 2, (exp(-1) + (exp(-1) + exp(-2) + exp(-6)) / 3) / 2  # forget, mean of its two others
+    second = exp(-2), exp(-2)
+    values = [f * f / 4 + f - other for f, other in (first, second)]
+    assert losses[0] == pytest.approx((2 * values[0] + values[1]) / 6, rel=1e-5)  # a row counts once a token
+
+
 def forget_slopes(*settings):
     """How the loss of the term "forget" moves with each answer token's NLL, in an original that says the same."""
     made = build_terms(yaml.safe_load(RECIPE), RunSizes())[0]
@@ -130,9 +138,9 @@ def forget_slopes(*settings):
     return step_terms([made], rows, logits, original, count_draws(rows))[1]
 
 
-@pytest.mark.parametrize("loss", [("npo", ("beta", 1e-4)), ("simnpo", ("beta", 1e-4))])
+@pytest.mark.parametrize("loss", [("npo", ("beta", 1e-4)), ("simnpo", ("beta", 1e-4)), ("wga", ("beta", 1e-4))])
 def test_a_weight_gives_every_forget_loss_the_gradient_of_ascent(loss):
-    """For a small beta both are gradient ascent. Divided by rows, npo's was as many times larger as an answer has
+    """For a small beta all are gradient ascent. Divided by rows, npo's was as many times larger as an answer has
     tokens."""
     torch.testing.assert_close(forget_slopes(*loss), forget_slopes("ascent"), rtol=1e-3, atol=1e-6)
 
