@@ -25,6 +25,7 @@ from engine.state import BestState, TrainingState
 from evaluation.report import write_model_card
 from method.plan import print_plan
 from method.step import StepStats, compute_gradients
+from method.terms import next_multipliers
 from options import UnlearnOptions
 from run.account import account_lines
 from run.parsing import parse_run
@@ -98,7 +99,7 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
             tick = time.perf_counter()
             sums = compute_gradients(prefetcher.get(step), setup.recipe.terms, setup.wrapped, setup.accelerator,
                                      sharded=options.shard, signalled=stop.signalled,
-                                     graphs=setup.graphs)  # fmt: skip
+                                     graphs=setup.graphs, multipliers=state.multipliers)  # fmt: skip
             norm = setup.optimizer.grad_norm()
             if step + 1 < options.max_unlearn_steps:
                 prefetcher.start(step + 1)  # while the device runs what was launched
@@ -115,7 +116,8 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
             seconds = time.perf_counter() - tick
             left = (time.time() - loop_started) / (step + 1 - first) * (options.max_unlearn_steps - step - 1)
             log_step(setup, stats, step + 1, grad_norm=grad_norm, lr=lr, seconds=seconds,
-                     tokens_per_second=stats.tokens / seconds, seconds_left=left)  # fmt: skip
+                     tokens_per_second=stats.tokens / seconds, seconds_left=left,
+                     **({"multipliers": state.multipliers} if state.multipliers else {}))  # fmt: skip
             if ended:
                 break
         evaluate(setup, state)
@@ -142,6 +144,7 @@ def update(setup: Setup, state: TrainingState, stats: StepStats) -> tuple[float,
     if math.isfinite(grad_norm):
         state.skipped = 0
         state.tokens += int(stats.tokens)
+        state.multipliers = next_multipliers(setup.recipe.terms, state.multipliers, stats.means)
         return lr, grad_norm
     state.skipped += 1
     log.warning("step %d: loss %s, gradient norm %s: not finite, the step is not taken", state.step + 1, stats.loss,

@@ -26,6 +26,7 @@ class TrainingState:
 
     `step`: completed steps, skipped ones included. `skipped`: latest steps in a row with a loss or gradient that was
     not finite. `rollbacks`, `seconds`, `tokens`: so far. `first_evaluation`, `last_evaluation`: as logged.
+    `multipliers`: of the weights of terms with a budget (method/terms.py).
     """
 
     step: int = 0
@@ -36,3 +37,4 @@ class TrainingState:
     tokens: int = 0
     first_evaluation: dict | None = None
     last_evaluation: dict | None = None
+    multipliers: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -17,12 +17,22 @@ from method.objective import ForgetObjective
 from method.objectives import OBJECTIVES
 from method.sampler import Wording
 from method.terms import Term, active_terms
-from options import COUNT, POSITIVE, WEIGHT, UnlearnOptions, option, read_settings
+from options import COUNT, POSITIVE, WEIGHT, OptionalWeight, UnlearnOptions, option, read_settings
 from utils import UsageError
 
 WEIGHTS = ("bad_weight", "random_weight", "normal_weight")
 FORGET_LOSSES = tuple(name for name, objective in OBJECTIVES.items() if issubclass(objective, ForgetObjective))
-LOG_FIELDS = {"step", "event", "grad_norm", "lr", "seconds", "tokens_per_second", "seconds_left", "weighted_losses"}
+LOG_FIELDS = {
+    "step",
+    "event",
+    "grad_norm",
+    "lr",
+    "seconds",
+    "tokens_per_second",
+    "seconds_left",
+    "weighted_losses",
+    "multipliers",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +116,10 @@ class TermEntry:
         None, "what its mean is over (not given: as the objective says)"
     )
     log: str | None = option(None, "its field in the log (not given: NAME_MEASURE)")
+    budget: OptionalWeight = option(
+        None, "a bound on its mean: its weight rises while the mean is above it, and falls while it is below"
+    )
+    budget_rate: WEIGHT = option(1.0, "what the weight's multiplier moves a step, times the mean less the budget")
     watch: bool = option(False, "drawn and logged even at weight 0; above 0, --max_bad_loss stops on it")
 
 
@@ -220,5 +234,5 @@ def _build_term(spec: dict, earlier: dict[str, Term], sizes: RunSizes) -> tuple[
         raise UsageError(f"{name}.log: {field!r} is no word, or a field that every step has; name another one")
     weight = earlier[entry.times].weight * entry.weight if entry.times else entry.weight
     term = Term(name, draw, entry.loss, objective, weight, entry.tokens, entry.mean_over or objective.over, field,
-                entry.watch)  # fmt: skip
+                entry.watch, budget=entry.budget, budget_rate=entry.budget_rate)  # fmt: skip
     return entry, term

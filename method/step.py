@@ -84,12 +84,12 @@ class StepSums:
 
 def compute_gradients(
     prepared: PreparedStep, terms: list[Term], wrapped, accelerator, *, sharded: bool, signalled: bool,
-    graphs: KnownGraphs | None = None,
+    graphs: KnownGraphs | None = None, multipliers: dict[str, float] | None = None,
 ) -> StepSums:  # fmt: skip
     """Run forward and backward of this process's parts; return the step's sums over all processes.
 
     `wrapped`: the model as several processes call it. `signalled`: this process was asked to stop; the sums tell all
-    processes. `graphs`: of the compiled layers, if they are.
+    processes. `graphs`: of the compiled layers, if they are. `multipliers`: of the weights of terms with a budget.
     """
     layers, parts = layers_of(terms), prepared.parts
     sums = torch.zeros(3 + 2 * len(terms), device=accelerator.device)
@@ -103,7 +103,7 @@ def compute_gradients(
         with checks, contextlib.nullcontext() if last or sharded else accelerator.no_sync(wrapped):
             out = wrapped(plan.batch, plan.requests, plan.weights, layers=layers)
             (total, values), states = out if layers else (out, {})  # {layer: (N, D)}
-            losses = compute_losses(terms, plan, values, states, prepared.counts)
+            losses = compute_losses(terms, plan, values, states, prepared.counts, multipliers)
             loss = sum(term.loss for term in losses)
             # with known weights the losses' gradient through the values is that of `total`; states have their own
             minimised = [tensor for tensor in (total, loss) if tensor is not None and tensor.requires_grad]

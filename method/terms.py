@@ -25,7 +25,8 @@ class Term:
 
     `draw`: gives its sequences; terms may share a draw. `tokens`: "all", "first" of each sequence, or "telling": those
     that tell an answer from others. `over`: unit of its mean, "tokens" or "sequences". `field`: its name in the log.
-    `watch`: drawn and logged even at weight 0; above 0, --max_bad_loss stops on it.
+    `watch`: drawn and logged even at weight 0; above 0, --max_bad_loss stops on it. `budget`: a bound on its mean, that
+    its weight follows (`next_multipliers`); `budget_rate`: how fast.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Term:
     field: str = ""
     watch: bool = False
     preferred: str | None = None  # the draw whose sequences its objective prefers to its own
+    budget: float | None = None
+    budget_rate: float = 1.0
 
     @property
     def active(self) -> bool:
@@ -113,7 +116,7 @@ def sequences_needing_reference(sequences: list[Sequence], terms: list[Term]) ->
 def plan_losses(terms: list[Term], batch: Batch, reference: ReferenceCache, counts: dict[str, DrawCount]) -> BatchPlan:
     """Work out, in main memory, what a step asks of a batch that lies there; `counts`: of the whole step."""
     plan = plan_batch(terms, batch, reference)
-    if all(term.objective.is_linear for term in terms):
+    if all(term.objective.is_linear and term.budget is None for term in terms):  # a budget moves the weight
         plan.weights = _known_weights(terms, plan, counts)
     return plan
 
@@ -138,20 +141,33 @@ def _known_weights(terms: list[Term], plan: BatchPlan, counts: dict[str, DrawCou
 
 def compute_losses(
     terms: list[Term], plan: BatchPlan, values: list[torch.Tensor], states: dict[int, torch.Tensor],
-    counts: dict[str, DrawCount],
+    counts: dict[str, DrawCount], multipliers: dict[str, float] | None = None,
 ) -> list[LossTerm]:  # fmt: skip
     """Compute every term of one batch: values (Q,) of each request, hidden states {layer: (N, D)}.
 
-    `counts`: of the whole step.
+    `counts`: of the whole step. `multipliers`: of the weights of terms with a budget, by name.
     """
+    multipliers = multipliers or {}
     return [
-        _loss_term(term, places.tokens(values, states), counts[term.draw.name])
+        _loss_term(term, places.tokens(values, states), counts[term.draw.name], multipliers.get(term.name, 1.0))
         for term, places in zip(terms, plan.terms, strict=True)
     ]
 
 
-def _loss_term(term: Term, tokens: TermTokens, count: DrawCount) -> LossTerm:
-    """Compute one term of one batch; `count`: of its draw in the whole step."""
+def next_multipliers(terms: list[Term], multipliers: dict[str, float], means: dict[str, float]) -> dict[str, float]:
+    """Return the multipliers of the weights of terms with a budget after a step with these means, by name.
+
+    The dual variable of the constraint mean <= budget (PDU, Entesari et al. 2025, arXiv 2506.05314): it rises while the
+    mean is above the budget and falls while it is below, and is never negative. It is 1 at the start.
+    """
+    return {
+        term.name: max(0.0, multipliers.get(term.name, 1.0) + term.budget_rate * (means[term.name] - term.budget))
+        for term in terms if term.budget is not None
+    }  # fmt: skip
+
+
+def _loss_term(term: Term, tokens: TermTokens, count: DrawCount, multiplier: float = 1.0) -> LossTerm:
+    """Compute one term of one batch; `count`: of its draw in the whole step; `multiplier`: of its weight."""
     objective = term.objective
     values = objective.values(tokens)
     if objective.length_normalised and term.over == "tokens":
@@ -165,4 +181,4 @@ def _loss_term(term: Term, tokens: TermTokens, count: DrawCount) -> LossTerm:
         mean = weighted_sum(tokens.nll.detach(), 1.0, num_tokens)
     else:
         mean = weighted_sum(values.detach(), 1.0, denominator)
-    return LossTerm(term.name, weighted_sum(values, term.weight, denominator), mean)
+    return LossTerm(term.name, weighted_sum(values, term.weight * multiplier, denominator), mean)

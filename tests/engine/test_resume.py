@@ -81,7 +81,8 @@ def test_a_killed_run_ends_in_the_same_weights(whole, tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    ["--dtype=bf16"], ["--dtype=bf16", "--set=trainable.frozen_layers=1", "--kl_budget=0"],
+    ["--dtype=bf16", "--set=retain.budget=0.001", "--set=retain.budget_rate=20"],  # the weight's multiplier is kept
+    ["--dtype=bf16", "--set=trainable.frozen_layers=1", "--kl_budget=0"],
     ["--dtype=bf16", "--use_lora", "--gradient_checkpointing"],
 ])  # fmt: skip
 def test_resume_in_bf16_with_whole_weights_and_adapters_is_exact(tmp_path, model_folders, data_files, words):
@@ -100,6 +101,10 @@ def test_resume_in_bf16_with_whole_weights_and_adapters_is_exact(tmp_path, model
     assert run.returncode == 0, run.stderr
     assert events(tmp_path / "two/out.jsonl", "resume")[0]["step"] == 4
     assert same_weights(tmp_path / "one/out", tmp_path / "two/out")
+    multipliers = [[e.get("multipliers") for e in events(tmp_path / run / "out.jsonl", "step")][-4:]
+                   for run in ("one", "two")]  # fmt: skip
+    assert multipliers[0] == multipliers[1]
+    assert (multipliers[0][-1] is not None) == ("--set=retain.budget=0.001" in words)
 
 
 def test_a_refused_run_leaves_nothing(tmp_path, data_files):

@@ -16,7 +16,14 @@ from method.draw import RunSizes
 from method.losses import rmu_direction
 from method.objectives import OBJECTIVES
 from method.recipe import build_terms
-from method.terms import compute_losses, count_draws, layers_of, plan_losses, sequences_needing_reference
+from method.terms import (
+    compute_losses,
+    count_draws,
+    layers_of,
+    next_multipliers,
+    plan_losses,
+    sequences_needing_reference,
+)
 from options import read_settings
 
 # (kind, group, NLL of each answer token); two words in the vocabulary, the answers' word is 0
@@ -58,14 +65,14 @@ class Said:
         return self.tensor.shape[-1]
 
 
-def step_terms(made, rows, logits, original, counts, states=None):
+def step_terms(made, rows, logits, original, counts, states=None, multipliers=None):
     """The terms as a step computes them from given logits, and their gradient with respect to the logits."""
     plan, logits = plan_losses(made, padded_batch(rows, 0), original, counts), logits.requires_grad_()
     if plan.weights is None:
         total, values = None, token_values(logits, plan.requests)
     else:
         total, values = weighted_values(logits, plan.requests, plan.weights)
-    found = compute_losses(made, plan, values, states or {}, counts)
+    found = compute_losses(made, plan, values, states or {}, counts, multipliers)
     total = sum(term.loss for term in found) if total is None else total
     slope = torch.autograd.grad(total, logits, allow_unused=True)[0] if total.requires_grad else None
     return found, slope
@@ -177,3 +184,21 @@ def test_hidden_states_by_hand():
     assert found[0].mean.item() == pytest.approx(log(10))  # what the log shows is the answers' NLL
     assert found[1].loss.item() == pytest.approx(10 * ((1 - 1) ** 2 + (4 - 1) ** 2) / 2)
     assert sequences_needing_reference(rows, made) == rows[1:]
+
+
+def test_a_terms_weight_follows_its_budget():
+    made = build_terms(yaml.safe_load(RECIPE.replace("loss: kl, weight: 1.0}", "loss: kl, weight: 1.0, budget: 0.1, "
+                                                     "budget_rate: 0.5}")), RunSizes())  # fmt: skip
+    over = next_multipliers(made, {}, {"forget": 9.0, "mismatch": 9.0, "normal": 0.5})
+    assert over == {"normal": pytest.approx(1 + 0.5 * 0.4)}  # the one that has a budget
+    assert next_multipliers(made, over, {"normal": 0.0}) == {"normal": pytest.approx(1.2 - 0.5 * 0.1)}
+    assert next_multipliers(made, {"normal": 0.01}, {"normal": 0.0}) == {"normal": 0}  # never negative
+    # and a step's loss and gradient are those of the weight times the multiplier
+    rows = [Sequence("forget", 0, (7, 8), (0, 0)), Sequence("normal", 1, (7, 8), (0,))]
+    logits = torch.tensor([[0.0, 1.0], [0.5, 0.0], [2.0, 0.0]])  # (M, 2)
+    made = [term for term in made if term.name in ("forget", "normal")]
+    twice = [dataclasses.replace(term, weight=2 * term.weight) if term.name == "normal" else term for term in made]
+    found, slope = step_terms(made, rows, logits.clone(), Uniform(), count_draws(rows), multipliers={"normal": 2.0})
+    expected, expected_slope = step_terms(twice, rows, logits.clone(), Uniform(), count_draws(rows))
+    assert [term.loss.item() for term in found] == pytest.approx([term.loss.item() for term in expected])
+    torch.testing.assert_close(slope, expected_slope)
