@@ -29,6 +29,7 @@ from method.terms import next_multipliers
 from options import UnlearnOptions
 from run.account import account_lines
 from run.parsing import parse_run
+from run.selection import select
 from run.setup import Setup, prepare, resume_or_start, save_checkpoint
 from utils import (
     RunError,
@@ -95,6 +96,8 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
                     ended = roll_back(setup, state, f"development KL {dev_kl:.3f} is far past --kl_budget")
             if ended:
                 break
+            if step == 0 and setup.recipe.selection.kl_budget:
+                select(setup)
             # ---- one step: gradients, the stop rule, the update
             tick = time.perf_counter()
             sums = compute_gradients(prefetcher.get(step), setup.recipe.terms, setup.wrapped, setup.accelerator,

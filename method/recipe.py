@@ -16,6 +16,7 @@ from method.draws import DRAWS
 from method.objective import ForgetObjective
 from method.objectives import OBJECTIVES
 from method.sampler import Wording
+from method.selection import SelectionSettings
 from method.terms import Term, active_terms
 from options import COUNT, POSITIVE, WEIGHT, OptionalWeight, UnlearnOptions, option, read_settings
 from utils import UsageError
@@ -78,7 +79,8 @@ class Checkpoints:
 
 
 SECTIONS = {"wording": Wording, "own_answers": OwnAnswers, "optimizer": OptimizerSettings, "lora": LoraSettings,
-            "trainable": Trainable, "dev": DevSettings, "layout": Layout, "checkpoints": Checkpoints}  # fmt: skip
+            "trainable": Trainable, "selection": SelectionSettings, "dev": DevSettings, "layout": Layout,
+            "checkpoints": Checkpoints}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Recipe:
     optimizer: OptimizerSettings
     lora: LoraSettings
     trainable: Trainable
+    selection: SelectionSettings
     dev: DevSettings
     layout: Layout
     checkpoints: Checkpoints

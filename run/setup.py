@@ -56,6 +56,7 @@ from run.asked import ask_about_forget_rows
 from run.levels import refuse_levels, with_levels
 from run.neighbours_file import Neighbours, add_neighbours
 from run.rows import development_rows, log_account, read_chain, without_seen
+from run.selection import refuse_selection
 from run.texts import has_text, refuse_terms_without_prompts
 from run.warm_up import warm_up
 from sources.rows import Row, read_texts
@@ -133,6 +134,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
     recipe = read_recipe(options)
     refuse_levels(recipe.terms, options.holdout_text)
+    refuse_selection(recipe, options)
     sides = sides or read_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     refuse_bad_quantisation(options)
