@@ -7,6 +7,15 @@ from typing import Literal, Optional
 
 from options import COUNT, POSITIVE, CommonOptions, DataOptions, number, option
 
+AUTO = "auto"
+
+
+def learning_rate(text):
+    """Return a number above 0, or AUTO."""
+    return AUTO if text == AUTO else number(float, 0, above=True)(text)
+
+
+learning_rate.__name__ = "number above 0, or auto"
 OptionalCount = Optional[COUNT]  # noqa: UP045 - a check is a function, which knows no |
 
 
@@ -62,8 +71,12 @@ class EvaluateOptions(CommonOptions, DataOptions):
         "reverse sampling multiple_choice relearn probe"
     )  # fmt: skip
     attack_prompts: POSITIVE = option(32, "maximum forgotten prompts that an attack tries to recover")
-    relearn_lr: number(float, 0, above=True) = option(
-        1e-4, "learning rate of the relearning attack (adapters of rank 16 on every layer)"
+    relearn_lr: learning_rate = option(
+        1e-4, "learning rate of the relearning attack (of adapters; whole weights take a tenth of it); auto: that at "
+        "which --retrained_name learns the taught rows best"
+    )  # fmt: skip
+    relearn_weights: Literal["adapters", "whole", "both"] = option(
+        "adapters", "what that attack trains: adapters of rank 16 on every layer, whole weights, or one after the other"
     )
     quick: bool = option(
         False,

@@ -7,7 +7,7 @@ import sys
 
 from engine.paths import read_args
 from evaluation.members import SPLIT_OPTIONS
-from evaluation.options import EvaluateOptions
+from evaluation.options import AUTO, EvaluateOptions
 from options import DataOptions, OneLineParser, config_words, peek, underscored, words_of
 from utils import UsageError
 
@@ -22,6 +22,9 @@ def parse_evaluation(argv: list[str] | None = None) -> EvaluateOptions:
     run_argv = words_of_run(peek(argv, "model_name") or EvaluateOptions.model_name, own)
     trained = EvaluateOptions(**vars(parser.parse_args(run_argv)))
     options = EvaluateOptions(**vars(parser.parse_args(run_argv + argv)))
+    if options.relearn_lr == AUTO and not options.retrained_name:
+        raise UsageError("--relearn_lr auto: it is chosen on a model that never knew the rows: name one with "
+                         "--retrained_name, or give a rate")  # fmt: skip
     options.split = options.split or ("test" if run_argv else "all")
     changed = [name for name in SPLIT_OPTIONS if getattr(trained, name) != getattr(options, name)]
     if run_argv and changed and options.split != "all":

@@ -166,10 +166,14 @@ def _plan_lines(
     answered = {side: len(sampler.answered_rows(side)) for side in sampler.rows}
     rows = {side: sum(map(len, sources)) for side, sources in sampler.rows.items()}
     terms = ", ".join(f"{term.weight:g} x {term.name}" for term in recipe.terms)
+    selection = recipe.selection
+    first = [f"before that    selection: the forget gradient without its {selection.directions} largest directions is "
+             f"taken out, up to a KL of {selection.kl_budget:g}"] if selection.kl_budget else []  # fmt: skip
     part = "a step" if options.gradient_accumulation == 1 else "part of a step"
     lines = [
         f"model          {options.model_name}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",
         f"minimised      {terms}",
+        *first,
         f"layout         {layout_line}",
         *(f"{'rows' if i == 0 else '':14s} {line}" for i, line in enumerate(account)),
         f"rows visited   {answered['forget']:,} forget of {rows['forget']:,}, {answered['normal']:,} normal of "

@@ -74,7 +74,9 @@ class AttackConfig:
 
     num_rephrasings: how many of them are asked; None: all. num_examples: rows of each kind that an adversary shows or
     teaches. num_keep_sets: keep sources that are taught if --relearn_data names no rows; each takes minutes.
-    relearn_answers: how often the prompts are asked during fine-tuning. ablated_layers: how many are tried.
+    relearn_answers: how often the prompts are asked during fine-tuning. relearn_lr: of adapters; "auto" until it is
+    chosen. relearn_whole: what is trained, one after the other: whole weights (True), adapters (False).
+    ablated_layers: how many are tried.
     """
 
     max_new_tokens: int
@@ -86,7 +88,8 @@ class AttackConfig:
     num_keep_sets: int = 2
     relearn_steps: int = 100
     relearn_answers: int = 3
-    relearn_lr: float = EvaluateOptions.relearn_lr
+    relearn_lr: float | Literal["auto"] = EvaluateOptions.relearn_lr
+    relearn_whole: tuple[bool, ...] = (False,)
     quantised_bits: tuple[int, ...] = (8, 4)
     pruned_shares: tuple[float, ...] = (0.1, 0.3, 0.5)
     ablated_layers: int = 8

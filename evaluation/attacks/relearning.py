@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -10,13 +13,16 @@ from engine.adapters import LoraSettings, add_lora
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings
 from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel
-from evaluation.attacks.base import AttackResult, AttackTarget, one_answer_each, step_label
+from evaluation.attacks.base import CONTROL_NAMES, AttackResult, AttackTarget, one_answer_each, step_label
 from method.losses import sequence_mean
 from sources.rows import Row
-from utils import UsageError
+from utils import UsageError, log
 
 ROWS_PER_STEP = 4
 ORDER_STREAM = 31  # of the random order of the rows
+WHOLE_LR = 0.1  # the rate of whole weights, as a fraction of that of adapters (docs/LOG.md)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # of adapters, that are tried on a model that never knew the rows
+CHOICE_STEPS = 30
 
 
 def relearn(target: AttackTarget) -> list[AttackResult]:
@@ -26,42 +32,88 @@ def relearn(target: AttackTarget) -> list[AttackResult]:
     prompts, results = target.prompts(), []
     for taught in target.data.relearn_sets:
         asked = range(len(prompts)) if taught.measured is None else taught.measured
-        for step, model in fine_tune(target, target.model, taught.rows, target.config.relearn_steps):
-            texts = target.answer([prompts[i] for i in asked], model)
-            results.append(one_answer_each(step_label(taught.name, step), texts, taught.measured))
+        for whole in target.config.relearn_whole:
+            name = f"{taught.name}, whole weights" if whole else taught.name
+            for step, model in fine_tune(target, target.model, taught.rows, target.config.relearn_steps, whole=whole):
+                texts = target.answer([prompts[i] for i in asked], model)
+                results.append(one_answer_each(step_label(name, step), texts, taught.measured))
     return results
 
 
-def fine_tune(target: AttackTarget, model, rows: list[Row], steps: int):
+def choose_learning_rate(target: AttackTarget) -> float:
+    """Return the rate of adapters at which a model that never knew the rows learns the first set of them best: the
+    lowest loss on them after a few steps. A rate chosen on the unlearned model would favour it or its control.
+
+    target: with that model; it has a set of rows.
+    """
+    rows = target.data.relearn_sets[0].rows[: target.config.num_examples]
+    losses = {}
+    for rate in LEARNING_RATES:
+        config = dataclasses.replace(target.config, relearn_lr=rate, relearn_answers=1)
+        for _, model in fine_tune(dataclasses.replace(target, config=config), target.model, rows, CHOICE_STEPS):
+            with torch.no_grad():
+                answer_model = AnswerLogitsModel(model, packed=target.packed)
+                losses[rate] = answer_loss(answer_model, target.formatter, rows).item()
+    best = min(LEARNING_RATES, key=losses.get)
+    tried = ", ".join(f"{loss:.2f} at {rate:g}" for rate, loss in losses.items())
+    log.info("--relearn_lr auto: %g, at which %s learns the taught rows best (loss %s)", best,
+             CONTROL_NAMES["retrained"], tried)  # fmt: skip
+    return best
+
+
+def fine_tune(target: AttackTarget, model, rows: list[Row], steps: int, *, whole: bool = False):
     """Yield (step, tuned model) `relearn_answers` times, at all steps, half of them, a quarter and so on; afterwards
     the model is what it was.
 
-    AdamW on whole answers, four rows per step, in adapters on every layer. An adversary can afford adapters: 7B weights
-    with their moments fit on no single GPU. At ten times the learning rate they recover as much as full fine-tuning or
-    more, in two thirds of the time (docs/LOG.md).
+    AdamW on whole answers, four rows per step: in adapters on every layer, or in whole weights. An adversary can
+    afford adapters: 7B weights with their moments fit on no single GPU. At ten times the learning rate they recover as
+    much as full fine-tuning or more, in two thirds of the time (docs/LOG.md).
     """
     config, formatter = target.config, target.formatter
     rows = rows[: config.num_examples]
     if not rows:
         return
-    settings = OptimizerSettings(lr=config.relearn_lr, total_steps=steps, schedule="constant", adapters=True)
-    torch.manual_seed(config.seed)  # the adapters' first values
-    adapters = add_lora(model, LoraSettings(), None)
-    trained = torch.nn.ParameterList(weight for weight in model.parameters() if weight.requires_grad)
-    optimizer = MasterWeightAdamW(trained, settings, model.dtype)
-    answer_model = AnswerLogitsModel(model, packed=target.packed)
+    rate = config.relearn_lr * (WHOLE_LR if whole else 1)
+    settings = OptimizerSettings(lr=rate, total_steps=steps, schedule="constant", adapters=not whole)
     answer_steps = {max(1, steps // 2**i) for i in range(config.relearn_answers)}
     rng = np.random.default_rng([config.seed, ORDER_STREAM])
     order = [i for _ in range(ROWS_PER_STEP * steps // len(rows) + 1) for i in rng.permutation(len(rows))]
-    try:
+    with _whole_weights(model) if whole else _adapters(model, config.seed) as trained:
+        optimizer = MasterWeightAdamW(trained, settings, model.dtype)
+        answer_model = AnswerLogitsModel(model, packed=target.packed)
         for step in range(steps):
             chosen = [rows[i] for i in order[ROWS_PER_STEP * step : ROWS_PER_STEP * (step + 1)]]
             answer_loss(answer_model, formatter, chosen).backward()
             optimizer.step()
             if step + 1 in answer_steps:
                 yield step + 1, model  # not merged: a bf16 weight would lose most of so small a change
+
+
+@contextlib.contextmanager
+def _adapters(model, seed: int):
+    """Yield the weights of new adapters on every layer, which are gone after the block."""
+    torch.manual_seed(seed)  # their first values
+    adapters = add_lora(model, LoraSettings(), None)
+    try:
+        yield torch.nn.ParameterList(weight for weight in model.parameters() if weight.requires_grad)
     finally:
         adapters.unload()
+
+
+@contextlib.contextmanager
+def _whole_weights(model):
+    """Yield the model with all its weights trained; after the block they are what they were."""
+    kept = [(weight, weight.detach().clone(), weight.requires_grad) for weight in model.parameters()]
+    for weight, _, _ in kept:
+        weight.requires_grad_(True)
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for weight, value, required in kept:
+                weight.copy_(value)
+                weight.requires_grad_(required)
+                weight.grad = None
 
 
 def answer_loss(answer_model: AnswerLogitsModel, formatter, rows: list[Row]) -> torch.Tensor:

@@ -14,9 +14,11 @@ from tqdm.auto import tqdm
 from engine.tree import AnswerLogitsModel
 from evaluation.attacks import ATTACKS
 from evaluation.attacks.base import CONTROL_NAMES, AskedRow, AttackConfig, AttackData, AttackResult, AttackTarget
+from evaluation.attacks.relearning import choose_learning_rate
 from evaluation.attacks.rows import ExampleMaker, Judge, collect_data
 from evaluation.inputs import EvaluationInputs
 from evaluation.metrics.statistics import Estimate, rate
+from evaluation.options import AUTO, EvaluateOptions
 from utils import UsageError, log
 
 QUICK_PROMPTS = 6
@@ -24,6 +26,7 @@ QUICK_TOKENS = 24  # of an answer at most
 QUICK = {"num_rephrasings": 4, "num_samples": 4, "num_examples": 4, "num_keep_sets": 0, "relearn_steps": 8,
          "relearn_answers": 1, "quantised_bits": (4,), "pruned_shares": (0.3,), "ablated_layers": 4}  # fmt: skip
 NUM_EXAMPLES = 3  # answers that are shown of a variant
+WHOLE = {"adapters": (False,), "whole": (True,), "both": (False, True)}  # --relearn_weights
 CONTROLS = {"before": "original", "retrained": "retrained"}  # a model -> what it is called as a control
 GIVEN_LABEL = "given"  # of an example that no judge decides about
 
@@ -81,6 +84,9 @@ def ask_attacks(
                             data=of_kind, config=config)  # fmt: skip
 
     lines, control = [], "retrained" if options.retrained_name else "before"
+    if config.relearn_lr == AUTO and "relearn" in names:
+        taught = [of_kind for of_kind in data if of_kind.relearn_sets]
+        config.relearn_lr = choose_learning_rate(target(control, taught[0])) if taught else EvaluateOptions.relearn_lr
     for name in tqdm(names, desc="attacks", leave=False, disable=None):
         of_attack = []
         for of_kind, examples in zip(kinds, data, strict=True):
@@ -104,7 +110,8 @@ def make_config(options) -> AttackConfig:
     """Return the size of the attacks that the options ask for."""
     tokens = min(QUICK_TOKENS, options.max_new_tokens) if options.quick else options.max_new_tokens
     return AttackConfig(max_new_tokens=tokens, batch_size=options.generation_batch, seed=options.seed,
-                        relearn_lr=options.relearn_lr, **(QUICK if options.quick else {}))  # fmt: skip
+                        relearn_lr=options.relearn_lr, relearn_whole=WHOLE[options.relearn_weights],
+                        **(QUICK if options.quick else {}))  # fmt: skip
 
 
 def num_prompts(options) -> int:

@@ -21,8 +21,8 @@ from utils import log, read_json_lines, write_json_lines
 
 # What the answers depend on, beside rows and weights. An attack may ask in another template than the evaluation does,
 # so the prompts alone do not tell what it asks.
-ATTACK_OPTIONS = ("attack_prompts", "relearn_lr", "quick", "max_new_tokens", "max_prompt_tokens", "seed", "dtype",
-                  "deterministic", "template", "system", "template_args")  # fmt: skip
+ATTACK_OPTIONS = ("attack_prompts", "relearn_lr", "relearn_weights", "quick", "max_new_tokens", "max_prompt_tokens",
+                  "seed", "dtype", "deterministic", "template", "system", "template_args")  # fmt: skip
 
 
 class PanelOfAttacks:

@@ -6,7 +6,7 @@ from conftest import make_tokenizer, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from engine.adapters import decoder_layers
-from evaluation.attacks import ATTACKS, WRAPPERS
+from evaluation.attacks import ATTACKS, WRAPPERS, relearning
 from evaluation.attacks.ablation import choose_direction, final_states, layers_to_try, without_direction
 from evaluation.attacks.base import AskedRow, Attack, AttackConfig, AttackData, AttackTarget, RelearnSet
 from evaluation.attacks.logit_lens import logit_lens_nll
@@ -14,8 +14,9 @@ from evaluation.attacks.prompts import PREFIXES, few_shot
 from evaluation.attacks.pruning import without_small_weights
 from evaluation.attacks.quantisation import fake_quantize
 from evaluation.attacks.reading import multiple_choice, names_question, reverse_query
-from evaluation.attacks.relearning import fine_tune
+from evaluation.attacks.relearning import choose_learning_rate, fine_tune, relearn
 from evaluation.attacks.text import more_words, other_passages
+from evaluation.parsing import parse_evaluation
 from prompts.formatter import PromptFormatter
 from prompts.windows import TextCutter, ask_to_go_on
 from sources.rows import Row
@@ -136,6 +137,31 @@ def test_relearning_lowers_the_loss_on_its_rows(target):
     steps, losses = zip(*answered, strict=True)
     assert steps == (2, 4, 8)
     assert start > losses[0] > losses[1] > losses[2]
+
+
+def test_whole_weights_are_taught_as_well_and_put_back(target):
+    before = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
+    rows = target.data.forget_train_rows
+    losses = [logit_lens_nll(target.model, target.formatter, rows)[-1]]
+    target.config.relearn_lr = 1e-2
+    for _, tuned in fine_tune(target, target.model, rows, 8, whole=True):
+        losses.append(logit_lens_nll(tuned, target.formatter, rows)[-1])
+    assert losses[0] > losses[1] > losses[-1]
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.model.state_dict().items())
+    target.config.relearn_whole = (False, True)
+    assert [result.variant for result in relearn(target)] == [
+        f"{name}{weights}, {steps} steps" for name in ("doors", "half") for weights in ("", ", whole weights")
+        for steps in (2, 4, 8)]  # fmt: skip
+
+
+def test_the_rate_of_relearning_is_that_at_which_the_control_learns_best(target, caplog, monkeypatch):
+    monkeypatch.setattr(relearning, "LEARNING_RATES", (1e-6, 1e-3, 10.0))  # too low, right, and far too high
+    monkeypatch.setattr(relearning, "CHOICE_STEPS", 8)
+    with caplog.at_level("INFO"):
+        assert choose_learning_rate(target) == 1e-3
+    assert "--relearn_lr auto: 0.001, at which a model that never knew the rows learns" in caplog.text
+    with pytest.raises(UsageError, match="--relearn_lr auto: it is chosen on a model that never knew the rows: name"):
+        parse_evaluation(["--relearn_lr=auto"])
 
 
 @pytest.mark.parametrize("target", ["llama"], indirect=True)  # its tokenizer serves all three
