@@ -24,11 +24,12 @@ from engine.saving import gather_weights, write_model
 from engine.state import BestState, TrainingState
 from evaluation.report import write_model_card
 from method.plan import print_plan
-from method.step import StepStats, compute_gradients
+from method.step import StepStats
 from method.terms import next_multipliers
 from options import UnlearnOptions
 from run.account import account_lines
 from run.parsing import parse_run
+from run.perturbed import step_gradients
 from run.selection import select
 from run.setup import Setup, prepare, resume_or_start, save_checkpoint
 from utils import (
@@ -100,9 +101,7 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
                 select(setup)
             # ---- one step: gradients, the stop rule, the update
             tick = time.perf_counter()
-            sums = compute_gradients(prefetcher.get(step), setup.recipe.terms, setup.wrapped, setup.accelerator,
-                                     sharded=options.shard, signalled=stop.signalled,
-                                     graphs=setup.graphs, multipliers=state.multipliers)  # fmt: skip
+            sums = step_gradients(setup, prefetcher.get(step), state.multipliers, signalled=stop.signalled)
             norm = setup.optimizer.grad_norm()
             if step + 1 < options.max_unlearn_steps:
                 prefetcher.start(step + 1)  # while the device runs what was launched

@@ -15,6 +15,7 @@ from method.draw import RunSizes
 from method.draws import DRAWS
 from method.objective import ForgetObjective
 from method.objectives import OBJECTIVES
+from method.perturbed import PerturbedSettings
 from method.sampler import Wording
 from method.selection import SelectionSettings
 from method.terms import Term, active_terms
@@ -79,8 +80,8 @@ class Checkpoints:
 
 
 SECTIONS = {"wording": Wording, "own_answers": OwnAnswers, "optimizer": OptimizerSettings, "lora": LoraSettings,
-            "trainable": Trainable, "selection": SelectionSettings, "dev": DevSettings, "layout": Layout,
-            "checkpoints": Checkpoints}  # fmt: skip
+            "trainable": Trainable, "selection": SelectionSettings, "perturbed": PerturbedSettings, "dev": DevSettings,
+            "layout": Layout, "checkpoints": Checkpoints}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Recipe:
     lora: LoraSettings
     trainable: Trainable
     selection: SelectionSettings
+    perturbed: PerturbedSettings
     dev: DevSettings
     layout: Layout
     checkpoints: Checkpoints

@@ -44,10 +44,14 @@ class PreparedPart:
 
 @dataclasses.dataclass
 class PreparedStep:
-    """A step as the host prepares it: this process's parts, and the counts of the whole step."""
+    """A step as the host prepares it: this process's parts, and the counts of the whole step.
+
+    forget: the forget side's sequences, where their gradient is taken at other weights; the parts are then the others.
+    """
 
     parts: list[PreparedPart]
     counts: dict[str, DrawCount]
+    forget: PreparedStep | None = None
 
 
 def prepare_step(
@@ -69,8 +73,13 @@ def prepare_step(
 class StepSums:
     """The sums of a step, on the device until they are read."""
 
-    def __init__(self, sums: torch.Tensor, terms: list[Term]):
-        self._sums, self._names = sums, [term.name for term in terms]
+    def __init__(self, sums: torch.Tensor, names: list[str]):
+        self._sums, self._names = sums, names
+
+    def __add__(self, other: StepSums) -> StepSums:
+        """Return the sums of both, of the same terms."""
+        assert self._names == other._names, (self._names, other._names)
+        return StepSums(self._sums + other._sums, self._names)
 
     def read(self, norm: torch.Tensor | None = None) -> StepStats:
         """Wait for the device, once, and return the sums; norm: a scalar on the device that is read with them."""
@@ -113,4 +122,4 @@ def compute_gradients(
         scalars = [loss.detach(), *(t.mean for t in losses), *(t.loss.detach() for t in losses)]
         sums += torch.cat([torch.stack(scalars) * part.counts, copy_to(accelerator.device, counters)])
         del plan, out, total, values, states, losses, loss, minimised  # frees them before the next part's forward
-    return StepSums(accelerator.reduce(sums, "sum"), terms)
+    return StepSums(accelerator.reduce(sums, "sum"), [term.name for term in terms])

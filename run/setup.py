@@ -55,6 +55,7 @@ from run.account import SourceAccount, held_out_line
 from run.asked import ask_about_forget_rows
 from run.levels import refuse_levels, with_levels
 from run.neighbours_file import Neighbours, add_neighbours
+from run.perturbed import refuse_perturbed
 from run.rows import development_rows, log_account, read_chain, without_seen
 from run.selection import refuse_selection
 from run.texts import has_text, refuse_terms_without_prompts
@@ -114,8 +115,16 @@ class Setup:
     def prepare_step(self, step: int) -> PreparedStep:
         """Return a step as the host prepares it: this process's sequences, laid out, and what is asked of them."""
         sequences = self.sampler.sequences(step, self.formatter)
-        return prepare_step(sequences, self.recipe.terms, self.layout, self.reference, self.accelerator,
-                            num_parts=self.options.gradient_accumulation)  # fmt: skip
+
+        def prepared(some: list[Sequence]) -> PreparedStep:
+            return prepare_step(some, self.recipe.terms, self.layout, self.reference, self.accelerator,
+                                num_parts=self.options.gradient_accumulation)  # fmt: skip
+
+        if not self.recipe.perturbed.at(step):
+            return prepared(sequences)
+        forget = {draw.name for draw in self.sampler.draws if draw.side == "forget"}
+        others = prepared([s for s in sequences if s.draw not in forget])
+        return dataclasses.replace(others, forget=prepared([s for s in sequences if s.draw in forget]))
 
 
 def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | None = None) -> Setup:
@@ -135,6 +144,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     recipe = read_recipe(options)
     refuse_levels(recipe.terms, options.holdout_text)
     refuse_selection(recipe, options)
+    refuse_perturbed(recipe, options)
     sides = sides or read_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     refuse_bad_quantisation(options)

@@ -8,6 +8,7 @@ import torch
 
 from evaluation.attacks.base import AttackResult, AttackTarget, one_answer_each
 from evaluation.attacks.weights import matrices
+from method.perturbed import rounded_to_bits
 
 
 def quantise(target: AttackTarget) -> list[AttackResult]:
@@ -24,11 +25,6 @@ def fake_quantize(model, bits: int, group: int = 128):
     tools.
     """
     model = copy.deepcopy(model)
-    top = 2 ** (bits - 1) - 1
     for _, matrix in matrices(model):
-        rows = matrix.float()  # (..., out, in)
-        size = group if rows.shape[-1] % group == 0 else rows.shape[-1]
-        parts = rows.reshape(*rows.shape[:-1], -1, size)  # (..., out, groups, size)
-        scale = parts.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
-        matrix.copy_((torch.round(parts / scale).clamp(-top, top) * scale).reshape(rows.shape))
+        matrix.copy_(rounded_to_bits(matrix, bits, group))
     return model

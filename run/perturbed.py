@@ -1,0 +1,68 @@
+"""The gradients of a step: all at once, or the forget side's at changed weights (method/perturbed.py)."""
+
+from __future__ import annotations
+
+import contextlib
+
+from evaluation.attacks.weights import matrices
+from method.perturbed import rounded_to_bits, towards_worse
+from method.step import PreparedStep, StepSums, compute_gradients
+from utils import UsageError
+
+
+def refuse_perturbed(recipe, options) -> None:
+    """Raise UsageError if the recipe's changed weights cannot be had in such a run."""
+    settings = recipe.perturbed
+    if settings.at(0) and options.shard:
+        raise UsageError("perturbed: the weights are changed whole: leave --shard out, or set perturbed.radius=0 and "
+                         "perturbed.bits=0")  # fmt: skip
+    if settings.bits and options.use_lora:
+        raise UsageError("perturbed.bits: whole weights are rounded, and --use_lora trains none: leave one of them out")
+    if settings.bits == 1 or settings.bits > 8:
+        raise UsageError(f"perturbed.bits {settings.bits}: must be 0, or from 2 to 8")
+
+
+def step_gradients(setup, prepared: PreparedStep, multipliers: dict[str, float], *, signalled: bool) -> StepSums:
+    """Leave the gradients of a step's loss with the weights; return the step's sums over all processes."""
+
+    def gradients(of: PreparedStep) -> StepSums:
+        return compute_gradients(of, setup.recipe.terms, setup.wrapped, setup.accelerator, sharded=setup.options.shard,
+                                 signalled=signalled, graphs=setup.graphs, multipliers=multipliers)  # fmt: skip
+
+    if prepared.forget is None:
+        return gradients(prepared)
+    with _changed_weights(setup, lambda: gradients(prepared.forget)):
+        sums = gradients(prepared.forget)
+    return gradients(prepared) + sums
+
+
+@contextlib.contextmanager
+def _changed_weights(setup, forget_gradients):
+    """Within the block the trained weights are changed as the recipe says; gradients that it leaves stay."""
+    settings, optimizer = setup.recipe.perturbed, setup.optimizer
+    kept = optimizer.snapshot()
+    changed = kept
+    if settings.radius:
+        forget_gradients()
+        changed = towards_worse(kept, [parameter.grad for parameter in optimizer.parameters], settings.radius)
+        optimizer.drop_gradients()
+    if settings.bits:
+        changed = _rounded(setup.model, optimizer, changed, settings.bits)
+    optimizer.restore(changed)
+    try:
+        yield
+    finally:
+        optimizer.restore(kept)
+
+
+def _rounded(model, optimizer, weights: list, bits: int) -> list:
+    """Return the weights with the layers' matrices rounded; turned ones (GPT-2's) along their own inputs."""
+    turned = {weight: view is not weight for weight, view in matrices(model)}
+    found = []
+    for parameter, weight in zip(optimizer.parameters, weights, strict=True):
+        if parameter in turned:
+            view = weight.mT if turned[parameter] else weight
+            weight = rounded_to_bits(view, bits).to(weight.dtype)
+            weight = weight.mT if turned[parameter] else weight
+        found.append(weight)
+    return found
