@@ -13,7 +13,7 @@ from options import COUNT, POSITIVE, WEIGHT, option
 class PerturbedSettings:
     """What is done to the weights before the gradient of the forget side's terms; that of the others is taken as usual.
 
-    radius: sharpness-aware minimisation of the forget loss (Fan et al. 2025, arXiv 2502.05374, eq. 6): a move towards
+    radius: sharpness-aware minimisation of the forget loss (Fan et al. 2025, arXiv 2502.05374): a move towards
     knowing the forget set again. bits: a straight-through forward at rounded weights (arXiv 2605.02196).
     """
 
