@@ -1,6 +1,6 @@
 """What --make_neighbours does for five lists of 12 prompts: run each without and with it, and print three figures.
 
-    python benchmarks/neighbours.py --only sourdough       (a list takes about ten minutes on two cores)
+    python benchmarks/neighbours.py --only sourdough       (a list takes about ten minutes on two cores, a run five)
 
 benchmarks/neighbours/ holds of each topic LIST_listed.jsonl (12 prompts, which are forgotten), LIST_reworded.jsonl (12
 of the same topic in words that no listed prompt has) and LIST_beside.jsonl (16 prompts one topic away). No run trains
@@ -82,17 +82,18 @@ def main() -> None:
     parser.add_argument("--only", choices=names_of_lists(), help="one list (if unset: all five)")
     parser.add_argument("--model_name", default="models/smollm2-135m-instruct")
     parser.add_argument("--steps", type=int, default=60, help="--max_unlearn_steps")
-    parser.add_argument("--count", type=int, default=48, help="--make_neighbours of the second run")
+    parser.add_argument("--counts", type=int, nargs="+", default=[0, 48], help="--make_neighbours, of a run each")
     parser.add_argument("--seed", type=int, default=8888)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's default)")
     options = parser.parse_args()
     for name in [options.only] if options.only else names_of_lists():
-        for count in (0, options.count):
+        for count in options.counts:
             print_figures(name, count, measure(name, count, options))
-        beside = {prompt_hash(row["prompt"]) for row in read_json_lines(LISTS / f"{name}_beside.jsonl")}
-        made = made_of(name, options.count)
-        asked = sum(prompt_hash(prompt) in beside for prompt in made)
-        print(f"{name}: {len(made)} neighbours were made, {asked} of them are prompts that are asked above")
+            if count:
+                beside = {prompt_hash(row["prompt"]) for row in read_json_lines(LISTS / f"{name}_beside.jsonl")}
+                made = made_of(name, count)
+                asked = sum(prompt_hash(prompt) in beside for prompt in made)
+                print(f"{name}: {len(made)} neighbours were made, {asked} of them are prompts that are asked above")
 
 
 if __name__ == "__main__":
