@@ -6,7 +6,8 @@
 # make recipe NAME=people   forget on the planted model what a recipe is for, and compare with the twin: people, facts,
 #              copyright; harm is the demo, on the embedded model
 # make recipe-full NAME=people   the same with three seeds and attacks
-# make sweep   search over the settings in configs/sweep.yaml; goes on where it was stopped
+# make sweep   search over the settings in configs/sweep.yaml; goes on where it was stopped. make sweep NAME=people sets the
+#              objectives of recipes/people/objectives.yaml side by side, against the twin and under attack: hours
 # make lint    ruff, rules and format, and which room takes from which
 # make audit   known vulnerabilities in the pinned packages (asks a public database)
 # make lm-eval-env   an environment with lm-evaluation-harness, for evaluate_unlearning.py --lm_eval TASKS
@@ -93,9 +94,15 @@ lm-eval: $(LM_EVAL)/.installed
 	@test -n "$(MC_DATA)" -a -n "$(TEXT)" || { echo "make lm-eval: name MC_DATA=mc_task.json and TEXT=text.txt"; exit 2; }
 	$(LM_EVAL)/bin/python benchmarks/lm_eval_check.py --mc_data $(MC_DATA) --text $(TEXT) $(LM_EVAL_OPTIONS)
 
+ifdef NAME
+sweep: models/planted/finetune_args.json models/planted_twin/finetune_args.json
+	@test -f "recipes/$(NAME)/objectives.yaml" || { echo "make sweep: recipes/$(NAME)/objectives.yaml is not there: NAME=people"; exit 2; }
+	$(PYTHON) sweep.py --config recipes/$(NAME)/planted.yaml --grid recipes/$(NAME)/objectives.yaml --sweep_dir sweeps/$(NAME) --evaluation recipes/$(NAME)/evaluate.yaml --attacks quantise prefill few_shot relearn
+else
 sweep: $(VENV)/.installed
 	$(PYTHON) setup_demo.py
 	$(PYTHON) sweep.py --config configs/demo.yaml --grid configs/sweep.yaml --sweep_dir sweeps/demo
+endif
 
 clean:
 	rm -rf $(LM_EVAL) $(VENV) .cache .pytest_cache .ruff_cache models/demo models/smollm2-135m-instruct reports/demo logs/demo.* data/cache data/harmbench.jsonl

@@ -3,6 +3,8 @@
     python sweep.py --config configs/demo.yaml --grid configs/sweep.yaml --sweep_dir sweeps/demo
 
 The grid file has lists: `normal_weight: [3, 6]`, `stop.prefill_tokens: [0, 5]`, `lora.targets: [[q_proj, v_proj]]`.
+A list of mappings, under any name, holds settings that go together: `loss: [{forget_loss: npo, bad_weight: 2}, ...]`.
+With --evaluation, the runs are judged by that evaluation, such as one against a twin, and not on the dev split.
 A stopped sweep continues when it is started again: finished runs are kept, and an interrupted run is resumed. The
 sweep prints a table and writes front.svg and sweep.json.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +25,13 @@ from engine import checkpoint
 from engine.paths import read_args, refuse_no_folder
 from evaluation.figures import point_values
 from evaluation.report import front_plot, print_table
+from evaluation.stages import take_answers
 from options import POSITIVE, OneLineParser, UnlearnOptions, option
 from run.parsing import old_names, parse_run
 from utils import RunError, UsageError, atomic_write_text, run_script, write_json
 
 HERE = Path(__file__).resolve().parent
+EXTRA = {"similarity": "similarity", "back": "comes back"}  # figures of a run: their columns
 HELD_OUT = {"dev_share": 0.1, "test_share": 0.2}  # of both sides
 
 
@@ -37,7 +42,12 @@ class SweepOptions:
     config: str = option("configs/demo.yaml", "YAML file of the options that all runs share, as for unlearn_harm.py")
     grid: str = option("configs/sweep.yaml", "YAML file with a list of values for each option or setting to vary")
     sweep_dir: str = option("sweeps/sweep", "output folder of the runs and the front")
-    prompts_per_group: POSITIVE = option(64, "maximum dev prompts per group")
+    evaluation: str | None = option(
+        None, "YAML file of an evaluation, as for evaluate_unlearning.py, by which each run is judged (if unset: the "
+        "dev split of its own rows)"
+    )  # fmt: skip
+    attacks: list[str] = option(["none"], "attacks on each run, as for evaluate_unlearning.py")
+    prompts_per_group: POSITIVE = option(64, "maximum prompts per group")
 
 
 def main() -> None:
@@ -46,12 +56,13 @@ def main() -> None:
     refuse_no_folder("--sweep_dir", options.sweep_dir)
     folder, runs = Path(options.sweep_dir), combinations(options.grid)
     refuse_unknown_settings(runs, options.config)
-    records, failed = [], []
+    records, failed, earlier = [], [], None
     for number, settings in enumerate(runs, 1):
         name = slug(settings)
         print(f"run {number} of {len(runs)}: {name}", file=sys.stderr, flush=True)
         try:
-            records.append({"run": name, "settings": settings, **judged(folder / name, settings, options)})
+            records.append({"run": name, "settings": settings, **judged(folder / name, settings, options, earlier)})
+            earlier = earlier or report_of(folder / name)
         except RunError as error:  # the other combinations still run
             print(f"sweep.py: {error}", file=sys.stderr, flush=True)
             failed.append(name)
@@ -64,7 +75,8 @@ def main() -> None:
     atomic_write_text(folder / "front.svg", front_plot(records))
     print_table([{"front": "*" if one["on_front"] else "", "run": one["run"],
                   "forget answered": f"{one['forget']:.3f}", "worst kept ratio": f"{one['keep']:.3f}",
-                  "similarity": f"{one['similarity']:.3f}", "seconds": f"{one['seconds']:.0f}"}
+                  **{column: f"{one[key]:.3f}" for key, column in EXTRA.items() if one[key] is not None},
+                  "seconds": f"{one['seconds']:.0f}"}
                  for one in records])  # fmt: skip
     print(f"\n* no other run forgets more and keeps more; plot: {folder / 'front.svg'}")
     if failed:
@@ -81,12 +93,16 @@ def combinations(path: str) -> list[dict]:
     if not isinstance(grid, dict) or not grid:
         raise UsageError(f"--grid {path}: must hold one 'option: [value, ...]' a line")
     for name, values in grid.items():
-        reserved = ("config", "model_save_dir", "log_file", "overwrite", "resume", "set")
-        if "." not in str(name) and (name not in known or name in reserved):
-            raise UsageError(f"--grid {path}: {name!r} is not an option that can be varied")
         if not isinstance(values, list) or not values:
             raise UsageError(f"--grid {path}: option {name!r} needs a list of values")
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        together = all(isinstance(value, dict) and value for value in values)
+        for option_name in {key for value in values for key in value} if together else [name]:
+            reserved = ("config", "model_save_dir", "log_file", "overwrite", "resume", "set")
+            if "." not in str(option_name) and (option_name not in known or option_name in reserved):
+                raise UsageError(f"--grid {path}: {option_name!r} is not an option that can be varied")
+    choices = [[value if isinstance(value, dict) else {name: value} for value in values]
+               for name, values in grid.items()]  # fmt: skip
+    return [{name: value for part in parts for name, value in part.items()} for parts in itertools.product(*choices)]
 
 
 def refuse_unknown_settings(runs: list[dict], config: str) -> None:
@@ -122,25 +138,40 @@ def held_out_words(settings: dict, config: str) -> list[str]:
     return [f"--{name}={share}" for name, share in HELD_OUT.items() if getattr(given, name) is None]
 
 
-def judged(folder: Path, settings: dict, options) -> dict:
-    """Run and evaluate one combination, unless it is finished; return its figures."""
+def report_of(folder: Path) -> Path:
+    """Return where the report of a run lies."""
+    return folder.parent / "reports" / folder.name
+
+
+def judged(folder: Path, settings: dict, options, earlier: Path | None) -> dict:
+    """Run and evaluate one combination, unless it is finished; return its figures.
+
+    earlier: another run's report, from which the answers of the models that all runs share are taken.
+    """
     arguments = words_for(settings) + held_out_words(settings, options.config)
+    log_file = folder.parent / "logs" / f"{folder.name}.log"
     if read_args(folder):
         refuse_other_settings(folder, [f"--config={options.config}", *arguments])
     else:
-        log_file = folder.parent / "logs" / f"{folder.name}.log"
         run("unlearn_harm.py", f"--config={options.config}", *arguments, f"--model_save_dir={folder}", "--resume",
             f"--log_file={log_file}")  # fmt: skip
-    report_folder = folder.parent / "reports" / folder.name
-    run("evaluate_unlearning.py", f"--model_name={folder}", "--split=dev", "--examples=0",
+    report_folder = report_of(folder)
+    if earlier is not None:
+        take_answers(earlier, report_folder)
+    by = ["--split=dev"]
+    if options.evaluation:
+        by = [f"--config={options.evaluation}", f"--train_log={log_file.with_suffix('.jsonl')}"]
+    run("evaluate_unlearning.py", *by, f"--model_name={folder}", "--examples=0", "--attacks", *options.attacks,
         f"--prompts_per_group={options.prompts_per_group}", f"--report_dir={report_folder}")  # fmt: skip
     report = json.loads((report_folder / "report.json").read_text(encoding="utf-8"))
     figures = point_values(report)
     if missing := {"forget.answered.ratio", "keep.worst.answered.ratio"} - figures.keys():
         raise RunError(f"{folder}: {' and '.join(sorted(missing))} not measured: the original answers nothing")
     seconds = read_args(folder)["run"]["seconds"]
+    back = [value for name, value in figures.items() if re.fullmatch(r"attack\.[^.]*\.counted", name)]
     return {"forget": figures["forget.answered"], "keep": figures["keep.worst.answered.ratio"],
-            "similarity": figures["keep.similarity"], "seconds": seconds}  # fmt: skip
+            "similarity": figures.get("keep.similarity"), "back": max(back, default=None),
+            "seconds": seconds}  # fmt: skip
 
 
 def refuse_other_settings(folder: Path, argv: list[str]) -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/recipe_seeds.py NAME [--seeds 1 2 3] [--attacks quantise prefill ...] [--figures REGEX]
 
-Each seed is a run of recipes/NAME/planted.yaml and an evaluation of recipes/NAME/evaluate.yaml, of all its
-rows, by the scripts themselves. A report that is there already is read again. The planted model and the twin are the
-same for all seeds: their answers are asked once.
+Each seed is a run of recipes/NAME/planted.yaml and an evaluation of recipes/NAME/evaluate.yaml, of all planted rows,
+by the scripts themselves. A report that is there already is read again. The planted model and the twin are the same for
+all seeds: their answers are asked once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 from evaluation.figures import figures
 from evaluation.metrics.statistics import Estimate
+from evaluation.stages import take_answers
 
 ATTACKS = ["quantise", "prefill", "rephrase", "few_shot", "relearn"]
 FIGURES = (r"(forget|keep)\.(?!published|all)[^.]*\.(answered|wanted_given|recall|extraction_strength)"
            r"|forget\.(forget_quality|auc_min_k|privacy_leakage)|attack\..*")  # fmt: skip
-ALL_PROMPTS = 1000  # of a group: more than any has
+ALL_PROMPTS = 220  # of a group: more than any planted one has; of the 840 everyday prompts a sample
 MODELS = ("before", "retrained")  # the unlearned model's figures have no such ending
 
 
@@ -35,21 +35,18 @@ def report_folder(name: str, seed: int) -> Path:
     return ROOT / "reports" / f"{name}-seed{seed}"
 
 
-def report_of(name: str, seed: int, options: argparse.Namespace, answers: Path | None) -> dict:
+def report_of(name: str, seed: int, options: argparse.Namespace, earlier: Path | None) -> dict:
     """Run a recipe with one seed, and its evaluation; return report.json.
 
-    answers: an earlier seed's folder of answers, from which those of the models that all seeds share are taken. They
-    carry a key: an evaluation that asks anything else does not read them.
+    earlier: another seed's report, from which the answers of the models that all seeds share are taken.
     """
     run, folder = f"{name}-seed{seed}", report_folder(name, seed)
     if not (folder / "report.json").is_file():
         recipe = ROOT / "recipes" / name
         _script("unlearn_harm.py", "--config", recipe / "planted.yaml", "--seed", seed, "--model_save_dir",
                 f"models/{run}", "--log_file", f"logs/{run}.log", "--overwrite", "--resume")  # fmt: skip
-        if answers is not None:
-            (folder / "answers").mkdir(parents=True, exist_ok=True)
-            for model in MODELS:
-                shutil.copy(answers / f"{model}.jsonl", folder / "answers")
+        if earlier is not None:
+            take_answers(earlier, folder)
         _script("evaluate_unlearning.py", "--config", recipe / "evaluate.yaml", "--model_name", f"models/{run}",
                 "--train_log", f"logs/{run}.jsonl", "--report_dir", folder, "--prompts_per_group", options.prompts,
                 "--attacks", *options.attacks, "--attack_prompts", options.attack_prompts)  # fmt: skip
@@ -96,10 +93,10 @@ def main() -> None:
         sys.exit(
             f"recipe_seeds.py: recipes/{options.name}/planted.yaml is not there: name a recipe for the planted model"
         )
-    reports, answers = [], None
+    reports, earlier = [], None
     for seed in options.seeds:
-        reports.append(report_of(options.name, seed, options, answers))
-        answers = report_folder(options.name, seed) / "answers"
+        reports.append(report_of(options.name, seed, options, earlier))
+        earlier = report_folder(options.name, seed)
     print("\n".join([f"figure | before | twin | seeds {', '.join(map(str, options.seeds))}"]
                     + table(reports, options.figures)))  # fmt: skip
 

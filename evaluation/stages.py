@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -66,6 +67,19 @@ def write_record(folder: Path, record: Record) -> None:
             for group, of_group in zip(record.answers, record.scores, strict=True)
             for answer, scores in zip(group, of_group, strict=True)]  # fmt: skip
     write_json_lines(folder / "answers" / f"{record.label}.jsonl", [header, *rows])
+
+
+def take_answers(earlier: Path, folder: Path, labels: tuple[str, ...] = ("before", "retrained")) -> None:
+    """Copy what some models said from an earlier report's folder to one that has not asked them yet.
+
+    For runs that are evaluated alike: the models that they share are then asked once. The files carry their keys, so an
+    evaluation that asks anything else does not read them.
+    """
+    for label in labels:
+        source, target = (of / "answers" / f"{label}.jsonl" for of in (earlier, folder))
+        if source.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
 
 
 def read_record(folder: Path, label: str, key: str) -> Record | None:

@@ -20,6 +20,7 @@ from utils import RunError, UsageError
     ("lr: 1e-4\n", "option 'lr' needs a list of values"),
     ("no_such: [1]\n", "'no_such' is not an option that can be varied"),
     ("- 1\n", "must hold one 'option: [value, ...]' a line"),
+    ("a: [{lr: 1}, {no_such: 1}]\n", "'no_such' is not an option that can be varied"),
 ])  # fmt: skip
 def test_a_bad_grid_is_named(tmp_path, text, message):
     (tmp_path / "grid.yaml").write_text(text)
@@ -71,6 +72,37 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
     assert "worst kept ratio" in capsys.readouterr().out
 
 
+def test_settings_that_go_together_are_varied_together(tmp_path):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("objective: [{forget_loss: npo, forget.beta: 0.5}, {forget_loss: wga}]\nseed: [1, 2]\n")
+    assert sweep.combinations(str(grid)) == [
+        {"forget_loss": "npo", "forget.beta": 0.5, "seed": 1}, {"forget_loss": "npo", "forget.beta": 0.5, "seed": 2},
+        {"forget_loss": "wga", "seed": 1}, {"forget_loss": "wga", "seed": 2}]  # fmt: skip
+
+
+def test_runs_may_be_judged_against_a_twin_whose_answers_are_asked_once(tmp_path, monkeypatch):
+    called, folder, earlier = [], tmp_path / "a=1", tmp_path / "reports" / "a=0"
+    (earlier / "answers").mkdir(parents=True)
+    for label in ("before", "after", "retrained"):
+        (earlier / "answers" / f"{label}.jsonl").write_text(label)
+    (tmp_path / "reports/a=1").mkdir()
+    (tmp_path / "reports/a=1/report.json").write_text("{}")
+    monkeypatch.setattr(sweep, "run", lambda script, *words: called.append((script, words)))
+    monkeypatch.setattr(sweep, "read_args", lambda path: {"run": {"seconds": 2}} if called else None)
+    monkeypatch.setattr(sweep, "held_out_words", lambda settings, config: [])
+    monkeypatch.setattr(sweep, "point_values", lambda report: {
+        "forget.answered": 0.1, "forget.answered.ratio": 0.1, "keep.worst.answered.ratio": 0.9,
+        "attack.relearn.counted": 0.3, "attack.prefill.counted": 0.1, "attack.relearn.control": 0.9})  # fmt: skip
+    options = sweep.SweepOptions(evaluation="twin.yaml", attacks=["relearn", "prefill"])
+    found = sweep.judged(folder, {"lr": 1}, options, earlier)
+    assert (found["back"], found["similarity"], found["seconds"]) == (0.3, None, 2)
+    _, words = called[-1]
+    assert "--config=twin.yaml" in words and f"--train_log={tmp_path / 'logs/a=1.jsonl'}" in words
+    assert "--split=dev" not in words
+    assert words[words.index("--attacks") + 1 :][:2] == ("relearn", "prefill")
+    assert sorted(f.name for f in (tmp_path / "reports/a=1/answers").iterdir()) == ["before.jsonl", "retrained.jsonl"]
+
+
 def test_runs_are_compared_on_prompts_that_none_of_them_trains_on(tmp_path):
     (tmp_path / "c.yaml").write_text("forget_data: a.jsonl\n")
     assert sweep.held_out_words({}, str(tmp_path / "c.yaml")) == ["--dev_share=0.1", "--test_share=0.2"]
@@ -81,9 +113,9 @@ def test_runs_are_compared_on_prompts_that_none_of_them_trains_on(tmp_path):
 
 def test_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     settings = [{"a": 1}, {"a": 2}]
-    figures = {"run": None, "forget": 0.1, "keep": 0.9, "similarity": 0.8, "seconds": 1.0}
+    figures = {"run": None, "forget": 0.1, "keep": 0.9, "similarity": 0.8, "back": None, "seconds": 1.0}
 
-    def judged(folder, chosen, options):
+    def judged(folder, chosen, options, earlier):
         if chosen["a"] == 1:
             raise RunError("unlearn_harm.py --a=1: ended with 1: lower --lr")
         return {k: v for k, v in figures.items() if k != "run"}
