@@ -233,9 +233,9 @@ def sample(rows: list[Row], count: int, seed: int) -> list[Row]:
 # --------------------------------------------------------------------------------------------- sequences
 @dataclasses.dataclass(frozen=True)
 class Counterpart:
-    """The sequence that the original is asked about in the place of another one, whose names are not its own.
+    """A sequence that the original is asked about in the place of a part of another one, or of all of it.
 
-    `places`: for each place of that one's continuation the place in `answer_ids` that stands for it, -1 for none.
+    `places`: for each token of that part of the continuation the place in `answer_ids` that stands for it, -1 for none.
     """
 
     prompt_ids: tuple[int, ...]
@@ -249,8 +249,8 @@ class Sequence:
 
     `draw`: name of the draw that made it. `example_id`: number of its row within the step and side, over all
     processes. `targets`: the target at each place of the continuation, if it is not the continuation's own token.
-    `counterpart`: what the original is asked about in its place, if not about the same. `telling`: for each token of
-    the continuation, whether it carries what tells this answer from others (None: all do).
+    `counterparts`: what the original is asked about in its place, part after part; none if about the same. `telling`:
+    for each token of the continuation, whether it carries what tells this answer from others (None: all do).
     """
 
     draw: str
@@ -258,18 +258,25 @@ class Sequence:
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     targets: tuple[int, ...] | None = None
-    counterpart: Counterpart | None = None
+    counterparts: tuple[Counterpart, ...] = ()
     telling: tuple[bool, ...] | None = None
 
     @property
     def original_places(self) -> tuple[int, ...]:
-        """The place in the original's continuation that stands for each place of this one, -1 for none."""
-        return self.counterpart.places if self.counterpart else tuple(range(len(self.answer_ids)))
+        """For each place of the continuation that in the original's continuations, one after the other, -1 for none."""
+        if not self.counterparts:
+            return tuple(range(len(self.answer_ids)))
+        places, start = [], 0
+        for other in self.counterparts:
+            places += [start + place if place >= 0 else -1 for place in other.places]
+            start += len(other.answer_ids)
+        return tuple(places)
 
-    def for_original(self) -> Sequence:
-        """Return the sequence that the original is asked about."""
-        other = self.counterpart
-        return self if other is None else Sequence(self.draw, self.example_id, other.prompt_ids, other.answer_ids)
+    def for_original(self) -> list[Sequence]:
+        """Return the sequences that the original is asked about."""
+        if not self.counterparts:
+            return [self]
+        return [Sequence(self.draw, self.example_id, other.prompt_ids, other.answer_ids) for other in self.counterparts]
 
     @property
     def length(self) -> int:

@@ -99,7 +99,7 @@ class ReferenceCache:
     ):  # fmt: skip
         """Cache the states of `sequences` by the model as it is now, before the first step. Repeats cost nothing.
 
-        Of a sequence with a counterpart, those of the counterpart.
+        Of a sequence with counterparts, those of the counterparts.
 
         `layers`: cache the hidden states after these layers as well as the final ones.
         """
@@ -125,7 +125,7 @@ class ReferenceCache:
         """
         if not answer_model.packed:
             return
-        asked = [s.for_original() for s in sequences]
+        asked = [other for s in sequences for other in s.for_original()]
         unique = {(s.prompt_ids, s.answer_ids): s for s in asked if (s.prompt_ids, s.answer_ids) not in self._places}
         tokens = 8 * self._pack_tokens if self.device.type == "cpu" else GPU_CHUNK
         chunks = _chunks(sorted(unique.values(), key=lambda s: s.length), tokens)
@@ -161,12 +161,15 @@ class ReferenceCache:
     def places(self, sequences: list[Sequence]) -> torch.Tensor:
         """Return the rows of the cache that hold the answer tokens of these sequences, (M,), in main memory.
 
-        A token without a counterpart gets the first one's row, which no term reads.
+        A token that none stands for gets the first one's row, which no term reads.
         """
-        asked = [s.for_original() for s in sequences]
-        starts = [self._places[s.prompt_ids, s.answer_ids][0] for s in asked]
-        rows = [start + _places_asked(s) for s, start in zip(sequences, starts, strict=True)]
+        rows = [self._rows_of(sequence)[_places_asked(sequence)] for sequence in sequences]
         return torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64))
+
+    def _rows_of(self, sequence: Sequence) -> np.ndarray:
+        """Return the rows of the cache that hold the tokens of what the original was asked about a sequence."""
+        found = [self._places[other.prompt_ids, other.answer_ids] for other in sequence.for_original()]
+        return np.concatenate([np.arange(first, first + count) for first, count in found])
 
     def original(self, sequences: list[Sequence], layer: int | None = None) -> CachedTokens | ModelTokens:
         """Return the original's predictions, or its states after `layer`, at each answer token of these sequences.
@@ -174,8 +177,9 @@ class ReferenceCache:
         It is made in main memory: no device is waited for.
         """
         if self._model is not None and sequences:
-            batch = padded_batch([s.for_original() for s in sequences], self._pad_id)
-            lengths = [len(s.answer_ids) for s in batch.sequences]
+            asked = [s.for_original() for s in sequences]
+            batch = padded_batch([other for of_one in asked for other in of_one], self._pad_id)
+            lengths = [sum(len(other.answer_ids) for other in of_one) for of_one in asked]
             starts = np.cumsum(lengths) - lengths  # (S,)
             tokens = [start + _places_asked(s) for s, start in zip(sequences, starts, strict=True)]
             return ModelTokens(self._model, batch, torch.from_numpy(np.concatenate(tokens)), layer)

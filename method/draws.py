@@ -190,14 +190,14 @@ class Counterfactual(Alternative):
                 )
                 counterpart = Counterpart(other_prompt, tuple(asked), places)
                 sequences.append(
-                    Sequence(self.name, example.example_id, prompt, tuple(answer), counterpart=counterpart)
+                    Sequence(self.name, example.example_id, prompt, tuple(answer), counterparts=(counterpart,))
                 )
         return sequences
 
 
 @dataclasses.dataclass(frozen=True)
 class ShortContext(ForgetDraw):
-    """Each forget row's own answer in pieces, at which the original is shown the few tokens before a piece alone.
+    """Each forget row's own answer, of which the original is asked piece by piece, shown the few tokens before a piece.
 
     A loss that compares with the original then compares with what it says where it cannot tell which text it is in.
     """
@@ -209,14 +209,13 @@ class ShortContext(ForgetDraw):
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
         sequences, start = [], tuple(formatter.text_start)
         for example, row, prompt, style in self.visits(step, sampler, formatter):
-            tokens = prompt + tuple(formatter.answer_of(row, style))
+            answer = tuple(formatter.answer_of(row, style))
+            tokens, counterparts = prompt + answer, []
             for first in range(len(prompt), len(tokens), self.piece):
                 piece = tokens[first : first + self.piece]
                 shown = start + tokens[max(first - self.context, len(start)) : first]
-                counterpart = Counterpart(shown, piece, tuple(range(len(piece))))
-                sequences.append(
-                    Sequence(self.name, example.example_id, tokens[:first], piece, counterpart=counterpart)
-                )
+                counterparts.append(Counterpart(shown, piece, tuple(range(len(piece)))))
+            sequences.append(Sequence(self.name, example.example_id, prompt, answer, counterparts=tuple(counterparts)))
         return sequences
 
 

@@ -151,8 +151,8 @@ def reference_tokens(needed: list[Sequence], times: float, rows: int) -> float:
     needed: the sequences of some steps; times: how many times as many steps the run has; rows: the rows that they come
     from. A sequence that comes again is cached once, so there are no more than rows, or than came in these steps.
     """
-    asked = [s.for_original() for s in needed]
-    unique = {(s.prompt_ids, s.answer_ids): len(s.answer_ids) for s in asked}
+    asked = [[(other.prompt_ids, other.answer_ids) for other in s.for_original()] for s in needed]
+    unique = {tuple(of_one): sum(len(answer) for _, answer in of_one) for of_one in asked}
     number = min(len(unique) * times, max(rows, len(unique)))
     return number * sum(unique.values()) / max(len(unique), 1)
 
@@ -185,27 +185,11 @@ def _plan_lines(
         "first batch: each prompt, then in [..] the continuation that a term trains on:",
     ]
     decode = formatter.tokenizer.decode
-    for pieces in in_pieces(estimate.first.sequences):
-        s = pieces[0]
-        prompt, *answers = (
-            decode(list(ids)).replace("\n", "\\n") for ids in (s.prompt_ids, *(piece.answer_ids for piece in pieces))
-        )
+    for s in estimate.first.sequences:
+        prompt, answer = (decode(list(ids)).replace("\n", "\\n") for ids in (s.prompt_ids, s.answer_ids))
         follows = f" each token to be followed by [{decode(list(s.targets[:1]))}]" if s.targets else ""
-        lines.append(f"  {s.draw:8s} row {s.example_id}: {prompt}[{']['.join(answers)}]{follows}")
+        lines.append(f"  {s.draw:8s} row {s.example_id}: {prompt}[{answer}]{follows}")
     return lines
-
-
-def in_pieces(sequences: list[Sequence]) -> list[list[Sequence]]:
-    """Return the sequences in lists: one that goes on where the one before it ends stands in the list of that one."""
-    lists: list[list[Sequence]] = []
-    for s in sequences:
-        last = lists[-1][-1] if lists else None
-        goes_on = last and s.prompt_ids == last.prompt_ids + last.answer_ids
-        if goes_on and (s.draw, s.example_id) == (last.draw, last.example_id):
-            lists[-1].append(s)
-        else:
-            lists.append([s])
-    return lists
 
 
 def _num_tokens(sequences: list[Sequence]) -> int:

@@ -12,7 +12,6 @@ from engine.reference import ReferenceCache
 from engine.tree import AnswerLogitsModel
 from method.draw import RunSizes
 from method.draws import Counterfactual, ShortContext, same_places
-from method.plan import in_pieces
 from method.recipe import build_terms
 from method.sampler import UnlearnBatchSampler
 from method.terms import count_draws, plan_losses, sequences_needing_reference
@@ -21,7 +20,7 @@ from prompts.tokenizer import load_tokenizer
 from prompts.windows import Passage
 from sources.rows import OtherAnswer, Row
 
-OWN = Sequence("unknown", 0, (5, 6), (21, 40, 41), counterpart=Counterpart((5, 8, 9), (22, 23, 40, 41), (-1, 2, 3)))
+OWN = Sequence("unknown", 0, (5, 6), (21, 40, 41), counterparts=(Counterpart((5, 8, 9), (22, 23, 40, 41), (-1, 2, 3)),))
 PLAIN = Sequence("retain", 0, (5, 6), (30, 31))
 
 
@@ -68,12 +67,13 @@ def test_own_and_other_answers_are_asked_about_the_same_invented_name(model_fold
     own, other = draw.sequences(0, sampler, formatter)
     assert own.answer_ids == tuple(formatter.answer("Orrin Vale was born in Tarn."))
     assert other.answer_ids == tuple(formatter.answer("Orrin Vale was born in Oslo."))
-    assert own.counterpart.answer_ids == tuple(formatter.answer("Bram Tesso was born in Tarn."))
-    assert own.counterpart.prompt_ids == tuple(formatter.prompt("Where was Bram Tesso born?"))
+    (about,) = own.counterparts
+    assert about.answer_ids == tuple(formatter.answer("Bram Tesso was born in Tarn."))
+    assert about.prompt_ids == tuple(formatter.prompt("Where was Bram Tesso born?"))
     compared = [token for token, place in zip(own.answer_ids, own.original_places, strict=True) if place >= 0]
     assert tokenizer.decode(compared, skip_special_tokens=True).strip() == "was born in Tarn."
     for token, place in zip(own.answer_ids, own.original_places, strict=True):
-        assert place < 0 or own.counterpart.answer_ids[place] == token
+        assert place < 0 or about.answer_ids[place] == token
 
 
 @pytest.mark.parametrize("start", [(2,), ()])
@@ -83,13 +83,27 @@ def test_the_original_is_shown_the_few_tokens_before_a_piece_alone(model_folders
     formatter.text_start = list(start)  # a model without a start token predicts nothing at the first place
     draw = ShortContext("unknown", RunSizes(1, 40), context=1, piece=2)
     passage = Passage("", "five words", token_ids=(21, 22, 23, 24, 25))
-    pieces = draw.sequences(0, UnlearnBatchSampler([[passage]], [[]], [draw], seed=1, steps=1), formatter)
-    wanted = {
-        (2,): [((2,), (21, 22), (2,)), ((2, 21, 22), (23, 24), (2, 22)), ((2, 21, 22, 23, 24), (25,), (2, 24))],
-        (): [((21,), (22, 23), (21,)), ((21, 22, 23), (24, 25), (23,))],
-    }[start]
-    assert [(s.prompt_ids, s.answer_ids, s.counterpart.prompt_ids) for s in pieces] == wanted
-    assert all(s.counterpart.answer_ids == s.answer_ids for s in pieces)
-    assert [s.original_places for s in pieces] == [tuple(range(len(s.answer_ids))) for s in pieces]
-    plain = Sequence("forget", 0, pieces[0].prompt_ids, pieces[0].answer_ids)
-    assert in_pieces([*pieces, plain, OWN]) == [pieces, [plain], [OWN]], "a dry run shows a passage in one line"
+    (asked,) = draw.sequences(0, UnlearnBatchSampler([[passage]], [[]], [draw], seed=1, steps=1), formatter)
+    wanted = {(2,): [((2,), (21, 22)), ((2, 22), (23, 24)), ((2, 24), (25,))],
+              (): [((21,), (22, 23)), ((23,), (24, 25))]}[start]  # fmt: skip
+    assert (asked.prompt_ids, asked.answer_ids) == (
+        ((2,), (21, 22, 23, 24, 25)) if start else ((21,), (22, 23, 24, 25))
+    )
+    assert [(other.prompt_ids, other.answer_ids) for other in asked.counterparts] == wanted
+    assert asked.original_places == tuple(range(len(asked.answer_ids)))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_original_is_read_piece_by_piece(model_folders, packed):
+    """One sequence for the model, two for the original: 30 after 5 6, and 41 after 7 (40 has no place)."""
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"]).eval()
+    pieces = Sequence("unknown", 0, (5, 6), (30, 40, 41), counterparts=(
+        Counterpart((5, 6), (30,), (0,)), Counterpart((7,), (8, 41), (-1, 1))))  # fmt: skip
+    assert pieces.original_places == (0, -1, 2)
+    reference = ReferenceCache(AnswerLogitsModel(model, packed=packed), [OWN, pieces], 64, 0)
+    with torch.no_grad():
+        first = model(torch.tensor([[5, 6, 30]])).logits[0]  # (T, V)
+        second = model(torch.tensor([[7, 8, 41]])).logits[0]
+    said = reference.original([OWN, pieces]).logits(slice(None))[3:]  # (M, V), after OWN's three
+    assert torch.allclose(said[0], first[1], atol=1e-5)
+    assert torch.allclose(said[2], second[1], atol=1e-5)
