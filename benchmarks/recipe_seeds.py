@@ -27,6 +27,7 @@ ATTACKS = ["quantise", "prefill", "rephrase", "few_shot", "relearn"]
 FIGURES = (r"(forget|keep)\.(?!published|all)[^.]*\.(answered|wanted_given|recall|extraction_strength)"
            r"|forget\.(forget_quality|auc_min_k|privacy_leakage)|attack\..*")  # fmt: skip
 ALL_PROMPTS = 220  # of a group: more than any planted one has; of the 840 everyday prompts a sample
+ASKED_BY = 1  # the evaluation's seed, whatever the run's: all are asked the same prompts, in the same order
 MODELS = ("before", "retrained")  # the unlearned model's figures have no such ending
 
 
@@ -49,7 +50,8 @@ def report_of(name: str, seed: int, options: argparse.Namespace, earlier: Path |
             take_answers(earlier, folder)
         _script("evaluate_unlearning.py", "--config", recipe / "evaluate.yaml", "--model_name", f"models/{run}",
                 "--train_log", f"logs/{run}.jsonl", "--report_dir", folder, "--prompts_per_group", options.prompts,
-                "--attacks", *options.attacks, "--attack_prompts", options.attack_prompts)  # fmt: skip
+                "--attacks", *options.attacks, "--attack_prompts", options.attack_prompts,
+                "--seed", ASKED_BY)  # fmt: skip
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
