@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
 
 import yaml
 
@@ -26,12 +27,15 @@ from engine.paths import read_args, refuse_no_folder
 from evaluation.figures import point_values
 from evaluation.report import front_plot, print_table
 from evaluation.stages import take_answers
-from options import POSITIVE, OneLineParser, UnlearnOptions, option
+from options import COUNT, OneLineParser, UnlearnOptions, option
 from run.parsing import old_names, parse_run
 from utils import RunError, UsageError, atomic_write_text, run_script, write_json
 
+OptionalCount = Optional[COUNT]  # noqa: UP045 - a check is a function, which knows no |
 HERE = Path(__file__).resolve().parent
 EXTRA = {"similarity": "similarity", "back": "comes back"}  # figures of a run: their columns
+DEV_PROMPTS = 64  # of a group
+ASKED_BY = 1  # the seed of --evaluation, whatever a run's: all are asked the same, and the shared models once
 HELD_OUT = {"dev_share": 0.1, "test_share": 0.2}  # of both sides
 
 
@@ -46,8 +50,12 @@ class SweepOptions:
         None, "YAML file of an evaluation, as for evaluate_unlearning.py, by which each run is judged (if unset: the "
         "dev split of its own rows)"
     )  # fmt: skip
-    attacks: list[str] = option(["none"], "attacks on each run, as for evaluate_unlearning.py")
-    prompts_per_group: POSITIVE = option(64, "maximum prompts per group")
+    attacks: list[str] = option(
+        [], "attacks on each run, as for evaluate_unlearning.py (if unset: as --evaluation says)"
+    )
+    prompts_per_group: OptionalCount = option(
+        None, "maximum prompts per group (if unset: as --evaluation says, or 64 of the dev split)"
+    )
 
 
 def main() -> None:
@@ -73,9 +81,10 @@ def main() -> None:
     records.sort(key=lambda one: one["forget"])
     write_json(folder / "sweep.json", records)
     atomic_write_text(folder / "front.svg", front_plot(records))
+    extra = [key for key in EXTRA if any(one[key] is not None for one in records)]
     print_table([{"front": "*" if one["on_front"] else "", "run": one["run"],
                   "forget answered": f"{one['forget']:.3f}", "worst kept ratio": f"{one['keep']:.3f}",
-                  **{column: f"{one[key]:.3f}" for key, column in EXTRA.items() if one[key] is not None},
+                  **{EXTRA[key]: "-" if one[key] is None else f"{one[key]:.3f}" for key in extra},
                   "seconds": f"{one['seconds']:.0f}"}
                  for one in records])  # fmt: skip
     print(f"\n* no other run forgets more and keeps more; plot: {folder / 'front.svg'}")
@@ -95,8 +104,10 @@ def combinations(path: str) -> list[dict]:
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UsageError(f"--grid {path}: option {name!r} needs a list of values")
-        together = all(isinstance(value, dict) and value for value in values)
-        for option_name in {key for value in values for key in value} if together else [name]:
+        mappings = [value for value in values if isinstance(value, dict)]
+        if mappings and (len(mappings) < len(values) or not all(mappings)):
+            raise UsageError(f"--grid {path}: {name!r} must hold mappings of settings alone, or values alone")
+        for option_name in {key for value in mappings for key in value} or [name]:
             reserved = ("config", "model_save_dir", "log_file", "overwrite", "resume", "set")
             if "." not in str(option_name) and (option_name not in known or option_name in reserved):
                 raise UsageError(f"--grid {path}: {option_name!r} is not an option that can be varied")
@@ -148,7 +159,7 @@ def judged(folder: Path, settings: dict, options, earlier: Path | None) -> dict:
 
     earlier: another run's report, from which the answers of the models that all runs share are taken.
     """
-    arguments = words_for(settings) + held_out_words(settings, options.config)
+    arguments = words_for(settings) + ([] if options.evaluation else held_out_words(settings, options.config))
     log_file = folder.parent / "logs" / f"{folder.name}.log"
     if read_args(folder):
         refuse_other_settings(folder, [f"--config={options.config}", *arguments])
@@ -158,11 +169,12 @@ def judged(folder: Path, settings: dict, options, earlier: Path | None) -> dict:
     report_folder = report_of(folder)
     if earlier is not None:
         take_answers(earlier, report_folder)
-    by = ["--split=dev"]
+    by = ["--split=dev", f"--prompts_per_group={options.prompts_per_group or DEV_PROMPTS}"]
     if options.evaluation:
-        by = [f"--config={options.evaluation}", f"--train_log={log_file.with_suffix('.jsonl')}"]
-    run("evaluate_unlearning.py", *by, f"--model_name={folder}", "--examples=0", "--attacks", *options.attacks,
-        f"--prompts_per_group={options.prompts_per_group}", f"--report_dir={report_folder}")  # fmt: skip
+        by = [f"--config={options.evaluation}", f"--train_log={log_file.with_suffix('.jsonl')}", f"--seed={ASKED_BY}"]
+        by += [f"--prompts_per_group={options.prompts_per_group}"] if options.prompts_per_group else []
+    by += ["--attacks", *options.attacks] if options.attacks else []
+    run("evaluate_unlearning.py", *by, f"--model_name={folder}", "--examples=0", f"--report_dir={report_folder}")
     report = json.loads((report_folder / "report.json").read_text(encoding="utf-8"))
     figures = point_values(report)
     if missing := {"forget.answered.ratio", "keep.worst.answered.ratio"} - figures.keys():

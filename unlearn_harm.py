@@ -99,6 +99,8 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
                 break
             if step == 0 and setup.recipe.selection.kl_budget:
                 select(setup)
+                if state.best is not None:  # a roll-back goes back to the weights without the forget set's own part
+                    state.best = dataclasses.replace(state.best, weights=setup.optimizer.snapshot())
             # ---- one step: gradients, the stop rule, the update
             tick = time.perf_counter()
             sums = step_gradients(setup, prefetcher.get(step), state.multipliers, signalled=stop.signalled)
@@ -203,7 +205,7 @@ def roll_back(setup: Setup, state: TrainingState, why: str) -> str | None:
     if best is not None:
         optimizer.restore(best.weights)
     optimizer.halve_lr_and_reset()
-    state.skipped = 0
+    state.skipped, state.multipliers = 0, {}  # what a budget's term weighed in a collapse is no measure
     place = f"rolls back to the state after step {best.step}" if best is not None else "the weights stay as they are"
     log.warning("%s: %s, with half the learning rate (x %g)", why, place, optimizer.lr_scale)
     return None

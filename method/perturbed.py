@@ -26,16 +26,6 @@ class PerturbedSettings:
         return (self.radius > 0 or self.bits > 0) and step % self.every == 0
 
 
-def rounded_to_bits(matrix: torch.Tensor, bits: int, group: int = 128) -> torch.Tensor:
-    """Return a matrix (..., out, in) through `bits`-bit integers: symmetric, one scale per `group` inputs of a row."""
-    top = 2 ** (bits - 1) - 1
-    rows = matrix.float()
-    size = group if rows.shape[-1] % group == 0 else rows.shape[-1]
-    parts = rows.reshape(*rows.shape[:-1], -1, size)  # (..., out, groups, size)
-    scale = parts.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
-    return (torch.round(parts / scale).clamp(-top, top) * scale).reshape(rows.shape)
-
-
 def towards_worse(
     weights: list[torch.Tensor], gradients: list[torch.Tensor | None], radius: float
 ) -> list[torch.Tensor]:

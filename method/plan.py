@@ -99,6 +99,9 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     answer_model.zero_grad(set_to_none=True)
     largest = answer_model.layout(tried[-1][0], pack_tokens, pad_id)
     parts = estimate_parts(model, options, saved, largest.input_ids.numel())
+    if recipe.perturbed.at(0):  # the weights in fp32, while others stand in their place
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        parts = dataclasses.replace(parts, best_state=parts.best_state + 4 * trained)
     loaded = peak_memory_gib(device)
     available = free_memory_gib(device) + (current_memory_gib(device) if device.type == "cuda" else loaded)
     seconds, peak = None, parts.total / 2**30
@@ -167,6 +170,8 @@ def _plan_lines(
     rows = {side: sum(map(len, sources)) for side, sources in sampler.rows.items()}
     terms = ", ".join(f"{term.weight:g} x {term.name}" for term in recipe.terms)
     selection = recipe.selection
+    changes = [f"moved by {recipe.perturbed.radius:g}"] * (recipe.perturbed.radius > 0)
+    changes += [f"rounded to {recipe.perturbed.bits} bits"] * (recipe.perturbed.bits > 0)
     first = [f"before that    selection: the forget gradient without its {selection.directions} largest directions is "
              f"taken out, up to a KL of {selection.kl_budget:g}"] if selection.kl_budget else []  # fmt: skip
     part = "a step" if options.gradient_accumulation == 1 else "part of a step"
@@ -174,6 +179,13 @@ def _plan_lines(
         f"model          {options.model_name}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",
         f"minimised      {terms}",
         *first,
+        *(
+            [
+                f"forget side    its gradient is taken at weights {' and '.join(changes)}, one step in {recipe.perturbed.every}"
+            ]
+            if changes
+            else []
+        ),
         f"layout         {layout_line}",
         *(f"{'rows' if i == 0 else '':14s} {line}" for i, line in enumerate(account)),
         f"rows visited   {answered['forget']:,} forget of {rows['forget']:,}, {answered['normal']:,} normal of "

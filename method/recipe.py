@@ -199,7 +199,9 @@ def _with_preferred(term: Term, active: list[Term]) -> Term:
     if not term.objective.prefers:
         return term
     kind = DRAWS[term.objective.prefers]
-    draw = next((t.draw.name for t in active if isinstance(t.draw, kind)), None)
+    # of a draw whose original is asked about something else, no answer can be compared with the original's own
+    same = type(term.objective).original_nll
+    draw = next((t.draw.name for t in active if (type(t.draw) is kind if same else isinstance(t.draw, kind))), None)
     if draw is None:
         raise UsageError(f"{term.name}: {term.loss} prefers the answers of a draw {term.objective.prefers!r}, and no "
                          f"term with a weight has one; there are {', '.join(t.name for t in active)}")  # fmt: skip
@@ -237,6 +239,9 @@ def _build_term(spec: dict, earlier: dict[str, Term], sizes: RunSizes) -> tuple[
     field = entry.log or f"{name}_{objective.measure}"
     if field in LOG_FIELDS or not re.fullmatch(r"[A-Za-z]\w*", field):
         raise UsageError(f"{name}.log: {field!r} is no word, or a field that every step has; name another one")
+    if entry.budget is not None and isinstance(objective, ForgetObjective):
+        raise UsageError(f"{name}.budget: {entry.loss} makes answers unlikely, and a budget bounds what must stay low: "
+                         "give it to a term of what stays")  # fmt: skip
     weight = earlier[entry.times].weight * entry.weight if entry.times else entry.weight
     term = Term(name, draw, entry.loss, objective, weight, entry.tokens, entry.mean_over or objective.over, field,
                 entry.watch, budget=entry.budget, budget_rate=entry.budget_rate)  # fmt: skip

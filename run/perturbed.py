@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 
+from evaluation.attacks.quantisation import rounded_to_bits
 from evaluation.attacks.weights import matrices
-from method.perturbed import rounded_to_bits, towards_worse
+from method.perturbed import towards_worse
 from method.step import PreparedStep, StepSums, compute_gradients
 from utils import UsageError
 
@@ -31,26 +32,30 @@ def step_gradients(setup, prepared: PreparedStep, multipliers: dict[str, float],
 
     if prepared.forget is None:
         return gradients(prepared)
-    with _changed_weights(setup, lambda: gradients(prepared.forget)):
+    with _changed_weights(setup, lambda: gradients(prepared.forget)) as at_own_weights:
         sums = gradients(prepared.forget)
-    return gradients(prepared) + sums
+    return gradients(prepared) + (at_own_weights or sums)
 
 
 @contextlib.contextmanager
 def _changed_weights(setup, forget_gradients):
-    """Within the block the trained weights are changed as the recipe says; gradients that it leaves stay."""
+    """Within the block the trained weights are changed as the recipe says; gradients that it leaves stay.
+
+    Yields the forget side's sums at the weights as they are, where they had to be taken (radius), else None.
+    """
     settings, optimizer = setup.recipe.perturbed, setup.optimizer
     kept = optimizer.snapshot()
-    changed = kept
+    changed, sums = kept, None
     if settings.radius:
-        forget_gradients()
+        sums = forget_gradients()
         changed = towards_worse(kept, [parameter.grad for parameter in optimizer.parameters], settings.radius)
         optimizer.drop_gradients()
     if settings.bits:
         changed = _rounded(setup.model, optimizer, changed, settings.bits)
     optimizer.restore(changed)
+    del changed  # as much memory as the weights in fp32
     try:
-        yield
+        yield sums
     finally:
         optimizer.restore(kept)
 

@@ -21,21 +21,24 @@ from method.losses import sequence_mean
 from method.selection import damp_shared
 from utils import RunError, UsageError, log
 
-MLP = re.compile(r"\.(mlp|feed_forward|ffn|fc1|fc2|fc_in|fc_out)\b")  # in the names of weights of a layer's MLP
+# in the names of weights of a layer's MLP; what chooses among experts is none
+MLP = re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe|experts|fc1|fc2|fc_in|fc_out)\b")
+ROUTER = re.compile(r"\.(gate|router)\b")
 MOST_STEPS = 200
 ROWS_PER_BATCH = 4
 PROBES = 48  # normal sequences on which the KL is taken
 
 
-def refuse_selection(recipe, options) -> None:
+def refuse_selection(recipe, options, num_processes: int) -> None:
     """Raise UsageError if the recipe's selection cannot be done in such a run."""
     if not recipe.selection.kl_budget:
         return
-    for switch, on in (("--use_lora", options.use_lora), ("--shard", options.shard)):
+    for switch, on in (("--use_lora", options.use_lora), ("--shard", options.shard),
+                       ("accelerate launch with several processes", num_processes > 1)):  # fmt: skip
         if on:
-            raise UsageError(f"selection.kl_budget: the selection changes whole weights: leave {switch} out, or set "
-                             "selection.kl_budget=0")  # fmt: skip
-    if not any(term.draw.side == "normal" and term.objective.needs_original for term in recipe.terms):
+            raise UsageError("selection.kl_budget: the selection changes whole weights, in one process: leave "
+                             f"{switch} out, or set selection.kl_budget=0")  # fmt: skip
+    if not any(term.draw.side == "normal" and term.objective.asks_original for term in recipe.terms):
         raise UsageError("selection.kl_budget: no term compares normal rows with the original, so no KL bounds it: "
                          "give one a weight, or set selection.kl_budget=0")  # fmt: skip
 
@@ -49,19 +52,25 @@ def select(setup) -> None:
     with _learned(setup, forget, chosen):
         for start in range(0, len(forget), ROWS_PER_BATCH):
             (-_mean_nll(setup, forget[start : start + ROWS_PER_BATCH])).backward()
+        chosen = [i for i in chosen if optimizer.parameters[i].grad is not None]
         gradients = [optimizer.parameters[i].grad.float().clone() for i in chosen]
     optimizer.drop_gradients()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setup.options.seed)  # of the randomised decomposition
-        damped = [damp_shared(gradient, settings.directions) for gradient in gradients]
+        damped = [_damped(gradient, settings.directions) for gradient in gradients]
     masters = optimizer.snapshot()
     scale = settings.step * _norm([masters[i] for i in chosen]) / max(_norm(damped), torch.finfo(torch.float32).tiny)
     kl, steps, probes = 0.0, 0, _probes(setup)
     while steps < MOST_STEPS:
-        _move(optimizer, masters, chosen, damped, -scale)
+        before = [masters[i].clone() for i in chosen]
+        for i, direction in zip(chosen, damped, strict=True):
+            masters[i].sub_(direction, alpha=scale)
+        optimizer.restore(masters)
         after = _mean_kl(setup, probes)
-        if not after <= settings.kl_budget:
-            _move(optimizer, masters, chosen, damped, scale)  # the step that went too far is taken back
+        if not after <= settings.kl_budget:  # the step that went too far is taken back
+            for i, master in zip(chosen, before, strict=True):
+                masters[i] = master
+            optimizer.restore(masters)
             break
         kl, steps = after, steps + 1
     seconds = time.time() - started
@@ -74,12 +83,17 @@ def select(setup) -> None:
 
 
 def _mlp_weights(setup, skip: int) -> list[int]:
-    """Return the places of the trained MLP matrices among the optimizer's parameters."""
+    """Return the places of the trained MLP matrices, stacked experts included, among the optimizer's parameters."""
     name, _ = decoder_layers(setup.model)
     skipped = tuple(f"{name}.{i}." for i in range(skip))
+
+    def is_mlp(weight: str) -> bool:
+        of_layers = weight.startswith(f"{name}.") and not weight.startswith(skipped)
+        return of_layers and bool(MLP.search(weight)) and not ROUTER.search(weight)
+
     trained = zip(setup.optimizer.parameters, setup.optimizer.names, strict=True)
     found = [i for i, (parameter, names) in enumerate(trained)
-             if parameter.dim() == 2 and any(MLP.search(n) and not n.startswith(skipped) for n in names)]  # fmt: skip
+             if parameter.dim() in (2, 3) and any(map(is_mlp, names))]  # fmt: skip
     if not found:
         raise RunError("selection.kl_budget: no trained weight of this model is an MLP's by its name, so there is "
                        "nothing to take out: set selection.kl_budget=0")  # fmt: skip
@@ -98,6 +112,13 @@ def _forget_sequences(setup, count: int) -> list[Sequence]:
     return [make_sequence("forget", i, row, setup.formatter) for i, row in enumerate(rows[::stride][:count])]
 
 
+def _damped(gradient: torch.Tensor, directions: int) -> torch.Tensor:
+    """Return a gradient (O, I), or experts' (E, O, I), with its shared directions damped (method/selection.py)."""
+    if gradient.dim() == 2:
+        return damp_shared(gradient, directions)
+    return torch.stack([damp_shared(of_expert, directions) for of_expert in gradient])
+
+
 @contextlib.contextmanager
 def _learned(setup, forget: list[Sequence], chosen: list[int]):
     """Within the block, adapters that have learned the forget rows are active and the chosen weights get gradients."""
@@ -110,10 +131,12 @@ def _learned(setup, forget: list[Sequence], chosen: list[int]):
             adapters = add_lora(model, LoraSettings(rank=settings.adapter_rank, alpha=settings.adapter_rank), None)
         own = [parameter for parameter in model.parameters() if parameter not in trained]
         for start in range(0, len(forget), ROWS_PER_BATCH):
-            gradients = torch.autograd.grad(_mean_nll(setup, forget[start : start + ROWS_PER_BATCH]), own)
+            loss = _mean_nll(setup, forget[start : start + ROWS_PER_BATCH])
+            gradients = torch.autograd.grad(loss, own, allow_unused=True)  # a vision tower's adapters have none
             with torch.no_grad():
                 for weight, gradient in zip(own, gradients, strict=True):
-                    weight -= settings.adapter_lr * gradient
+                    if gradient is not None:
+                        weight -= settings.adapter_lr * gradient
     try:
         wanted = {setup.optimizer.parameters[i] for i in chosen}
         for parameter in model.parameters():
@@ -137,7 +160,7 @@ def _probes(setup) -> list[Sequence]:
     """Return normal sequences of the first steps, each once."""
     found: dict[tuple, Sequence] = {}
     draws = {term.draw.name for term in setup.recipe.terms
-             if term.draw.side == "normal" and term.objective.needs_original}  # fmt: skip
+             if term.draw.side == "normal" and term.objective.asks_original}  # fmt: skip
     for step in range(setup.options.max_unlearn_steps):
         for s in setup.sampler.sequences(step, setup.formatter):
             if s.draw in draws:
@@ -162,10 +185,3 @@ def _mean_kl(setup, sequences: list[Sequence]) -> float:
 
 def _norm(tensors: list[torch.Tensor]) -> float:
     return torch.stack([torch.linalg.vector_norm(tensor.float()) for tensor in tensors]).norm().item()
-
-
-def _move(optimizer, masters, chosen, directions, scale: float) -> None:
-    """Add `scale` times the directions to the chosen master weights."""
-    for i, direction in zip(chosen, directions, strict=True):
-        masters[i].add_(direction.to(masters[i].device), alpha=scale)
-    optimizer.restore(masters)

@@ -143,7 +143,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
     recipe = read_recipe(options)
     refuse_levels(recipe.terms, options.holdout_text)
-    refuse_selection(recipe, options)
+    refuse_selection(recipe, options, accelerator.num_processes)
     refuse_perturbed(recipe, options)
     sides = sides or read_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from utils import RunError, UsageError
     ("no_such: [1]\n", "'no_such' is not an option that can be varied"),
     ("- 1\n", "must hold one 'option: [value, ...]' a line"),
     ("a: [{lr: 1}, {no_such: 1}]\n", "'no_such' is not an option that can be varied"),
+    ("a: [{lr: 1}, 2]\n", "'a' must hold mappings of settings alone, or values alone"),
 ])  # fmt: skip
 def test_a_bad_grid_is_named(tmp_path, text, message):
     (tmp_path / "grid.yaml").write_text(text)
@@ -49,8 +51,9 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
 
     def judged_figures(report):
         forget, keep = figures[sweep.slug(settings[len([c for c in called if c[0] != "unlearn_harm.py"]) - 1])]
+        attacked = {"attack.relearn.counted": 0.3} if forget < 0.2 else {}
         return {"forget.answered": forget, "forget.answered.ratio": forget, "keep.worst.answered.ratio": keep,
-                "keep.similarity": 0.5}  # fmt: skip
+                "keep.similarity": 0.5, **attacked}  # fmt: skip
 
     settings = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y")]
     finish(tmp_path / "sweep" / "a=1,b=x")
@@ -69,7 +72,9 @@ def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
     found = {one["run"]: one["on_front"] for one in json.loads((tmp_path / "sweep/sweep.json").read_text())}
     assert found == {"a=1,b=x": True, "a=2,b=y": True, "a=2,b=x": True, "a=1,b=y": False}
     assert "<svg" in (tmp_path / "sweep/front.svg").read_text()
-    assert "worst kept ratio" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "worst kept ratio" in table and "comes back" in table
+    assert re.search(r"a=1,b=y +0.200 +0.800 +0.500 +- ", table), "nothing was forgotten there, so nothing comes back"
 
 
 def test_settings_that_go_together_are_varied_together(tmp_path):
@@ -98,7 +103,8 @@ def test_runs_may_be_judged_against_a_twin_whose_answers_are_asked_once(tmp_path
     assert (found["back"], found["similarity"], found["seconds"]) == (0.3, None, 2)
     _, words = called[-1]
     assert "--config=twin.yaml" in words and f"--train_log={tmp_path / 'logs/a=1.jsonl'}" in words
-    assert "--split=dev" not in words
+    assert "--split=dev" not in words and "--seed=1" in words
+    assert not [word for word in words if word.startswith("--prompts_per_group")], "as the evaluation's file says"
     assert words[words.index("--attacks") + 1 :][:2] == ("relearn", "prefill")
     assert sorted(f.name for f in (tmp_path / "reports/a=1/answers").iterdir()) == ["before.jsonl", "retrained.jsonl"]
 

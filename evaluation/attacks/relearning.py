@@ -10,6 +10,7 @@ import torch
 
 from data_module import make_sequence
 from engine.adapters import LoraSettings, add_lora
+from engine.loading import is_quantised
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings
 from engine.token_values import fused_nll_and_kl
 from engine.tree import AnswerLogitsModel
@@ -27,8 +28,7 @@ CHOICE_STEPS = 30
 
 def relearn(target: AttackTarget) -> list[AttackResult]:
     """Fine-tune on every set of rows and answer along the way. No row that is asked has been taught."""
-    if not target.data.relearn_sets:
-        raise UsageError("there are no rows to fine-tune on: name some with --relearn_data")
+    refuse_nothing_to_teach(target)
     prompts, results = target.prompts(), []
     for taught in target.data.relearn_sets:
         asked = range(len(prompts)) if taught.measured is None else taught.measured
@@ -40,17 +40,26 @@ def relearn(target: AttackTarget) -> list[AttackResult]:
     return results
 
 
+def refuse_nothing_to_teach(target: AttackTarget) -> None:
+    """Raise UsageError if there are no rows to fine-tune on."""
+    if not target.data.relearn_sets:
+        raise UsageError("there are no rows to fine-tune on: name some with --relearn_data")
+
+
 def choose_learning_rate(target: AttackTarget) -> float:
     """Return the rate of adapters at which a model that never knew the rows learns the first set of them best: the
     lowest loss on them after a few steps. A rate chosen on the unlearned model would favour it or its control.
 
-    target: with that model; it has a set of rows.
+    target: with that model. Where whole weights alone are taught, the rate is chosen on them.
     """
+    refuse_nothing_to_teach(target)
+    whole = all(target.config.relearn_whole)
     rows = target.data.relearn_sets[0].rows[: target.config.num_examples]
     losses = {}
     for rate in LEARNING_RATES:
         config = dataclasses.replace(target.config, relearn_lr=rate, relearn_answers=1)
-        for _, model in fine_tune(dataclasses.replace(target, config=config), target.model, rows, CHOICE_STEPS):
+        for _, model in fine_tune(dataclasses.replace(target, config=config), target.model, rows, CHOICE_STEPS,
+                                  whole=whole):  # fmt: skip
             with torch.no_grad():
                 answer_model = AnswerLogitsModel(model, packed=target.packed)
                 losses[rate] = answer_loss(answer_model, target.formatter, rows).item()
@@ -103,17 +112,17 @@ def _adapters(model, seed: int):
 @contextlib.contextmanager
 def _whole_weights(model):
     """Yield the model with all its weights trained; after the block they are what they were."""
+    if is_quantised(model):
+        raise UsageError("--relearn_weights: the model's weights are stored in 4 or 8 bits, so they cannot be trained "
+                         "whole: leave the option out")  # fmt: skip
     kept = [(weight, weight.detach().clone(), weight.requires_grad) for weight in model.parameters()]
-    for weight, _, _ in kept:
-        weight.requires_grad_(True)
     try:
-        yield model
+        yield model.requires_grad_(True)
     finally:
-        with torch.no_grad():
-            for weight, value, required in kept:
-                weight.copy_(value)
-                weight.requires_grad_(required)
-                weight.grad = None
+        for weight, value, required in kept:
+            weight.grad = None
+            weight.data = value  # the optimizer made it a view of a buffer, maybe of another type
+            weight.requires_grad_(required)
 
 
 def answer_loss(answer_model: AnswerLogitsModel, formatter, rows: list[Row]) -> torch.Tensor:

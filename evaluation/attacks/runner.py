@@ -18,7 +18,7 @@ from evaluation.attacks.relearning import choose_learning_rate
 from evaluation.attacks.rows import ExampleMaker, Judge, collect_data
 from evaluation.inputs import EvaluationInputs
 from evaluation.metrics.statistics import Estimate, rate
-from evaluation.options import AUTO, EvaluateOptions
+from evaluation.options import AUTO
 from utils import UsageError, log
 
 QUICK_PROMPTS = 6
@@ -84,9 +84,6 @@ def ask_attacks(
                             data=of_kind, config=config)  # fmt: skip
 
     lines, control = [], "retrained" if options.retrained_name else "before"
-    if config.relearn_lr == AUTO and "relearn" in names:
-        taught = [of_kind for of_kind in data if of_kind.relearn_sets]
-        config.relearn_lr = choose_learning_rate(target(control, taught[0])) if taught else EvaluateOptions.relearn_lr
     for name in tqdm(names, desc="attacks", leave=False, disable=None):
         of_attack = []
         for of_kind, examples in zip(kinds, data, strict=True):
@@ -95,6 +92,8 @@ def ask_attacks(
                 log.info("attack %s: not on the passages: it has no form for text", name)
                 continue
             try:
+                if name == "relearn" and config.relearn_lr == AUTO:
+                    config.relearn_lr = choose_learning_rate(target(control, examples))
                 results, controls = run(target("after", examples)), run(target(control, examples))
             except UsageError as error:  # such as a model that takes no adapters: the other attacks still run
                 log.warning("attack %s: not done: %s", name, error)

@@ -8,7 +8,8 @@ from conftest import one_line_error, run_cli, tiny_model, weights
 from test_run import SMALL, data_words
 
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings
-from method.perturbed import PerturbedSettings, rounded_to_bits, towards_worse
+from evaluation.attacks.quantisation import rounded_to_bits
+from method.perturbed import PerturbedSettings, towards_worse
 from run.perturbed import _changed_weights, refuse_perturbed
 from utils import UsageError
 

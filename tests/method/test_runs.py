@@ -96,4 +96,4 @@ def test_every_forget_loss_forgets(tmp_path, model_folders, data_files, loss):
     run = run_cli("unlearn_harm.py", *words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     found = [e["dev_nll"] for e in events(tmp_path / "out.jsonl", "eval")]
-    assert found[-1] > found[0] + 0.05
+    assert found[-1] > found[0] + (0.05 if loss == "undial" else 0.1)  # it aims at the original's own, lowered
