@@ -174,18 +174,14 @@ def _plan_lines(
     changes += [f"rounded to {recipe.perturbed.bits} bits"] * (recipe.perturbed.bits > 0)
     first = [f"before that    selection: the forget gradient without its {selection.directions} largest directions is "
              f"taken out, up to a KL of {selection.kl_budget:g}"] if selection.kl_budget else []  # fmt: skip
+    if changes:
+        every = recipe.perturbed.every
+        first.append(f"forget side    its gradient is taken at weights {' and '.join(changes)}, one step in {every}")
     part = "a step" if options.gradient_accumulation == 1 else "part of a step"
     lines = [
         f"model          {options.model_name}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",
         f"minimised      {terms}",
         *first,
-        *(
-            [
-                f"forget side    its gradient is taken at weights {' and '.join(changes)}, one step in {recipe.perturbed.every}"
-            ]
-            if changes
-            else []
-        ),
         f"layout         {layout_line}",
         *(f"{'rows' if i == 0 else '':14s} {line}" for i, line in enumerate(account)),
         f"rows visited   {answered['forget']:,} forget of {rows['forget']:,}, {answered['normal']:,} normal of "

@@ -59,12 +59,12 @@ def test_experts_are_mlps_and_what_chooses_among_them_is_none():
     model = tiny_model("mixtral", 64)
     names = {p: [n] for n, p in model.named_parameters()}
     optimizer = SimpleNamespace(parameters=list(names), names=list(names.values()))
-    chosen = [
-        names[optimizer.parameters[i]][0] for i in _mlp_weights(SimpleNamespace(model=model, optimizer=optimizer), 1)
-    ]
+    setup = SimpleNamespace(model=model, optimizer=optimizer)
+    chosen = [names[optimizer.parameters[i]][0] for i in _mlp_weights(setup, skip=1)]
     assert chosen and all("experts" in name and ".layers.0." not in name for name in chosen)
-    stacked = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(_damped(stacked, 2)[1], damp_shared(stacked[1], 2), atol=1e-3, rtol=0)
+    stacked = torch.stack([torch.diag(torch.tensor(values)) for values in ([8.0, 4.0, 1.0], [1.0, 3.0, 6.0])])
+    expected = torch.stack([torch.diag(torch.tensor(values)) for values in ([2.0, 4.0, 1.0], [1.0, 3.0, 1.5])])
+    torch.testing.assert_close(_damped(stacked, 2), expected, atol=1e-3, rtol=0)  # each expert by its own directions
 
 
 def test_what_it_cannot_change_is_refused(tmp_path, model_folders, data_files):

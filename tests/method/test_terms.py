@@ -194,7 +194,7 @@ def test_a_terms_weight_follows_its_budget():
     assert over == {"normal": pytest.approx(1 + 0.5 * 0.4)}  # the one that has a budget
     assert next_multipliers(made, over, {"normal": 0.0}) == {"normal": pytest.approx(1.2 - 0.5 * 0.1)}
     assert next_multipliers(made, {"normal": 0.01}, {"normal": 0.0}) == {"normal": 0}  # never negative
-    with pytest.raises(UsageError, match="forget.budget: ascent makes answers unlikely"):
+    with pytest.raises(UsageError, match=r"forget\.budget: ascent makes answers unlikely"):
         build_terms([{"name": "forget", "draw": "answer", "loss": "ascent", "budget": 1.0}], RunSizes())
     # and a step's loss and gradient are those of the weight times the multiplier
     rows = [Sequence("forget", 0, (7, 8), (0, 0)), Sequence("normal", 1, (7, 8), (0,))]
