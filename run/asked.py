@@ -25,7 +25,9 @@ def ask_about_forget_rows(setup, bar) -> None:
     setup: a Setup with its model loaded; its sampler's forget rows are replaced. Raises UsageError.
     """
     sampler, options = setup.sampler, setup.options
-    if any(draw.only_given for draw in sampler.draws) and not options.dry_run:
+    if any(draw.only_given for draw in sampler.draws) and options.dry_run:
+        log.info("only rows whose answer the model gives will train; a dry run does not ask it, so all are counted")
+    elif any(draw.only_given for draw in sampler.draws):
         _change_rows(sampler, lambda rows: only_given(rows, _ask(setup, bar, "listed answers")))
     if any(draw.own_words for draw in sampler.draws):
         _change_rows(sampler, lambda rows: with_own_words(rows, _ask(setup, bar, "own words")))

@@ -163,7 +163,8 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     formatter = PromptFormatter.of(tokenizer, options.model_name, options, options.max_answer_tokens)
     formatter.check_turns(sides.rows("forget") + sides.rows("normal") + sides.rows("unseen"))
     trained_on = read_chain(options.model_name)
-    splits = without_seen(split_sides(sides, options, TextCutter.of(formatter, options)), trained_on)
+    cutter = TextCutter.of(formatter, options)
+    splits = without_seen(split_sides(sides, options, cutter), trained_on)
     log.info(held_out_line(splits))
     sampler = UnlearnBatchSampler(
         *([parts["train"] for parts in splits[side] if parts["train"]] for side in ("forget", "normal")),
@@ -178,7 +179,6 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     refuse_idle_processes(accelerator, sampler.examples_per_step())
     load_weights(setup)
     setup.account = log_account(run_log, sampler, formatter, options, sides, splits)
-    cutter = TextCutter.of(formatter, options)
     passages = [make_sequence("holdout", 0, row, formatter) for document in holdout for row in cutter.cut(document)]
     terms = with_levels(recipe.terms, passages, setup.answer_model, setup.layout)
     setup.recipe = dataclasses.replace(recipe, terms=terms)
