@@ -26,8 +26,14 @@ from utils import RunError, UsageError
 ])  # fmt: skip
 def test_a_bad_grid_is_named(tmp_path, text, message):
     (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        sweep.combinations(str(tmp_path / "grid.yaml"))
+
+
+def test_a_bad_grid_is_one_line_on_the_command_line(tmp_path):
+    (tmp_path / "grid.yaml").write_text("lr: 1e-4\n")
     words = ("--config=c.yaml", f"--grid={tmp_path / 'grid.yaml'}")
-    assert message in one_line_error(run_python(ROOT / "sweep.py", *words, cwd=tmp_path))
+    assert "option 'lr' needs a list" in one_line_error(run_python(ROOT / "sweep.py", *words, cwd=tmp_path))
 
 
 def test_the_front_is_what_nothing_beats(tmp_path, monkeypatch, capsys):
