@@ -26,7 +26,7 @@ from engine import checkpoint
 from engine.paths import read_args, refuse_no_folder
 from evaluation.figures import point_values
 from evaluation.report import front_plot, print_table
-from evaluation.stages import take_answers
+from evaluation.stages import ASKED_BY, take_answers
 from options import COUNT, OneLineParser, UnlearnOptions, option
 from run.parsing import old_names, parse_run
 from utils import RunError, UsageError, atomic_write_text, run_script, write_json
@@ -35,7 +35,6 @@ OptionalCount = Optional[COUNT]  # noqa: UP045 - a check is a function, which kn
 HERE = Path(__file__).resolve().parent
 EXTRA = {"similarity": "similarity", "back": "comes back"}  # figures of a run: their columns
 DEV_PROMPTS = 64  # of a group
-ASKED_BY = 1  # the seed of --evaluation, whatever a run's: all are asked the same, and the shared models once
 HELD_OUT = {"dev_share": 0.1, "test_share": 0.2}  # of both sides
 
 

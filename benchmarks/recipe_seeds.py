@@ -21,13 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 from evaluation.figures import figures
 from evaluation.metrics.statistics import Estimate
-from evaluation.stages import take_answers
+from evaluation.stages import ASKED_BY, take_answers
 
 ATTACKS = ["quantise", "prefill", "rephrase", "few_shot", "relearn"]
 FIGURES = (r"(forget|keep)\.(?!published|all)[^.]*\.(answered|wanted_given|recall|extraction_strength)"
            r"|forget\.(forget_quality|auc_min_k|privacy_leakage)|attack\..*")  # fmt: skip
 ALL_PROMPTS = 220  # of a group: more than any planted one has; of the 840 everyday prompts a sample
-ASKED_BY = 1  # the evaluation's seed, whatever the run's: all are asked the same prompts, in the same order
 MODELS = ("before", "retrained")  # the unlearned model's figures have no such ending
 
 

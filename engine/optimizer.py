@@ -43,6 +43,12 @@ class OptimizerSettings:
     adapters: bool = False
 
 
+def global_norm(tensors: list[torch.Tensor]) -> float:
+    """Return the norm of all tensors together, worked out in fp32; 0 for none. It waits for the device."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+    return torch.stack(norms).norm().item() if norms else 0.0
+
+
 class MasterWeightAdamW:
     """AdamW on the trainable parameters of a model whose forward may run in bf16.
 

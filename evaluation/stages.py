@@ -25,6 +25,7 @@ from evaluation.scoring import RowScores
 from utils import log, read_json_lines, write_json, write_json_lines
 
 VERSION = 1  # of these files
+ASKED_BY = 1  # seed of evaluations of several runs, whatever theirs: all are asked the same prompts, in the same order
 
 
 @dataclasses.dataclass(kw_only=True)

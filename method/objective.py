@@ -66,8 +66,8 @@ class Objective:
     is_linear = False
 
     def values(self, tokens: TermTokens) -> torch.Tensor:
-        """Return the values to minimise, (S,) or (M,)."""
-        raise NotImplementedError
+        """Return the values to minimise, (S,) or (M,): the token loss as it is, unless a subclass makes more of it."""
+        return tokens.values
 
     @property
     def needs_original(self) -> bool:

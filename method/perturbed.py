@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from engine.optimizer import global_norm
 from options import COUNT, POSITIVE, WEIGHT, option
 
 
@@ -33,8 +34,7 @@ def towards_worse(
 
     A weight without a gradient stays; so do all where the gradient is 0 or not finite.
     """
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None]
-    norm = torch.stack(norms).norm().item() if norms else 0.0
+    norm = global_norm([gradient for gradient in gradients if gradient is not None])
     if not 0 < norm < float("inf"):
         return weights
     return [

@@ -16,6 +16,7 @@ import torch
 
 from data_module import Sequence, make_sequence
 from engine.adapters import LoraSettings, add_lora, decoder_layers
+from engine.optimizer import global_norm
 from engine.token_values import KL, NLL, TokenRequest
 from method.losses import sequence_mean
 from method.selection import damp_shared
@@ -59,7 +60,11 @@ def select(setup) -> None:
         torch.manual_seed(setup.options.seed)  # of the randomised decomposition
         damped = [_damped(gradient, settings.directions) for gradient in gradients]
     masters = optimizer.snapshot()
-    scale = settings.step * _norm([masters[i] for i in chosen]) / max(_norm(damped), torch.finfo(torch.float32).tiny)
+    scale = (
+        settings.step
+        * global_norm([masters[i] for i in chosen])
+        / max(global_norm(damped), torch.finfo(torch.float32).tiny)
+    )
     kl, steps, probes = 0.0, 0, _probes(setup)
     while steps < MOST_STEPS:
         before = [masters[i].clone() for i in chosen]
@@ -181,7 +186,3 @@ def _mean_kl(setup, sequences: list[Sequence]) -> float:
         values = setup.answer_model(batch, [request])[1][0]  # (M,)
         total, count = total + values.sum().item(), count + len(values)
     return total / max(count, 1)
-
-
-def _norm(tensors: list[torch.Tensor]) -> float:
-    return torch.stack([torch.linalg.vector_norm(tensor.float()) for tensor in tensors]).norm().item()

@@ -7,6 +7,7 @@ import time
 import torch
 
 from engine.compiled_layers import KnownGraphs, compile_layers, decompile_layers, why_not_compiled
+from engine.optimizer import global_norm
 from method.step import PreparedStep, compute_gradients
 from method.terms import layers_of
 from utils import RunError, log
@@ -60,9 +61,9 @@ def gradient_norm(setup, prepared: PreparedStep) -> float:
     compute_gradients(prepared, setup.recipe.terms, setup.wrapped, setup.accelerator, sharded=setup.options.shard,
                       signalled=False, graphs=setup.graphs).read()  # fmt: skip
     gradients = [parameter.grad for parameter in setup.model.parameters() if parameter.grad is not None]
-    parts = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    norm = global_norm(gradients)
     setup.optimizer.drop_gradients()
-    return torch.stack(parts).norm().item() if parts else 0.0
+    return norm
 
 
 def unchecked_equals_checked(setup) -> bool:

@@ -20,6 +20,3 @@ class CeU(ForgetObjective):
 
     token_loss = _CrossEntropyUnlearning()
     is_linear = True
-
-    def values(self, tokens):
-        return tokens.values

@@ -20,6 +20,3 @@ class Margin(ForgetObjective):
 
     token_loss = _Margin()
     is_linear = True
-
-    def values(self, tokens):
-        return tokens.values

@@ -28,6 +28,3 @@ class Kl(Objective):
     measure = "kl"
     over = "tokens"
     is_linear = True
-
-    def values(self, tokens):
-        return tokens.values

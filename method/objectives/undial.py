@@ -31,6 +31,3 @@ class Undial(ForgetObjective):
     @property
     def token_loss(self):
         return _AdjustedKl(self.strength)
-
-    def values(self, tokens):
-        return tokens.values

@@ -21,6 +21,3 @@ class Unlikelihood(ForgetObjective):
     token_loss = _TokenUnlikelihood()
     note = BY_TOKENS + "; tokens known by heart have a gradient (earlier versions: none)"
     is_linear = True
-
-    def values(self, tokens):
-        return tokens.values
