@@ -35,12 +35,14 @@ SMOLLM2 = {"hidden": 576, "inner": 1536, "layers": 30, "heads": 9, "kv_heads": 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small shapes, on any device")
-    parser.add_argument("--only", nargs="+", default=["update", "lora", "whole", "answers"], help="parts to run")
+    parts = ["update", "lora", "qlora", "whole", "answers"]
+    parser.add_argument("--only", nargs="+", default=parts, help="parts to run")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
-    checks = {"update": check_update, "lora": check_lora, "whole": check_whole, "answers": check_answers}
+    checks = {"update": check_update, "lora": check_lora, "qlora": check_qlora, "whole": check_whole,
+              "answers": check_answers}  # fmt: skip
     for part in arguments.only:
         start = time.perf_counter()
         try:
@@ -156,6 +158,30 @@ def check_lora(device: torch.device, tiny: bool) -> None:
         gc.collect()
 
 
+def check_qlora(device: torch.device, tiny: bool) -> None:
+    """Adapters on a base in 4 bits (goal: a step of 7B in 12 GB with checkpointing). The base is quantised on the way:
+    the peak is that of the step."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        print("QLoRA: skipped, bitsandbytes is not installed")
+        return
+    model = random_llama(device, **(TINY if tiny else LLAMA_7B))
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    quantised = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False,
+                                                  compute_dtype=torch.bfloat16, quant_type="nf4")  # fmt: skip
+                    weight = linear.weight.data.cpu()
+                    quantised.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+                    setattr(parent, name, quantised.to(device))
+    gc.collect()
+    add_lora(model, LoraSettings(), None)
+    check_step("QLoRA, checkpointing on", model, device, places=128 if tiny else 4096, checkpointing=True, kind="adamw",
+               adapters=True, in_4bit=True)  # fmt: skip
+
+
 def check_whole(device: torch.device, tiny: bool) -> None:
     """Whole weights of 7B with 8-bit moments (goal: it runs in 80 GB)."""
     try:
@@ -168,14 +194,16 @@ def check_whole(device: torch.device, tiny: bool) -> None:
                checkpointing=True, kind="adamw8bit", adapters=False)  # fmt: skip
 
 
-def check_step(label: str, model, device, *, places: int, checkpointing: bool, kind: str, adapters: bool) -> None:
+def check_step(
+    label: str, model, device, *, places: int, checkpointing: bool, kind: str, adapters: bool, in_4bit: bool = False
+) -> None:
     if checkpointing:
         enable_gradient_checkpointing(model)
     optimizer = MasterWeightAdamW(
         model, OptimizerSettings(lr=1e-5, total_steps=100, kind=kind, adapters=adapters), torch.bfloat16
     )
     options = SimpleNamespace(optimizer=kind, kl_budget=0.0, gradient_accumulation=1, use_lora=adapters,
-                              gradient_checkpointing=checkpointing, load_in_4bit=False)  # fmt: skip
+                              gradient_checkpointing=checkpointing, load_in_4bit=in_4bit)  # fmt: skip
 
     def loss_of(rows: int, width: int):
         ids = torch.randint(3, model.config.vocab_size, (rows, width), device=device)  # (R, T)
@@ -219,8 +247,8 @@ def check_answers(device: torch.device, tiny: bool) -> None:
     lengths = torch.randint(25, 60, (count,), generator=draw).tolist()
     shared = torch.randint(3, 400, (24,), generator=draw).tolist()  # the template's system message
     prompts = [shared + torch.randint(3, 400, (length,), generator=draw).tolist() for length in lengths]
-    formatter = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0, decode=lambda tokens, **_: str(len(tokens))),
-                                stop_ids=lambda: [2])  # fmt: skip
+    formatter = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0), stop_ids=lambda: [2],
+                                read_answer=lambda prompt, tokens: str(len(tokens)))  # fmt: skip
     generate(model, formatter, prompts[:4], max_new_tokens=4, batch_size=0, temperature=0.7)
     for size, number in ((0, count), (64, min(count, 128))):
         seconds = timed(device, lambda size=size, number=number: generate(

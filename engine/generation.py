@@ -17,6 +17,7 @@ from accelerate import PartialState
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
+from engine.decoding import Decoder, chosen, decode, takes_buffers
 from engine.processes import broadcast_from_main, is_sharded, parallel_map
 from prompts.formatter import PromptFormatter
 from sources.rows import Row
@@ -52,6 +53,7 @@ def generate(
     was_training = model.training
     model.eval()  # gradient checkpointing, active in training mode, would switch the key-value cache off
     shared, cache = (0, None) if split else _shared_prefix_cache(model, prompts)
+    by_buffers = not split and decodes_by_buffers(model)
 
     def answer(number: int, chunk: list[int]) -> list[list[int]]:
         try:
@@ -74,9 +76,14 @@ def generate(
         if cache is not None:
             settings["past_key_values"] = copy.deepcopy(cache)
             settings["past_key_values"].batch_repeat_interleave(len(chunk))
+        chunk_draws = None if draws is None else draws[chunk].to(device)
+        if by_buffers:
+            decoder = Decoder(model, ids.to(device), mask.to(device), settings.get("past_key_values"), stop=stop,
+                              pad=tokenizer.pad_token_id, new_tokens=max_new_tokens, draws=chunk_draws,
+                              temperature=temperature)  # fmt: skip
+            return decode(decoder, capture=device.type == "cuda").tolist()
         if draws is not None:
-            sampler = TemperatureSampler(temperature, draws[chunk].to(device), width)
-            settings["logits_processor"] = LogitsProcessorList([sampler])
+            settings["logits_processor"] = LogitsProcessorList([TemperatureSampler(temperature, chunk_draws, width)])
         return model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
             eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, use_cache=True, **settings,
@@ -113,19 +120,26 @@ class TemperatureSampler(LogitsProcessor):
     """Sample by greedy decoding: leave one token a row possible, drawn from the softmax at `temperature`.
 
     draws (R, new tokens): uniform numbers in [0, 1), one for each token of each row's answer; width: tokens of the
-    padded prompts. One number against the cumulated probabilities is enough: torch.multinomial draws one for every
-    token of the vocabulary, which took a third of the time of an answer.
+    padded prompts.
     """
 
     def __init__(self, temperature: float, draws: torch.Tensor, width: int):
         self.temperature, self.draws, self.width = temperature, draws, width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        cumulated = torch.softmax(scores.float() / self.temperature, dim=-1).cumsum(-1)  # (R, V), ends at about 1
-        drawn = self.draws[:, input_ids.shape[1] - self.width, None].to(cumulated)  # (R, 1)
-        place = drawn * cumulated[:, -1:]  # (R, 1), below the end
-        token = torch.searchsorted(cumulated, place, right=True).clamp(max=scores.shape[-1] - 1)  # (R, 1)
+        token = chosen(scores, self.draws[:, input_ids.shape[1] - self.width, None], self.temperature)  # (R, 1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def decodes_by_buffers(model) -> bool:
+    """Say whether answers are decoded over buffers: on a GPU, for a model that keeps keys and values of all tokens."""
+    return (next(model.parameters()).device.type == "cuda" and takes_buffers(model)
+            and not attention_window(model.config) and keeps_all_tokens(model))  # fmt: skip
+
+
+def keeps_all_tokens(model) -> bool:
+    """Say whether each layer's cache is a plain one."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
 def _row_draws(prompts: list[list[int]], seed: int, count: int) -> torch.Tensor:

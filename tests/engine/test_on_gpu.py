@@ -1,12 +1,14 @@
 """What only a GPU can run: flex attention's kernel, compiled layers and passes. Their twins run on a CPU elsewhere."""
 
 import copy
+import types
 
 import pytest
 import torch
 import transformers
 from test_layout import step_sequences
 
+from engine import decoding, generation
 from engine.compiled_layers import KnownGraphs, compile_layers
 from engine.head import OutputHead
 from engine.layout import packed_batch, padded_batch
@@ -108,3 +110,29 @@ def test_a_step_waits_for_the_gpu_only_where_it_reads():
             total.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("family", KINDS)
+def test_answers_by_a_captured_graph_are_those_of_the_plain_step(family, temperature, monkeypatch):
+    """Three batches in turn, so that a second graph meets the memory of the first; two prompts begin alike."""
+    model = model_of(family).eval()
+    model.generation_config.eos_token_id = None
+    stand_in = types.SimpleNamespace(pad_token_id=0, decode=lambda tokens, **_: " ".join(map(str, tokens)))
+    formatter = types.SimpleNamespace(tokenizer=stand_in, stop_ids=lambda: [*range(5, 2000, 40)],
+                                      read_answer=lambda prompt, tokens: stand_in.decode(tokens))  # fmt: skip
+    draw = torch.Generator().manual_seed(3)
+    prompts = [[9] * 12 + torch.randint(5, 1990, (4 + 3 * i,), generator=draw).tolist() for i in range(9)]
+    settings = {"max_new_tokens": 40, "batch_size": 3, "temperature": temperature, "seed": 5}
+    captured, make = [], decoding._captured
+
+    def note(decoder):
+        captured.append(make(decoder))
+        return captured[-1]
+
+    monkeypatch.setattr(decoding, "_captured", note)
+    found = generation.generate(model, formatter, prompts, **settings)
+    assert len(captured) == 3
+    assert all("replay" in getattr(step, "__name__", "") for step in captured), "no step had to run as it is"
+    monkeypatch.setattr(generation, "decodes_by_buffers", lambda model: False)
+    assert generation.generate(model, formatter, prompts, **settings) == found
