@@ -13,11 +13,12 @@ import torch
 ALIGN = 16  # bytes
 
 
-def copied(thing, device: torch.device):
+def copied(thing, device: torch.device | str):
     """Return `thing` with its tensors of main memory on `device`: a dataclass, list or dict of them, of any depth.
 
     What has a method `gathered` (of no argument) is first replaced by what that returns.
     """
+    device = torch.device(device)
     if device.type == "cpu":
         return thing
     found: list[torch.Tensor] = []

@@ -44,7 +44,7 @@ class Batch:
     ends: torch.Tensor | None = None  # packed: (R, T) int32, the place after the last descendant of each place
     attention_mask: torch.Tensor | None = None  # padded: (R, T), 1 = real token
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""
         return copied(self, device)
 

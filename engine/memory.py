@@ -116,7 +116,8 @@ def count_saved_bytes(model):
         if storage.data_ptr() not in own and storage.data_ptr() not in kept:
             kept[storage.data_ptr()] = tensor
             counted[0] += storage.nbytes()
-        return tensor
+        # without its history: a node that keeps its own output would hold itself, and all that it saved, for ever
+        return tensor.detach().requires_grad_(tensor.requires_grad)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield counted

@@ -1,5 +1,7 @@
 """The memory of a run, part by part: what autograd saves, what the optimizer keeps, and which options make it fit."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from conftest import tiny_model
 
 from data_module import Sequence
-from engine.adapters import LoraSettings, add_lora
+from engine.adapters import LoraSettings, add_lora, enable_gradient_checkpointing
 from engine.generation import answer_bytes
 from engine.memory import SavedBytes, count_saved_bytes, estimate_parts, measure_saved_bytes, switch_that_fits
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings
@@ -110,3 +112,27 @@ def test_bytes_of_an_answer_hold_its_keys_and_values():
     model = tiny_model("llama")
     a_token = answer_bytes(model, 10, 31) - answer_bytes(model, 10, 30)
     assert a_token == pytest.approx(1.2 * 256, abs=1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_was_counted_is_freed(checkpointing, backward):
+    """A plan that held its model would count its memory into the peak of the run that it plans."""
+    model = tiny_model("llama")
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    ids = torch.randint(3, 400, (2, 16))
+    plain = model(input_ids=ids, use_cache=False).logits.square().mean()
+    plain.backward()
+    wanted = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    model.zero_grad()
+    with count_saved_bytes(model) as counted:
+        loss = model(input_ids=ids, use_cache=False).logits.square().mean()
+    if backward:
+        loss.backward()
+        torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, wanted)
+    assert counted[0] > 0
+    held = weakref.ref(model.model.layers[0])
+    del model, loss, plain
+    gc.collect()
+    assert held() is None
