@@ -173,7 +173,7 @@ def check_qlora(device: torch.device, tiny: bool) -> None:
                 if isinstance(linear, torch.nn.Linear):
                     quantised = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False,
                                                   compute_dtype=torch.bfloat16, quant_type="nf4")  # fmt: skip
-                    weight = linear.weight.data.cpu()
+                    weight = linear.weight.data
                     quantised.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
                     setattr(parent, name, quantised.to(device))
     gc.collect()

@@ -158,10 +158,8 @@ def _chunks(model, prompts: list[list[int]], max_new_tokens: int, batch_size: in
     """Group the prompts' numbers into batches to be answered together, the shortest prompts first.
 
     With a `batch_size`, that many short ones or fewer long ones (memory: number x length). Without one, a GPU gets as
-    many as its free memory takes: a step of a small model costs the host about 25 ms whatever the batch, so that 900
-    prompts in one batch take little longer than 64. No answer depends on who is asked together, so every process gets a
-    share. A static cache would save the copy of the keys and values in each step, but not the host's time, unless a
-    graph is captured for each batch size, which takes longer than the answers.
+    many as its free memory takes: it is the host's launches that a small model's token waits for, not the batch. No
+    answer depends on who is asked together, so every process gets a share.
     """
     device, share = next(model.parameters()).device, len(prompts)
     if not is_sharded(model):
