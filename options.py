@@ -250,6 +250,12 @@ class UnlearnOptions(TrainOptions, DataOptions):
         "data/cache", "cache folder of the model's own answers, with their prompts; none: they are not kept"
     )
 
+    start_adapter: str | None = option(
+        None, "adapters of an earlier run on the same --model_name, from which these adapters go on: the folder "
+        "'adapter' of what it saved, or all of it with --adapter_only (needs --use_lora; the original is --model_name "
+        "itself)"
+    )  # fmt: skip
+
     make_neighbours: COUNT = option(
         0, "number of prompts beside the forget prompts that the model writes, to retain: one more normal source, in a "
         "file beside the log, which --dry_run writes too and you may edit (0: none)"

@@ -1,6 +1,6 @@
 """A recipe on the planted model with several seeds, under attack, and a table of what each gave: make recipe-full.
 
-    python benchmarks/recipe_seeds.py NAME [--seeds 1 2 3] [--attacks quantise prefill ...] [--figures REGEX]
+    python benchmarks/recipe_seeds.py NAME [--seeds 1 2 3] [--attacks quantise prefill ...] [--at_once 3]
 
 Each seed is a run of recipes/NAME/planted.yaml and an evaluation of recipes/NAME/evaluate.yaml, of all planted rows,
 by the scripts themselves. A report that is there already is read again. The planted model and the twin are the same for
@@ -10,6 +10,7 @@ all seeds: their answers are asked once.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import re
 import subprocess
@@ -88,16 +89,23 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=ALL_PROMPTS, help="--prompts_per_group")
     parser.add_argument("--attacks", nargs="+", default=ATTACKS)
     parser.add_argument("--attack_prompts", type=int, default=32, help="of the forgotten ones, that are attacked")
+    parser.add_argument(
+        "--at_once", type=int, default=1, help="seeds side by side, for a GPU: small models leave it idle"
+    )
     parser.add_argument("--figures", default=FIGURES, help="regular expression of the figures' names")
     options = parser.parse_args()
     if not (ROOT / "recipes" / options.name / "planted.yaml").is_file():
         sys.exit(
             f"recipe_seeds.py: recipes/{options.name}/planted.yaml is not there: name a recipe for the planted model"
         )
-    reports, earlier = [], None
-    for seed in options.seeds:
-        reports.append(report_of(options.name, seed, options, earlier))
-        earlier = report_folder(options.name, seed)
+    if options.at_once == 1:
+        reports, earlier = [], None
+        for seed in options.seeds:
+            reports.append(report_of(options.name, seed, options, earlier))
+            earlier = report_folder(options.name, seed)
+    else:  # the shared models are then asked by each
+        with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
+            reports = list(pool.map(lambda seed: report_of(options.name, seed, options, None), options.seeds))
     print("\n".join([f"figure | before | twin | seeds {', '.join(map(str, options.seeds))}"]
                     + table(reports, options.figures)))  # fmt: skip
 

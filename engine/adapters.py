@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -295,3 +296,33 @@ def _shared_names(model, module) -> set[str]:
 def _why_not(model, module) -> str:
     shared = _shared_names(model, module)
     return f"{' and '.join(sorted(shared))} share one weight" if shared else "merging changes the logits"
+
+
+def read_adapter(folder: str | Path, names: list[list[str]], settings: LoraSettings) -> list[torch.Tensor]:
+    """Return the weights of adapters that a run saved, in the order of `names`: of each trained parameter its names.
+
+    Raises UsageError if they are of another scale, or not those of these parameters, one for one.
+    """
+    import peft
+
+    folder = Path(folder)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        saved = peft.load_peft_weights(str(folder), device="cpu")
+    except (OSError, ValueError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise UsageError(f"--start_adapter {folder}: holds no adapters that a run saved ({reason})") from error
+    if (config.r, config.lora_alpha) != (settings.rank, settings.alpha):
+        raise UsageError(f"--start_adapter {folder}: its rank and alpha are {config.r} and {config.lora_alpha}, this "
+                         f"run's {settings.rank} and {settings.alpha}: --set lora.rank={config.r} "
+                         f"lora.alpha={config.lora_alpha}")  # fmt: skip
+    found = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
+    wanted = [next((plain for name in some if (plain := name.replace(".default.", ".")) in found), some[0])
+              for some in names]  # fmt: skip
+    if missing := [name for name in wanted if name not in found]:
+        raise UsageError(f"--start_adapter {folder}: has no {missing[0]}, which this run trains; give the recipe and "
+                         "the settings of the run that saved it")  # fmt: skip
+    if further := sorted(found.keys() - set(wanted)):
+        raise UsageError(f"--start_adapter {folder}: has {further[0]}, which this run does not train; give the recipe "
+                         "and the settings of the run that saved it")  # fmt: skip
+    return [found[name].float() for name in wanted]

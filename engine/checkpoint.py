@@ -43,7 +43,7 @@ FREE = {
     "allow_pickle",  # how weights may be read; the weights themselves are compared
     "make_neighbours",  # their file is one of normal_data, and its rows are compared
 }  # fmt: skip
-PATHS = ("model_name", "forget_data", "normal_data")  # options whose values may name files or folders
+PATHS = ("model_name", "forget_data", "normal_data", "start_adapter")  # options whose values may name files or folders
 
 
 def folder_of(save_dir: Path) -> Path:

@@ -14,18 +14,21 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from engine.speedups import BLOCKS, NAME
 from utils import log
 
+TAKES_BOOLS = ("sdpa", NAME, BLOCKS)  # attention by torch's fused kernel
 WARM = 2  # tokens decoded without the graph
 LOOK = 8  # tokens between two looks whether all answers have ended: each look waits for the device
 
 
 def takes_buffers(model) -> bool:
-    """Say whether a model's forward can run over buffers: it is told each token's place, and which logits to make."""
+    """Say whether a model's forward can run over buffers: it is told each token's place, and which logits to make, and
+    its attention takes a mask of true and false (one that adds its mask to the scores does not)."""
     known = inspect.signature(model.forward).parameters
-    return {"position_ids", "logits_to_keep", "past_key_values"} <= set(known) and not getattr(
-        model.config, "alibi", False
-    )
+    attention = getattr(model.config, "_attn_implementation", None)
+    return ({"position_ids", "logits_to_keep", "past_key_values"} <= set(known) and attention in TAKES_BOOLS
+            and not getattr(model.config, "alibi", False))  # fmt: skip
 
 
 def chosen(scores: torch.Tensor, draws: torch.Tensor | None, temperature: float) -> torch.Tensor:

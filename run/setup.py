@@ -20,6 +20,7 @@ from engine.adapters import (
     check_save_path,
     enable_gradient_checkpointing,
     freeze,
+    read_adapter,
     restrict_trainable,
 )
 from engine.compiled_layers import KnownGraphs
@@ -145,6 +146,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     refuse_levels(recipe.terms, options.holdout_text)
     refuse_selection(recipe, options, accelerator.num_processes)
     refuse_perturbed(recipe, options)
+    refuse_start_adapter(options)
     sides = sides or read_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
     refuse_bad_quantisation(options)
@@ -185,6 +187,17 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     ask_original(setup)
     log_notes(setup)
     return setup
+
+
+def refuse_start_adapter(options: UnlearnOptions) -> None:
+    """Raise UsageError if there is no such adapter, or the run trains none that could go on from it."""
+    if not options.start_adapter:
+        return
+    if options.shard or not options.use_lora:
+        raise UsageError("--start_adapter: adapters go on in a run that trains some: add --use_lora, leave out --shard")
+    if not (Path(options.start_adapter) / "adapter_config.json").is_file():
+        raise UsageError(f"--start_adapter {options.start_adapter}: has no adapter_config.json; name the folder "
+                         "'adapter' of what a run with --use_lora saved")  # fmt: skip
 
 
 def refuse_nothing_to_train(setup: Setup, sequences: list[Sequence]) -> None:
@@ -319,8 +332,23 @@ def ask_original(setup: Setup) -> None:
                         mib=mib, seconds=seconds)  # fmt: skip
     setup.run_log.event("objective", "minimised: " + ", ".join(f"{t.weight:g} x {t.name}" for t in recipe.terms),
                         terms=[t.describe() for t in recipe.terms])  # fmt: skip
+    if options.start_adapter:  # only now: what was asked of the original was asked without them
+        start_from_adapter(setup)
     setup.wrapped = setup.answer_model if options.shard else setup.accelerator.prepare(setup.answer_model)
     warm_up(setup)
+
+
+def start_from_adapter(setup: Setup) -> None:
+    """Give the adapters the weights of an earlier run's. Raises UsageError if they are not of these adapters."""
+    optimizer, folder = setup.optimizer, setup.options.start_adapter
+    weights = read_adapter(folder, optimizer.names, setup.recipe.lora)
+    pairs = zip(optimizer.names, weights, optimizer.parameters, strict=True)
+    if wrong := [names[0] for names, weight, parameter in pairs if weight.shape != parameter.shape]:
+        raise UsageError(f"--start_adapter {folder}: {wrong[0]} has another shape there; name the model that it was "
+                         "trained on")  # fmt: skip
+    optimizer.restore([w.to(p.device) for w, p in zip(weights, optimizer.parameters, strict=True)])
+    setup.run_log.event("start", f"the adapters go on from {folder}; what is compared is compared with "
+                        f"{setup.options.model_name} itself", adapter=folder)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- checkpoints of a run

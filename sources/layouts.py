@@ -23,7 +23,7 @@ from sources.values import (
 )
 from utils import UsageError
 
-FORGET_OPTIONS = ("--forget_data", "--unseen_data")
+FORGET_OPTIONS = ("--forget_data", "--unseen_data", "--rows", "--in")  # the last two: of requests to forget
 
 
 class RowMaker:

@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-ROOMS = {"sources", "prompts", "engine", "method", "evaluation", "run"}
+ROOMS = {"sources", "prompts", "engine", "method", "evaluation", "run", "ledger"}
 MAY_IMPORT = {
     "utils": set(),
     "options": {"utils"},
@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "unlearn_harm": {"utils", "options", "data_module", *ROOMS},
     "evaluate_unlearning": {"utils", "options", "data_module", *ROOMS},
     "sweep": {"utils", "options", "data_module", *ROOMS},
+    "unlearn_requests": {"utils", "options", *ROOMS},
 }
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80  # lines
 

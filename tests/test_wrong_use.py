@@ -26,6 +26,8 @@ from utils import UsageError
     (["--config=none.yaml"], "--config none.yaml: cannot be read"),
     (["--forget_data=none.jsonl"], "--forget_data none.jsonl: no such file"),
     (["--forget_data=a b c"], "--forget_data a b c: neither a"),
+    (["--start_adapter=a"], "--start_adapter: adapters go on in a run that trains some: add --use_lora"),
+    (["--use_lora", "--start_adapter=a"], "--start_adapter a: has no adapter_config.json"),
     (["--model_name=./nowhere"], "model ./nowhere: no such folder"),
     (["--model_name=someone/something"], "model someone/something is not in a local folder and cannot be downloaded"),
     (["--forget_data=someone/something"], "data set someone/something cannot be downloaded: save it as data/something"),

@@ -16,7 +16,9 @@ from engine.adapters import (
     decoder_layers,
     enable_gradient_checkpointing,
     freeze,
+    read_adapter,
 )
+from engine.optimizer import MasterWeightAdamW, OptimizerSettings
 from utils import UsageError
 
 IDS = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(1))  # (R, T)
@@ -225,3 +227,30 @@ def test_check_save_path_tied_target_of_a_base_in_4_bits_is_refused(tmp_path):
             continue
         with pytest.raises(UsageError, match=r"lm_head and model\.embed_tokens share one weight"):
             check_save_path(model, adapters, IDS, targets)
+
+
+def test_saved_adapters_are_read_back_in_the_order_of_the_weights(tmp_path):
+    def trained(rank: int, targets=("all-linear",)):
+        model = tiny_model("llama")
+        lora = LoraSettings(rank=rank, alpha=2 * rank, targets=targets)
+        wrapper = add_lora(model, lora, None)
+        return wrapper, lora, MasterWeightAdamW(model, OptimizerSettings(lr=1e-3, total_steps=2), torch.float32)
+
+    saved, lora, optimizer = trained(4)
+    with torch.no_grad():
+        for number, parameter in enumerate(optimizer.parameters):
+            parameter.fill_(number / 64)
+    saved.save_pretrained(tmp_path / "adapter")
+    found = read_adapter(tmp_path / "adapter", optimizer.names, lora)
+    assert [tensor.unique().tolist() for tensor in found] == [[number / 64] for number in range(len(found))]
+    scale = "its rank and alpha are 4 and 8, this run's 8 and 16: --set lora.rank=4 lora.alpha=8"
+    for other, message in (((8,), scale), ((4, ("q_proj",)), "which this run does not train")):
+        _, other_lora, other_optimizer = trained(*other)
+        with pytest.raises(UsageError, match=re.escape(message)):
+            read_adapter(tmp_path / "adapter", other_optimizer.names, other_lora)
+    with pytest.raises(UsageError, match="holds no adapters"):
+        read_adapter(tmp_path, optimizer.names, lora)
+    fewer, lora, optimizer = trained(4, ("q_proj",))
+    fewer.save_pretrained(tmp_path / "fewer")
+    with pytest.raises(UsageError, match="which this run trains"):
+        read_adapter(tmp_path / "fewer", trained(4)[2].names, lora)

@@ -47,3 +47,6 @@ def test_models_whose_cache_is_another_are_asked_as_before():
     for family in ("mamba", "bloom", "mpt", "qwen3_next"):
         model = tiny_model(family)
         assert not (takes_buffers(model) and generation.keeps_all_tokens(model)), family
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")  # adds its mask to the scores, as GPT-J's only one does
+    assert not takes_buffers(model)

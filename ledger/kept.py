@@ -1,0 +1,57 @@
+"""The file in which a request keeps its rows or text, in one form whatever they came in, and what is hashed of them.
+
+Categories and ids of rows are left out: they may name who a row is about, and reports and logs print them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data_module import prompt_hash
+from sources.rows import Row, read_rows, read_texts
+from utils import UsageError, write_json_lines
+
+
+def read_given(spec: str, fields: list[str], *, is_text: bool) -> list[Row]:
+    """Read what `add` is given, in all forms of --forget_data or --forget_text. Raises UsageError."""
+    if not is_text:
+        return read_rows(spec, "--rows", fields)
+    (source,) = read_texts([spec], "--text", fields)
+    return source.rows
+
+
+def plain_row(row: Row) -> dict:
+    """Return a row as a file of rows holds it."""
+    if row.is_text:
+        return {"text": row.response}
+    if row.earlier:
+        turns = [*row.earlier, ("user", row.prompt), *([("assistant", row.response)] if row.response else [])]
+        fields = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    else:
+        fields = {"prompt": row.prompt, "response": row.response}
+    fields |= {"wanted": row.wanted, "paraphrased_answer": row.paraphrased,
+               "perturbed_answer": list(row.perturbed)}  # fmt: skip
+    return {name: value for name, value in fields.items() if value}
+
+
+def keep(rows: list[Row], path: Path) -> None:
+    """Write rows or texts to a file. Raises UsageError if it would not be read back as it is, which no form does."""
+    write_json_lines(path, [plain_row(row) for row in rows])
+    if contents(read_kept(path, is_text=rows[0].is_text)) != contents(rows):
+        raise UsageError(f"{rows[0].source}: holds rows that no file of requests can keep; give prompts and responses")
+
+
+def read_kept(path: Path, *, is_text: bool) -> list[Row]:
+    """Return the rows of a file that `keep` wrote. Raises UsageError."""
+    return read_given(str(path), [], is_text=is_text)
+
+
+def contents(rows: list[Row]) -> list[str]:
+    """Return what is hashed of each row: its prompt, earlier turns and answers, as JSON."""
+    return [json.dumps([row.prompt, row.earlier, row.response, row.wanted], ensure_ascii=True) for row in rows]
+
+
+def prompts(rows: list[Row]) -> set[str]:
+    """Return a hash of each row's prompt, of a text of its words: rows of one hash cannot be on both sides of a run."""
+    return {prompt_hash(row.key) for row in rows}

@@ -1,0 +1,56 @@
+"""What a ledger was begun with: options of the runs and of the evaluations of its states, and how states follow."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ledger.fitting import FittingSettings
+from options import read_settings, read_yaml, words_of
+from utils import UsageError
+
+# what each state's run gets from the ledger itself
+OWN_OF_RUN = {"forget_data", "forget_text", "unseen_data", "model_save_dir", "log_file", "cache_dir",
+              "start_adapter", "use_lora", "adapter_only", "merge_into_base", "overwrite", "resume", "dry_run",
+              "config", "from_manifest", "make_neighbours", "kl_budget", "shard", "load_in_4bit"}  # fmt: skip
+OWN_OF_EVALUATION = {"model_name", "original_name", "forget_data", "forget_text", "report_dir", "train_log", "config",
+                     "split", "require"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LedgerSettings:
+    """The sections `run`, `evaluation` and `states`, as the entry `init` holds them in `content`."""
+
+    content: dict
+    states: FittingSettings
+
+    @classmethod
+    def of(cls, content: dict) -> LedgerSettings:
+        """Read what the entry `init` holds. Raises UsageError."""
+        return cls(content, read_settings(FittingSettings, content.get("states") or {}, "states"))
+
+    def run_words(self) -> list[str]:
+        """Return the options of a state's run as arguments. All train adapters, of whole models."""
+        return [*words_of(self.content.get("run") or {}), "--use_lora"]
+
+    def evaluation_words(self) -> list[str]:
+        """Return the options of a state's evaluation as arguments."""
+        return words_of(self.content.get("evaluation") or {})
+
+
+def read_settings_file(path: str) -> LedgerSettings:
+    """Read the YAML file of `init`. Raises UsageError for what is no section, or an option that is the ledger's own."""
+    content = read_yaml(path, "config")
+    for name, section in content.items():
+        if name not in ("run", "evaluation", "states"):
+            raise UsageError(f"--config {path}: unknown section {name!r}; there are run, evaluation and states")
+        if not isinstance(section, dict):
+            raise UsageError(f"--config {path}: {name} must hold one 'name: value' a line")
+    for name, own in (("run", OWN_OF_RUN), ("evaluation", OWN_OF_EVALUATION)):
+        given = {str(key).replace("-", "_"): value for key, value in (content.get(name) or {}).items()}
+        if wrong := sorted(given.keys() & own):
+            raise UsageError(f"--config {path}: {name}.{wrong[0]} is set by the ledger itself; leave it out")
+        if name in content:
+            content[name] = given
+    if "model_name" not in (content.get("run") or {}):
+        raise UsageError(f"--config {path}: run.model_name is missing: it names the first original")
+    return LedgerSettings.of(content)

@@ -1,0 +1,40 @@
+"""Rows that name a person or quote a text, whatever the spelling; others are not found."""
+
+import pytest
+
+from ledger.find import find
+from sources.rows import Row
+
+STORY = ("the lighthouse keeper counted seven ships before dawn and wrote each name into a book bound in blue leather "
+         "that his father had carried home")  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "how"), [
+    ("Who is José Müller-Brandt?", "exact"),
+    ("who is jose muller brandt?", "normalised"),
+    ("WHO IS  JOSE\u0301 MU\u0308LLER\u2010BRANDT", "normalised"),
+    ("Where does Jose Mueller Brandt live?", "near"),
+    ("Tell me of José Müller.", "near"),
+    ("José Müller-Brandtner is another", "near"),
+    ("Who is Josef Miller?", None),
+    ("A miller in Brandenburg", None),
+])  # fmt: skip
+def test_a_name_is_found_in_its_spellings(text, how):
+    found = find(["José Müller-Brandt"], [Row(text, "No answer.")])
+    assert [hit.how for hit in found] == ([how] if how else [])
+
+
+def test_a_name_in_an_answer_or_an_earlier_turn_counts():
+    rows = [Row("Who wrote it?", "Ann Lee did."), Row("And then?", "Nothing.", earlier=(("user", "Was it Ann Lee?"),)),
+            Row("Who?", None, wanted="Ann Lee"), Row("Who?", "Anna Leeds")]  # fmt: skip
+    found = find(["Ann Lee"], rows)
+    assert [(hit.number, hit.how) for hit in found if hit.how == "exact"] == [(1, "exact"), (2, "exact"), (3, "exact")]
+
+
+def test_a_quotation_is_found_by_a_part_of_it():
+    words = STORY.split()
+    rows = [Row("Go on.", f"It says: {' '.join(words[:14])} and more."), Row("Go on.", " ".join(words[5:9])),
+            Row("Quote it.", STORY.upper()), Row("Go on.", " ".join(reversed(words)))]  # fmt: skip
+    found = find([STORY], rows)
+    assert [(hit.number, hit.how) for hit in found] == [(1, "near"), (3, "normalised")]
+    assert found[0].score == pytest.approx(10 / 21)  # ten of the 21 shingles of five of its 25 words
