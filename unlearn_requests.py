@@ -22,7 +22,7 @@ from engine.weights_hash import weights_hash
 from evaluation.parsing import parse_evaluation
 from evaluation.report import print_table
 from ledger import state_run
-from ledger.book import Asked, Book, heads_noted, read_date
+from ledger.book import Asked, Book, faults_of_notes, read_date
 from ledger.chain import Head, missing_since
 from ledger.find import find, normalised
 from ledger.fitting import Fitting, next_fitting, refuse_loss
@@ -41,10 +41,12 @@ from ledger.options import (
 from ledger.page import export_of, write_export
 from ledger.policy import changes, free_id, read_policy, refuse_answers, write_rule
 from ledger.settings import LedgerSettings, read_settings_file
+from method.recipe import read_recipe
 from options import OneLineParser, underscored
+from run.levels import refuse_levels
 from run.parsing import parse_run
 from sources.rows import read_rows
-from utils import RunError, UsageError, run_script, write_json_lines
+from utils import RunError, UsageError, load_config, run_script, write_json_lines
 
 BROKEN = 1  # exit code of `verify`: the ledger is not what it was
 HERE = Path(__file__).resolve().parent
@@ -58,6 +60,9 @@ def init(options: InitOptions) -> None:
     if (run.recipe.get("selection") or {}).get("kl_budget"):
         raise UsageError("run.method: its selection changes whole weights, and states are adapters: set "
                          "selection.kl_budget=0")  # fmt: skip
+    refuse_levels(read_recipe(run).terms, run.holdout_text)
+    if getattr(load_config(run.model_name), "quantization_config", None):
+        raise UsageError(f"run.model_name {run.model_name}: is quantised; name the model that it was made of")
     original = weights_hash(run.model_name)
     if original is None:
         raise UsageError(f"run.model_name {run.model_name}: is not in a local folder; copy it to models/ first")
@@ -230,10 +235,9 @@ def verify(options: VerifyOptions) -> None:
         print(f"a last line that was cut off ({len(torn)} characters) is no entry; the next writing removes it")
     if not faults:
         book.read()
-        noted = heads_noted(book)
-        if options.export:
-            noted.append((options.export, read_head(options.export)))
-        faults = [fault for name, head in noted if (fault := missing_since(book.entries, head, name))]
+        faults = faults_of_notes(book)
+        if options.export and (fault := missing_since(book.entries, read_head(options.export), options.export)):
+            faults.append(fault)
         faults += book.faults() + state_run.faults(book)
     if faults:
         print("\n".join(faults))

@@ -14,7 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ledger.chain import Chain, Entry, Head
+from ledger.chain import Chain, Entry, Head, missing_since
 from ledger.kept import contents, keep, prompts, read_given, read_kept
 from ledger.salted import new_salt, salted
 from sources.rows import Row
@@ -167,9 +167,9 @@ class Book:
         salt = new_salt()
         self.remove_leftovers()
         with atomic_dir(self.folder_of(asked.id)) as partial:
-            keep(rows, partial / f"{asked.id}.jsonl")  # reports name a group by its file
+            keep(rows, partial / f"{asked.id}.jsonl", asked.kind)  # reports name a group by its file
             if allowed:
-                keep(allowed, partial / f"{asked.id}{ALLOWED}")
+                keep(allowed, partial / f"{asked.id}{ALLOWED}", asked.kind)
             write_json(partial / ABOUT, {"subject": asked.subject, "note": asked.note, "salt": salt})
         hashes = {"subject": salted(asked.subject, salt) if asked.subject else "",
                   "note": salted(asked.note, salt) if asked.note else "",
@@ -281,14 +281,17 @@ def read_date(text: str, where: str) -> str:
     raise UsageError(f"{where}: must be a date as 2026-11-27")
 
 
-def heads_noted(book: Book) -> list[tuple[str, Head]]:
-    """Return the counts and last hashes that lie beside the chain and in the states' folders, each with its file."""
-    found = []
+def faults_of_notes(book: Book) -> list[str]:
+    """Return what the counts and last hashes that lie beside the chain and in the states' folders say against it."""
+    found: list[str] = []
     for path in (book.chain.note, *sorted((book.folder / "states").glob("*/state.json"))):
         try:
             noted = json.loads(path.read_text(encoding="utf-8"))
             noted = noted.get("ledger", noted)
-            found.append((str(path), Head(noted["count"], noted["hash"])))
+            fault = missing_since(book.entries, Head(noted["count"], noted["hash"]), str(path))
+            found += [fault] if fault else []
+        except FileNotFoundError:
+            found.append(f"{path}: is missing: it notes the last entry")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path}: is not what was written there ({error!r}); restore it") from error
+            found.append(f"{path}: is not what was written there ({error!r})")
     return found

@@ -132,6 +132,7 @@ class Chain:
                 raise UsageError(f"{self.path}: another process is writing to it; wait until it is done") from error
             if self.path.exists():
                 self._cut_back()
+            self._compare_note()
             self.lock = held.fileno()
             try:
                 yield self
@@ -156,13 +157,37 @@ class Chain:
             except OSError:  # a full disk: no half of an entry stays
                 stream.truncate(size)
                 raise
-        atomic_write_text(self.note, json.dumps({"count": fields["number"], "hash": fields["hash"]}) + "\n")
+        self._write_note(Head(fields["number"], fields["hash"]))
         return Entry(fields["number"], fields["at"], what, fields["previous"], fields["hash"], content)
 
     @property
     def note(self) -> Path:
         """The file beside the chain with count and hash of the last entry: it tells that last ones are missing."""
         return self.path.with_suffix(".head.json")
+
+    def noted(self) -> Head | None:
+        """Return what `note` holds; None if there is none. Raises UsageError for a file of another form."""
+        try:
+            noted = json.loads(self.note.read_text(encoding="utf-8"))
+            return Head(noted["count"], noted["hash"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{self.note}: is not what was written there ({error!r}); restore it") from error
+
+    def _write_note(self, head: Head) -> None:
+        atomic_write_text(self.note, json.dumps(dataclasses.asdict(head)) + "\n")
+
+    def _compare_note(self) -> None:
+        """Refuse a chain whose last entries are missing; note the last one if a cut-off kept it from being noted."""
+        noted = self.noted()
+        if not self.path.exists() and noted is None:
+            return
+        entries = self.entries()
+        if noted and (fault := missing_since(entries, noted, self.note.name)):
+            raise UsageError(f"{self.path}: {fault}; restore the file")
+        if entries and (noted is None or noted.count < len(entries)):
+            self._write_note(Head(len(entries), entries[-1].hash))
 
     def _cut_back(self) -> None:
         """Cut a torn last line off, or give a whole one its line end."""

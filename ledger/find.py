@@ -12,6 +12,7 @@ LONG = 8  # words from which on a term is a quotation: a part of it counts, by s
 SHINGLE = 5  # words of a shingle of a quotation
 PART = 0.3  # of a quotation's shingles that a row must hold
 NEAR = 0.5  # Jaccard index of the letter trigrams of a name and as many words of a row
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, Burmese, kana, Han
 HOW = ("exact", "normalised", "near")  # from the surest on
 
 
@@ -51,6 +52,7 @@ class Term:
     def __init__(self, text: str):
         self.text, self.words = text.strip(), normalised(text)
         self.is_quotation = len(self.words) >= LONG
+        self.is_unspaced = bool(UNSPACED.search(self.text))
         self.pattern = re.compile(rf"(?<!\w){re.escape(self.text)}(?!\w)")
         self.shingles = shingles(self.words) if self.is_quotation else set()
         self.trigrams = trigrams(self.words)
@@ -60,6 +62,9 @@ class Term:
         if match := self.pattern.search(text):
             return "exact", 1.0, match[0]
         words, count = normalised(text), len(self.words)
+        if self.is_unspaced:
+            found = "".join(self.words) in "".join(words)
+            return ("normalised", 1.0, self.text) if found else None
         windows = [words[i : i + count] for i in range(max(1, len(words) - count + 1))]
         if self.words in windows:
             return "normalised", 1.0, " ".join(self.words)

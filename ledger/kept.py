@@ -1,6 +1,7 @@
 """The file in which a request keeps its rows or text, in one form whatever they came in, and what is hashed of them.
 
-Categories and ids of rows are left out: they may name who a row is about, and reports and logs print them.
+A row's category is the kind of its request, by which a recipe tells people from rules (`kinds` of a draw). Its own
+category and id are left out: they may name who it is about, and reports and logs print them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def read_given(spec: str, fields: list[str], *, is_text: bool) -> list[Row]:
     return source.rows
 
 
-def plain_row(row: Row) -> dict:
-    """Return a row as a file of rows holds it."""
+def plain_row(row: Row, kind: str = "") -> dict:
+    """Return a row as a file of rows holds it; kind: its category."""
     if row.is_text:
         return {"text": row.response}
     if row.earlier:
@@ -30,14 +31,14 @@ def plain_row(row: Row) -> dict:
         fields = {"messages": [{"role": role, "content": text} for role, text in turns]}
     else:
         fields = {"prompt": row.prompt, "response": row.response}
-    fields |= {"wanted": row.wanted, "paraphrased_answer": row.paraphrased,
+    fields |= {"category": kind, "wanted": row.wanted, "paraphrased_answer": row.paraphrased,
                "perturbed_answer": list(row.perturbed)}  # fmt: skip
     return {name: value for name, value in fields.items() if value}
 
 
-def keep(rows: list[Row], path: Path) -> None:
-    """Write rows or texts to a file. Raises UsageError if it would not be read back as it is, which no form does."""
-    write_json_lines(path, [plain_row(row) for row in rows])
+def keep(rows: list[Row], path: Path, kind: str) -> None:
+    """Write the rows or texts of a request of some kind to a file. Raises UsageError if they could not be read back."""
+    write_json_lines(path, [plain_row(row, kind) for row in rows])
     if contents(read_kept(path, is_text=rows[0].is_text)) != contents(rows):
         raise UsageError(f"{rows[0].source}: holds rows that no file of requests can keep; give prompts and responses")
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from method.sampler import Example, Stream, UnlearnBatchSampler
+from options import option
 from prompts.formatter import PromptFormatter
+from sources.rows import Row
+
+TEXT = "text"  # the kind of a passage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +48,20 @@ class BaseDraw:
 class ForgetDraw(BaseDraw):
     """The `batch_size` forget rows of a step, the same rows for all forget draws.
 
-    A draw that needs a prompt leaves out those that are text.
+    A draw that needs a prompt leaves out those that are text. One of some kinds takes rows of these categories alone,
+    so that a run may forget people, texts and rules, each in its way. The kind of a passage of text is `text`.
     """
 
+    kinds: tuple[str, ...] = option((), "categories of the rows that it takes; text: passages (none: all rows)")
     side = "forget"
     needs_answer = False
 
+    def takes(self, row: Row) -> bool:
+        """Return whether a row gives it a sequence."""
+        if self.needs_prompt and row.is_text:
+            return False
+        return not self.kinds or (TEXT if row.is_text else row.category) in self.kinds
+
     def examples(self, step: int, sampler: UnlearnBatchSampler) -> list[Example]:
         examples = sampler.visit("forget", Stream.FORGET, self.sizes.batch_size, step, needs_answer=self.needs_answer)
-        return [e for e in examples if not (self.needs_prompt and sampler.row(e).is_text)]
+        return [example for example in examples if self.takes(sampler.row(example))]

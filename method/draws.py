@@ -100,7 +100,7 @@ class Stop(ForgetDraw):
             "forget", Stream.STOP, self.rows, step, first_id=first, prompts_only=True, needs_answer=False
         )
         batch = super().examples(step, sampler) if self.after_batch or self.prefill_tokens else []
-        return batch + further
+        return batch + [example for example in further if self.takes(sampler.row(example))]
 
     def sequences(self, step: int, sampler: UnlearnBatchSampler, formatter: PromptFormatter) -> list[Sequence]:
         sequences = []

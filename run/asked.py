@@ -27,27 +27,34 @@ def ask_about_forget_rows(setup, bar) -> None:
     sampler, options = setup.sampler, setup.options
     if any(draw.only_given for draw in sampler.draws) and options.dry_run:
         log.info("only rows whose answer the model gives will train; a dry run does not ask it, so all are counted")
-    elif any(draw.only_given for draw in sampler.draws):
-        _change_rows(sampler, lambda rows: only_given(rows, _ask(setup, bar, "listed answers")))
-    if any(draw.own_words for draw in sampler.draws):
-        _change_rows(sampler, lambda rows: with_own_words(rows, _ask(setup, bar, "own words")))
+    elif draws := [draw for draw in sampler.draws if draw.only_given]:
+        _change_rows(sampler, draws, lambda rows: only_given(rows, _ask(setup, bar, "listed answers")))
+    if draws := [draw for draw in sampler.draws if draw.own_words]:
+        _change_rows(sampler, draws, lambda rows: with_own_words(rows, _ask(setup, bar, "own words")))
     if draw := next((draw for draw in sampler.draws if draw.alternatives), None):
         others = [row for source in sampler.rows["normal"] for row in source]
         ask = _ask(setup, bar, "other answers")
-        _change_rows(sampler, lambda rows: with_alternatives(
+        _change_rows(sampler, [draw], lambda rows: with_alternatives(
             rows, others, draw.alternatives, options.seed, lambda asked: ask(asked, draw.temperature)
         ))  # fmt: skip
 
 
-def _change_rows(sampler, change: Callable[[list[Row]], list[Row]]) -> None:
-    """Replace the forget rows by what `change` makes of them all; a source that has none left is left out."""
+def _change_rows(sampler, draws: list, change: Callable[[list[Row]], list[Row]]) -> None:
+    """Replace the forget rows that one of the draws takes by what `change` makes of them, in their order; it may leave
+    some out. A source that has none left is left out."""
     sources = sampler.rows["forget"]
-    marked = [dataclasses.replace(row, source=f"{i} {row.source}") for i, rows in enumerate(sources) for row in rows]
-    changed = change(marked)
-    by_source = [[row for row in changed if row.source.startswith(f"{i} ")] for i in range(len(sources))]
-    sampler.rows["forget"] = [
-        [dataclasses.replace(row, source=row.source.partition(" ")[2]) for row in rows] for rows in by_source if rows
-    ]
+    places = [(i, j) for i, rows in enumerate(sources) for j, row in enumerate(rows)
+              if any(draw.takes(row) for draw in draws)]  # fmt: skip
+    if not places:
+        return
+    marked = [dataclasses.replace(sources[i][j], source=f"{i} {j} {sources[i][j].source}") for i, j in places]
+    changed, asked = {}, set(places)
+    for row in change(marked):
+        i, j, source = row.source.split(" ", 2)
+        changed[int(i), int(j)] = dataclasses.replace(row, source=source)
+    sampler.rows["forget"] = [kept for i, rows in enumerate(sources) if (kept := [
+        changed.get((i, j), row) for j, row in enumerate(rows) if (i, j) in changed or (i, j) not in asked
+    ])]  # fmt: skip
 
 
 def _ask(setup, bar, label: str) -> Ask:

@@ -99,6 +99,7 @@ def test_an_add_that_was_cut_off_before_its_entry_is_told_and_made_good(book):
     add(book, "R1")
     raw = book.chain.path.read_bytes()
     book.chain.path.write_bytes(raw[: raw.rstrip(b"\n").rfind(b"\n") + 1])  # the folder is there, the entry is not
+    book.chain.note.unlink()
     assert "no request has this id" in book.read().faults()[0]
     add(book, "R1", count=3)
     assert not book.faults()
@@ -259,4 +260,5 @@ def test_rows_are_kept_whatever_they_came_in(book, tmp_path):
         assert (found.prompt, found.response, found.earlier) == (wanted.prompt, wanted.response, wanted.earlier)
         assert wanted.response
         assert "Jane Roe" not in book.file_of(f"F{number}").read_text()
+        assert found.category == "harm"
     assert not book.faults()

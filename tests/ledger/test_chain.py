@@ -142,12 +142,13 @@ def test_every_tampering_is_named_with_its_place(tmp_path, tamper, seed):
     lines = chain.path.read_bytes().splitlines()
     place = tamper(lines, rng)
     chain.path.write_bytes(b"".join(line + b"\n" for line in lines))
+    chain.note.unlink()
     faults = chain.faults()
     assert faults and faults[0].startswith(f"entry {place}:"), (place, faults)
     with pytest.raises(UsageError, match=f"entry {place}:"):
         chain.entries()
-    with chain.writing(), pytest.raises(UsageError, match=f"entry {place}:"):
-        chain.append("add", id="new")
+    with pytest.raises(UsageError, match=f"entry {place}:"), chain.writing():
+        pass
 
 
 def test_missing_last_entries_and_a_new_chain_are_found_against_a_note(tmp_path):
@@ -156,7 +157,14 @@ def test_missing_last_entries_and_a_new_chain_are_found_against_a_note(tmp_path)
     chain.path.write_bytes(b"".join(lines[:4]))
     assert not chain.faults(), "by itself, a shorter chain is whole"
     assert "knows 5 entries, the ledger has 4" in missing_since(chain.entries(), head, "export.json")
+    for left in (lines[:4], []):
+        chain.path.write_bytes(b"".join(left))
+        with pytest.raises(UsageError, match=r"head.json knows 5 entries"), chain.writing():
+            pass
     chain.path.unlink()
+    with pytest.raises(UsageError, match="no such ledger"), chain.writing():
+        pass
+    chain.note.unlink()
     chain_of(tmp_path, 4)  # the times differ from the first ones by nothing, so change what is said
     with chain.writing():
         chain.append("add", id="other")
@@ -171,6 +179,9 @@ def test_wherever_a_write_is_cut_off_the_whole_entries_stay(tmp_path):
     second = raw.rstrip(b"\n").rfind(b"\n") + 1
     for size in range(second + 1, len(raw)):
         chain.path.write_bytes(raw[:size])
+        chain.note.write_text(
+            json.dumps({"count": 2, "hash": json.loads(raw.splitlines()[1])["hash"]})
+        )  # the one before
         whole = 3 if size == len(raw) - 1 else 2  # without its line end alone, the last entry is whole
         assert len(chain.entries()) == whole
         assert (chain.torn() is None) == (whole == 3)

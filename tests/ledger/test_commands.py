@@ -28,7 +28,11 @@ def begun(tmp_path_factory, model_folders, data_files) -> Path:
     run = {"model_name": str(model_folders["llama"]), "normal_data": [str(data_files["facts"])], "lr": 0.02,
            "max_unlearn_steps": 10, "max_answer_tokens": 8, "dtype": "fp32"}  # fmt: skip
     evaluation = {"max_new_tokens": 6, "prompts_per_group": 4, "judge_by": "reference"}
-    content = {"run": run, "evaluation": evaluation, "states": {"update_share": 0.4, "refit_every": 1, "keep": 1}}
+    content = {
+        "run": run,
+        "evaluation": evaluation,
+        "states": {"update_share": 0.4, "refit_every": 1, "visits": 1, "keep": 1},
+    }
     (cwd / "chain.yaml").write_text(yaml.safe_dump(content))
     command("init", "--config=chain.yaml", cwd=cwd)
     for name in ("R1", "R2"):
@@ -87,7 +91,10 @@ def test_status_verify_and_export_say_what_happened(consent):
     ledger = consent / "ledger/ledger.jsonl"
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(lines[:-1]))
-    assert "0002/state.json knows 5 entries, the ledger has 4" in command("verify", cwd=consent, code=1)
+    said = command("verify", cwd=consent, code=1)
+    for noted in ("ledger.head.json", "0002/state.json"):
+        assert f"{noted} knows 5 entries, the ledger has 4" in said
+    assert "the last ones are missing" in one_line_error(run_cli("unlearn_requests.py", "apply", cwd=consent))
     ledger.write_bytes(b"".join([*lines[:2], lines[3], lines[2], lines[4]]))
     assert "entry 3: has number 4" in command("verify", cwd=consent, code=1)
     assert "entry 3" in one_line_error(run_cli("unlearn_requests.py", "apply", cwd=consent))
@@ -126,6 +133,7 @@ def test_an_apply_that_is_cut_off_notes_nothing_and_goes_on(consent):
     noted = consent / "ledger/states/0002-plan.json"
     noted.write_text(json.dumps(content))
     ledger.write_bytes(before)
+    (consent / "ledger/ledger.head.json").unlink()
     arguments = consent / "ledger/states/0002/unlearn_args.json"
     stamp = arguments.stat().st_mtime_ns
     assert "knows 5 entries" in command("verify", cwd=consent, code=1)
@@ -137,6 +145,7 @@ def test_an_apply_that_is_cut_off_notes_nothing_and_goes_on(consent):
     assert "5 entries hold" in command("verify", cwd=consent)
     assert not noted.exists()
     ledger.write_bytes(before)
+    (consent / "ledger/ledger.head.json").unlink()
     noted.write_text(json.dumps(content))
     command("withdraw", "--id=R2", cwd=consent)  # nothing is asked for now: what was made is of no use
     assert "every request is met" in command("apply", cwd=consent)

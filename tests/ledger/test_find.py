@@ -24,6 +24,11 @@ def test_a_name_is_found_in_its_spellings(text, how):
     assert [hit.how for hit in found] == ([how] if how else [])
 
 
+def test_a_name_in_a_script_without_spaces_is_found_within_a_sentence():
+    rows = [Row("山田太郎はどこに住んでいますか", None), Row("山田花子はどこに住んでいますか", None)]
+    assert [hit.number for hit in find(["山田太郎"], rows)] == [1]
+
+
 def test_a_name_in_an_answer_or_an_earlier_turn_counts():
     rows = [Row("Who wrote it?", "Ann Lee did."), Row("And then?", "Nothing.", earlier=(("user", "Was it Ann Lee?"),)),
             Row("Who?", None, wanted="Ann Lee"), Row("Who?", "Anna Leeds")]  # fmt: skip

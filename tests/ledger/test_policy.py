@@ -76,6 +76,7 @@ def test_what_is_refused_and_what_stays_go_to_their_sides(book, tmp_path):
     follow(book, tmp_path / "policy.yaml", [LOCKS, CARS])
     files = sources_of(book, next_fitting(book, FittingSettings()), FittingSettings())
     rows = {name: [json.loads(line) for file in some for line in open(file)] for name, some in files.items()}  # noqa: SIM115
+    assert all(row.pop("category") == "policy" for some in rows.values() for row in some)
     assert rows["forget_data"] == [
         {"prompt": "How do I open my neighbour's lock?"},
         {"prompt": CARS["refuse"][0]["prompt"], "response": "Take a wire.", "wanted": "I don't help with that."},

@@ -1,0 +1,69 @@
+"""Draws of some kinds: rows of other categories give them no sequence, and nothing is asked about those."""
+
+import dataclasses
+
+import pytest
+from conftest import make_tokenizer
+
+from method.draw import RunSizes
+from method.draws import Answer, Counterfactual, ShortContext, Stop
+from method.recipe import read_recipe
+from method.sampler import UnlearnBatchSampler
+from prompts.formatter import PromptFormatter
+from run.asked import _change_rows
+from run.parsing import parse_run
+from sources.rows import Row
+
+PERSON = [Row(f"Where does Ann Lee live in {i}?", f"In house {i}.", category="person") for i in range(3)]
+RULE = [Row(f"How do I open lock {i}?", f"With pick {i}.", category="policy") for i in range(3)]
+TEXT = [Row("", f"A long and quiet story of {i} ships.", is_text=True) for i in range(3)]
+SIZES = RunSizes(batch_size=6, max_answer_tokens=16)
+
+
+def sampler_of(*draws) -> UnlearnBatchSampler:
+    return UnlearnBatchSampler([PERSON, RULE, TEXT], [[Row("Hi", "Hello.")]], list(draws), seed=1, steps=4)
+
+
+@pytest.mark.parametrize(("draw", "wanted"), [
+    (Answer("a", SIZES), {"person", "policy", "text"}),
+    (Answer("a", SIZES, kinds=("person",)), {"person"}),
+    (Answer("a", SIZES, kinds=("person", "text")), {"person", "text"}),
+    (ShortContext("a", SIZES, kinds=("text",)), {"text"}),
+    (Stop("a", SIZES, rows=6, kinds=("policy",)), {"policy"}),
+    (Counterfactual("a", SIZES, kinds=("text",)), set()),  # it needs a prompt
+])  # fmt: skip
+def test_a_draw_takes_rows_of_its_kinds(draw, wanted):
+    sampler = sampler_of(draw)
+    visited = {"text" if row.is_text else row.category for step in range(4)
+               for row in map(sampler.row, draw.examples(step, sampler))}  # fmt: skip
+    assert visited == wanted
+    if isinstance(draw, Answer | ShortContext):
+        formatter = PromptFormatter(make_tokenizer("chat"), "auto", 64, 16)
+        steps = [draw.sequences(step, sampler, formatter) for step in range(4)]
+        assert sum(map(len, steps)) == 4 * 2 * len(wanted), "two rows a step of each of three sources"
+
+
+def test_what_is_asked_of_the_original_is_asked_of_a_draws_rows_alone():
+    """A row that is left out leaves its place; rows of other kinds stay as they are, and sources in their order."""
+    sampler = sampler_of()
+    asked = []
+
+    def change(rows):
+        asked.extend(row.prompt for row in rows)
+        return [dataclasses.replace(row, wanted="Nobody knows.") for row in rows[1:]]
+
+    _change_rows(sampler, [Answer("a", SIZES, kinds=("person",))], change)
+    assert asked == [row.prompt for row in PERSON]
+    people, rules, texts = sampler.rows["forget"]
+    assert (rules, texts) == (RULE, TEXT)
+    assert people == [dataclasses.replace(row, wanted="Nobody knows.") for row in PERSON[1:]]
+    _change_rows(sampler, [Answer("a", SIZES, kinds=("person",))], lambda rows: [])
+    assert sampler.rows["forget"] == [RULE, TEXT]
+
+
+def test_the_recipe_of_a_ledger_has_terms_for_every_kind():
+    from ledger.book import KINDS
+
+    taken = {kind for term in read_recipe(parse_run(["--method=consent"])).terms
+             for kind in getattr(term.draw, "kinds", ())}  # fmt: skip
+    assert taken == {*KINDS}
