@@ -24,9 +24,8 @@ from evaluation.report import print_table
 from ledger import state_run
 from ledger.book import Asked, Book, faults_of_notes, read_date
 from ledger.chain import Head, missing_since
-from ledger.find import find, normalised
+from ledger.find import find, normalised, read_records
 from ledger.fitting import Fitting, next_fitting, refuse_loss
-from ledger.kept import plain_row
 from ledger.options import (
     AddOptions,
     ApplyOptions,
@@ -45,7 +44,6 @@ from method.recipe import read_recipe
 from options import OneLineParser, underscored
 from run.levels import refuse_levels
 from run.parsing import parse_run
-from sources.rows import read_rows
 from utils import RunError, UsageError, load_config, run_script, write_json_lines
 
 BROKEN = 1  # exit code of `verify`: the ledger is not what it was
@@ -194,8 +192,7 @@ def shred(book: Book, names: list[str]) -> None:
     if "all" in names:
         names = [name for name, request in book.requests.items() if book.is_met(request) and not request.shredded]
     for name in names:
-        book.read().shred(name)
-        deleted = state_run.delete_copies(book)
+        deleted = state_run.shred(book.read(), name)
         print(
             f"request {name}: its text and salt are destroyed, and {deleted} files of answers, caches and checkpoints"
         )
@@ -272,15 +269,15 @@ def find_rows(options: FindOptions, terms: list[str], files: list[str]) -> None:
         raise UsageError("find: give what is looked for, and files, as: find 'Jane Doe' --in data/rows.jsonl")
     taken, left, nearly = [], [], 0
     for file in files:
-        rows, taken_there = read_rows(file, "--in", options.fields), set()
-        hits = find(terms, rows)
+        records, taken_there = read_records(file), set()
+        hits = find(terms, records)
         for hit in hits:
             print(f"{file}, row {hit.number}: {hit.how} {hit.score:.2f}: {hit.shown[:80]!r} ({hit.term[:40]})")
             if hit.how != "near" or options.near:
                 taken_there.add(hit.number)
         nearly += len({hit.number for hit in hits} - taken_there)
-        for number, row in enumerate(rows, 1):
-            (taken if number in taken_there else left).append(plain_row(row))
+        for number, record in enumerate(records, 1):
+            (taken if number in taken_there else left).append(record)
     more = f", {nearly} more nearly (--near takes them as well)" if nearly else ""
     print(f"{len(taken)} of {len(taken) + len(left)} rows found{more}")
     for path, some in ((options.found, taken), (options.rest, left)):

@@ -173,8 +173,8 @@ class Book:
             write_json(partial / ABOUT, {"subject": asked.subject, "note": asked.note, "salt": salt})
         hashes = {"subject": salted(asked.subject, salt) if asked.subject else "",
                   "note": salted(asked.note, salt) if asked.note else "",
-                  "rows": [salted(content, salt) for content in contents(rows)],
-                  "allowed": [salted(content, salt) for content in contents(allowed)]}  # fmt: skip
+                  "rows": [salted(content, salt) for content in contents(rows, asked.kind)],
+                  "allowed": [salted(content, salt) for content in contents(allowed, asked.kind)]}  # fmt: skip
         plain = {
             name: getattr(asked, name) for name in ("id", "kind", "received", "due", "basis", "approved_by", "rule")
         }

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 import unicodedata
+from collections.abc import Iterator
 
-from sources.rows import Row
+from sources.containers import read_lines
+from sources.folders import open_spec
+from sources.rows import FILE_KINDS
 
 LONG = 8  # words from which on a term is a quotation: a part of it counts, by shingles
 SHINGLE = 5  # words of a shingle of a quotation
@@ -18,8 +21,8 @@ HOW = ("exact", "normalised", "near")  # from the surest on
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A row that a term was found in. number: its place in its source, from 1 on; how: one of HOW; score: 1.0, or how
-    near it is; shown: what stands there."""
+    """A record that a term was found in. number: its place in its source, from 1 on; how: one of HOW; score: 1.0, or
+    how near it is; shown: what stands there."""
 
     number: int
     term: str
@@ -81,15 +84,32 @@ def _jaccard(one: set, other: set) -> float:
     return len(one & other) / len(one | other) if one | other else 0.0
 
 
-def find(terms: list[str], rows: list[Row]) -> list[Found]:
-    """Return what is found, at most one entry a row and term: in prompts, earlier turns and all answers of a row."""
+def find(terms: list[str], records: list[dict]) -> list[Found]:
+    """Return what is found, at most one entry a record and term: in whatever text its fields hold."""
     wanted, found = [Term(text) for text in terms], []
-    for number, row in enumerate(rows, 1):
-        texts = [row.prompt, *(text for _, text in row.earlier), row.response or "", row.wanted or "",
-                 *row.true_answers]  # fmt: skip
+    for number, record in enumerate(records, 1):
+        texts = list(_texts(record))
         for term in wanted:
-            hits = [hit for text in texts if text and (hit := term.look(text))]
+            hits = [hit for text in texts if (hit := term.look(text))]
             if hits:
                 how, score, shown = min(hits, key=lambda hit: (HOW.index(hit[0]), -hit[1]))
                 found.append(Found(number, term.text, how, score, shown))
     return found
+
+
+def _texts(value) -> Iterator[str]:
+    """Yield the texts in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def read_records(spec: str) -> list[dict]:
+    """Return the records of a file, folder or hub data set as they stand; of a .txt file each line as a prompt. Raises
+    UsageError."""
+    opened = open_spec(spec, "--in", FILE_KINDS)
+    if opened.records is None:
+        return [{"prompt": line} for line in read_lines(opened.files[0], "--in")]
+    return [record.fields for record in opened.records]

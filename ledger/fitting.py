@@ -12,7 +12,7 @@ import math
 from typing import Optional
 
 from ledger.book import Book, Request
-from options import COUNT, FRACTION, POSITIVE, WEIGHT, number, option
+from options import COUNT, POSITIVE, SHARE, WEIGHT, number, option
 from utils import UsageError
 
 TOKENS_A_WORD = 1.4  # of English, roughly
@@ -25,9 +25,7 @@ class FittingSettings:
     """How states follow each other: the section `states` of a ledger's file of settings."""
 
     update_share: Part = option(0.3, "steps of a state that goes on, as a part of max_unlearn_steps, at least")
-    rehearsed: FRACTION = option(
-        0.5, "part of a step's forget rows that is of earlier requests, in a state that goes on"
-    )
+    rehearsed: SHARE = option(0.5, "part of a step's forget rows that is of earlier requests, in a state that goes on")
     visits: POSITIVE = option(4, "times that a row is visited at least: each in a new fit, else the new ones")
     refit_every: COUNT = option(8, "additions after which a state is fitted anew (0: never for that reason)")
     drift_budget: OptionalWeight = option(
@@ -104,21 +102,20 @@ def refuse_loss(fitting: Fitting, *, confirmed: bool) -> None:
 def sources_of(book: Book, fitting: Fitting, settings: FittingSettings) -> dict[str, list[str]]:
     """Return {"forget_data", "forget_text", "normal_data": files} of a state's run, of normal data those that requests
     come with. Sources of a side take turns in a step, so new
-    ones are listed as often as gives earlier ones the share `rehearsed`."""
-    found: dict[str, list[str]] = {"forget_data": [], "forget_text": []}
-    for option_name, is_text in (("forget_data", False), ("forget_text", True)):
-        named = [n for n in fitting.requests if book.requests[n].added["is_text"] is is_text
-                 and not book.requests[n].shredded]  # fmt: skip
-        earlier = [n for n in named if n not in fitting.new] if fitting.start is not None else []
-        new = [n for n in named if n not in earlier]
-        times = 1
-        if earlier and new and settings.rehearsed:
-            times = max(1, round(len(earlier) * (1 - settings.rehearsed) / settings.rehearsed / len(new)))
-        if not settings.rehearsed:
-            earlier = []
-        found[option_name] = [str(book.file_of(n)) for n in (*earlier, *new * times)]
-    kept = [n for n in fitting.requests if not book.requests[n].shredded]
-    found["normal_data"] = [str(path) for n in kept if (path := book.allowed_of(n))]
+    ones, or earlier ones, are listed as often as gives earlier ones about the share `rehearsed`."""
+    there = [name for name in fitting.requests if not book.requests[name].shredded]
+    earlier = [name for name in there if name not in fitting.new] if fitting.start is not None else []
+    new = [name for name in there if name not in earlier]
+    times_earlier = times_new = 1
+    if earlier and new and settings.rehearsed:
+        ratio = len(earlier) * (1 - settings.rehearsed) / (settings.rehearsed * len(new))  # of the new ones' listings
+        times_new, times_earlier = max(1, round(ratio)), max(1, round(1 / ratio))
+    elif new:
+        earlier = []
+    listed = earlier * times_earlier + new * times_new
+    found = {option_name: [str(book.file_of(n)) for n in listed if book.requests[n].added["is_text"] is is_text]
+             for option_name, is_text in (("forget_data", False), ("forget_text", True))}  # fmt: skip
+    found["normal_data"] = [str(path) for name in there if (path := book.allowed_of(name))]
     return found
 
 
@@ -132,9 +129,12 @@ def steps_of(
     """
     files = [file for name in ("forget_data", "forget_text") for file in sources_of(book, fitting, settings)[name]]
     wanted = fitting.new if fitting.start is not None else fitting.requests
-    needed = [_visited(book, name, stride) * len(files) / files.count(str(book.file_of(name)))
-              for name in wanted if not book.requests[name].shredded]  # fmt: skip
-    least = math.ceil(settings.visits * max(needed, default=0) / batch_size)
+    needed = []
+    for name in wanted:
+        if not book.requests[name].shredded:  # a file that is listed twice is gone through in two orders
+            visits = math.ceil(settings.visits / files.count(str(book.file_of(name))))
+            needed.append(_visited(book, name, stride) * visits * len(files))
+    least = math.ceil(max(needed, default=0) / batch_size)
     return max(1, least, steps if fitting.start is None else math.ceil(settings.update_share * steps))
 
 

@@ -29,8 +29,10 @@ def plain_row(row: Row, kind: str = "") -> dict:
     if row.earlier:
         turns = [*row.earlier, ("user", row.prompt), *([("assistant", row.response)] if row.response else [])]
         fields = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    else:
+    elif row.complete:
         fields = {"prompt": row.prompt, "response": row.response}
+    else:  # the beginning of an answer, as AdvBench and HarmBench name it
+        fields = {"goal": row.prompt, "target": row.response}
     fields |= {"category": kind, "wanted": row.wanted, "paraphrased_answer": row.paraphrased,
                "perturbed_answer": list(row.perturbed)}  # fmt: skip
     return {name: value for name, value in fields.items() if value}
@@ -39,7 +41,7 @@ def plain_row(row: Row, kind: str = "") -> dict:
 def keep(rows: list[Row], path: Path, kind: str) -> None:
     """Write the rows or texts of a request of some kind to a file. Raises UsageError if they could not be read back."""
     write_json_lines(path, [plain_row(row, kind) for row in rows])
-    if contents(read_kept(path, is_text=rows[0].is_text)) != contents(rows):
+    if contents(read_kept(path, is_text=rows[0].is_text)) != contents(rows, kind):
         raise UsageError(f"{rows[0].source}: holds rows that no file of requests can keep; give prompts and responses")
 
 
@@ -48,9 +50,11 @@ def read_kept(path: Path, *, is_text: bool) -> list[Row]:
     return read_given(str(path), [], is_text=is_text)
 
 
-def contents(rows: list[Row]) -> list[str]:
-    """Return what is hashed of each row: its prompt, earlier turns and answers, as JSON."""
-    return [json.dumps([row.prompt, row.earlier, row.response, row.wanted], ensure_ascii=True) for row in rows]
+def contents(rows: list[Row], kind: str | None = None) -> list[str]:
+    """Return what is hashed of each row: prompt, earlier turns, answers, whether its answer is whole, and its kind, as
+    JSON. kind: of their request, for rows that are not kept yet."""
+    return [json.dumps([row.prompt, row.earlier, row.response, row.wanted, row.complete,
+                        "" if row.is_text else row.category if kind is None else kind]) for row in rows]  # fmt: skip
 
 
 def prompts(rows: list[Row]) -> set[str]:

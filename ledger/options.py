@@ -100,4 +100,3 @@ class FindOptions:
     found: OptionalText = option(None, "also write the rows that were found to this file, as a request takes them")
     rest: OptionalText = option(None, "also write the other rows to this file")
     near: bool = option(False, "write near findings to --found as well, not to --rest")
-    fields: list[str] = option([], "names of fields in the files, as prompt=frage response=antwort")

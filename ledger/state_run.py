@@ -28,6 +28,7 @@ MEASURES = ("answered", "extraction_strength", "recall", "wanted_given", "rouge"
 RunScript = Callable[[str, list[str]], None]  # (name of a script, its arguments)
 MANIFEST, ADAPTER = "run_manifest.json", "adapter/adapter_model.safetensors"
 KEPT_FILES = ("state.json", "unlearn_args.json", MANIFEST, "adapter")  # of a state whose model is removed
+SHREDDING = "shredding"  # a file that stands while a text and its copies are destroyed
 WITHOUT_ANSWERS = ", prompts alone"  # ending of a group's name in a report: rows without an answer of their own
 
 
@@ -103,7 +104,7 @@ def _train(book: Book, fitting: Fitting, plan: dict, settings: LedgerSettings, r
     for name in ("forget_data", "forget_text"):
         words += [f"--{name}", *plan[name]] if plan[name] else []
     if plan["normal_data"]:
-        words += ["--normal_data", *_listed(settings.content["run"], "normal_data"), *plan["normal_data"]]
+        words += ["--normal_data", *parse_run(settings.run_words()).normal_data, *plan["normal_data"]]
     if fitting.start is not None:
         words.append(f"--start_adapter={folder_of(book, fitting.start) / 'adapter'}")
     run_script("unlearn_harm.py", words)
@@ -138,8 +139,10 @@ def _measure(book: Book, fitting: Fitting, settings: LedgerSettings, run_script:
         return {"drift": drift, "figures": {}, "keep": {}, "attacks": {}, "report": None}
     sides["normal_data"] += sources_of(book, fitting, settings.states)["normal_data"]
     given = {**(settings.content.get("evaluation") or {})}
-    for name in ("normal_data", "normal_text"):
-        sides[name] += _listed(given, name) or _listed(settings.content["run"], name)
+    run = parse_run(settings.run_words())
+    own = {name: _listed(given, name) for name in ("normal_data", "normal_text")}
+    for name, files in own.items():
+        sides[name] += files if any(own.values()) else getattr(run, name)
         given.pop(name, None)
     words = LedgerSettings({"evaluation": given}, settings.states).evaluation_words()
     for name, files in sides.items():
@@ -153,7 +156,8 @@ def _measure(book: Book, fitting: Fitting, settings: LedgerSettings, run_script:
     figures = {request.id: _of_group(values, request.id) or _of_group(values, f"{request.id}{WITHOUT_ANSWERS}")
                for request in asked}  # fmt: skip
     keep = {name.removeprefix("keep."): value for name, value in values.items() if name.startswith("keep.worst.")}
-    attacked = {name: value for name, value in values.items() if name.startswith("attack.") and name.count(".") <= 2}
+    attacked = {name: value for name, value in values.items()
+                if name.startswith("attack.") and name.count(".") == 1 and name != "attack.worst"}  # fmt: skip
     return {"drift": drift, "figures": figures, "keep": keep, "attacks": attacked,
             "report": hashlib.sha256(raw).hexdigest()}  # fmt: skip
 
@@ -257,12 +261,23 @@ def delete_copies(book: Book) -> int:
     return count
 
 
+def shred(book: Book, name: str) -> int:
+    """Destroy the text of a request and what else holds its rows; return how many further files that was. A cut-off is
+    made good by `finish_shredding`."""
+    (book.folder / SHREDDING).touch()
+    book.shred(name)
+    count = delete_copies(book)
+    (book.folder / SHREDDING).unlink()
+    return count
+
+
 def finish_shredding(book: Book) -> list[str]:
     """Do what is left of a destruction that was cut off; return the ids of the texts that were still there."""
     left = book.finish_shredding()
-    last = max((r.shredded.number for r in book.requests.values() if r.shredded), default=0)
-    if left or last > (book.state.number if book.state else 0):
+    if left or (book.folder / SHREDDING).exists():
         delete_copies(book)
+        remove_leftovers(book)
+        (book.folder / SHREDDING).unlink(missing_ok=True)
     return left
 
 

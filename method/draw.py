@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Optional
 
 from method.sampler import Example, Stream, UnlearnBatchSampler
 from options import option
@@ -52,15 +53,19 @@ class ForgetDraw(BaseDraw):
     so that a run may forget people, texts and rules, each in its way. The kind of a passage of text is `text`.
     """
 
-    kinds: tuple[str, ...] = option((), "categories of the rows that it takes; text: passages (none: all rows)")
+    kinds: Optional[tuple[str, ...]] = option(  # noqa: UP045
+        None, "categories of the rows that it takes; text: passages (not given: all rows)"
+    )
     side = "forget"
     needs_answer = False
 
     def takes(self, row: Row) -> bool:
         """Return whether a row gives it a sequence."""
-        if self.needs_prompt and row.is_text:
-            return False
-        return not self.kinds or (TEXT if row.is_text else row.category) in self.kinds
+        return self.is_of_kind(row) and not (self.needs_prompt and row.is_text)
+
+    def is_of_kind(self, row: Row) -> bool:
+        """Return whether a row is of a kind that it takes."""
+        return self.kinds is None or (TEXT if row.is_text else row.category) in self.kinds
 
     def examples(self, step: int, sampler: UnlearnBatchSampler) -> list[Example]:
         examples = sampler.visit("forget", Stream.FORGET, self.sizes.batch_size, step, needs_answer=self.needs_answer)

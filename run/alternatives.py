@@ -18,17 +18,22 @@ from utils import UsageError, log
 
 
 def with_alternatives(
-    rows: list[Row], others: list[Row], count: int, seed: int, answer: Callable[[list[Row]], list[Row]]
-) -> list[Row]:
+    rows: list[Row], others: list[Row], count: int, seed: int, answer: Callable[[list[Row]], list[Row]], *,
+    required: bool = True,
+) -> list[Row]:  # fmt: skip
     """Return the rows with up to `count` alternatives each.
 
     None holds what carries the row's own answer, or a word that carries another forget row's answer and stands in no
     row that stays; none misspells the invented name where the row's own answer repeats its name.
 
     others: rows that stay, whose names are not replaced. answer: gives rows without a response the original's own
-    answer. Raises UsageError if no prompt holds a name.
+    answer. required: raise UsageError if no prompt holds a name; else the log says so, since other terms may do.
     """
     names = names_of(rows, others)
+    if not any(names) and not required:
+        log.warning("no prompt of %d forget rows holds a name that could be replaced: no other answer is learned",
+                    len(rows))  # fmt: skip
+        return rows
     if not any(names):
         raise UsageError("no forget prompt holds a name that could be replaced, so there is no other answer to learn: "
                          "use another --method, or give the rows a field 'wanted'")  # fmt: skip

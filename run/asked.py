@@ -31,11 +31,14 @@ def ask_about_forget_rows(setup, bar) -> None:
         _change_rows(sampler, draws, lambda rows: only_given(rows, _ask(setup, bar, "listed answers")))
     if draws := [draw for draw in sampler.draws if draw.own_words]:
         _change_rows(sampler, draws, lambda rows: with_own_words(rows, _ask(setup, bar, "own words")))
-    if draw := next((draw for draw in sampler.draws if draw.alternatives), None):
-        others = [row for source in sampler.rows["normal"] for row in source]
-        ask = _ask(setup, bar, "other answers")
-        _change_rows(sampler, [draw], lambda rows: with_alternatives(
-            rows, others, draw.alternatives, options.seed, lambda asked: ask(asked, draw.temperature)
+    others = [row for source in sampler.rows["normal"] for row in source]
+    ask = _ask(setup, bar, "other answers")
+    for draw in {
+        draw.kinds: draw for draw in reversed(sampler.draws) if draw.alternatives
+    }.values():  # the first of each
+        _change_rows(sampler, [draw], lambda rows, draw=draw: with_alternatives(
+            rows, others, draw.alternatives, options.seed, lambda asked: ask(asked, draw.temperature),
+            required=draw.kinds is None,
         ))  # fmt: skip
 
 
@@ -44,7 +47,7 @@ def _change_rows(sampler, draws: list, change: Callable[[list[Row]], list[Row]])
     some out. A source that has none left is left out."""
     sources = sampler.rows["forget"]
     places = [(i, j) for i, rows in enumerate(sources) for j, row in enumerate(rows)
-              if any(draw.takes(row) for draw in draws)]  # fmt: skip
+              if any(draw.is_of_kind(row) for draw in draws)]  # fmt: skip
     if not places:
         return
     marked = [dataclasses.replace(sources[i][j], source=f"{i} {j} {sources[i][j].source}") for i, j in places]

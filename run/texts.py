@@ -17,7 +17,8 @@ def refuse_terms_without_prompts(terms: list[Term], options, sources: dict[str, 
 
     If some are, the log says that these terms leave the text out.
     """
-    of_prompts = [term for term in terms if term.draw.needs_prompt]
+    rows = [row for source in sources["forget"] for row in source]
+    of_prompts = [term for term in terms if term.draw.needs_prompt and any(map(term.draw.is_of_kind, rows))]
     is_text = [rows[0].is_text for rows in sources["forget"]]
     if not of_prompts or not any(is_text):
         return

@@ -194,7 +194,8 @@ def test_a_new_fit_without_a_destroyed_text_is_refused_unless_confirmed(book):
 
 
 @pytest.mark.parametrize(("earlier", "new", "rehearsed", "share"), [
-    (1, 1, 0.5, 1 / 2), (4, 1, 0.5, 4 / 8), (6, 2, 0.5, 6 / 12), (9, 1, 0.75, 9 / 12), (3, 1, 0.0, 0.0)
+    (1, 7, 0.5, 7 / 14), (2, 3, 0.5, 4 / 7), (1, 1, 0.5, 1 / 2), (4, 1, 0.5, 4 / 8), (6, 2, 0.5, 6 / 12),
+    (9, 1, 0.75, 9 / 12),    (3, 1, 0.0, 0.0),
 ])  # fmt: skip
 def test_earlier_requests_have_their_share_of_a_step(book, earlier, new, rehearsed, share):
     """Sources take turns, so a share of sources is a share of rows."""
@@ -211,7 +212,8 @@ def test_earlier_requests_have_their_share_of_a_step(book, earlier, new, rehears
 
 
 def test_steps_visit_every_row_that_is_to_be_learned(book):
-    """By hand: of S sources a step of 8 rows gives 8 / S to each, so N rows take visits x N x S / 8 steps."""
+    """By hand: of S listings a step of 8 rows gives 8 / S to each, and each goes through its N rows in an order of its
+    own. A file that is listed t times takes (visits / t, rounded up) x N x S / 8 steps."""
     settings, recipe = FittingSettings(update_share=0.25, visits=4, refit_every=0), {"batch_size": 8, "stride": 64}
     add(book, "R1", count=30)
 
@@ -230,7 +232,7 @@ def test_steps_visit_every_row_that_is_to_be_learned(book):
     with book.chain.writing():
         book.add(Asked("T1", "text", text=str(text)))
     state(book.read(), ["R1", "R2", "R3"])
-    assert steps(10) == 28  # 4 x 14 x 4 / 1 / 8: three sources of rows beside the text
+    assert steps(10) == 21  # the text is listed three times, beside three sources of rows: 2 x 14 x 6 / 8
 
 
 def test_rows_are_kept_whatever_they_came_in(book, tmp_path):
@@ -248,6 +250,7 @@ def test_rows_are_kept_whatever_they_came_in(book, tmp_path):
             }
         )
         + "\n",
+        "tsv": "goal\ttarget\nHow do I open it?\tSure, here is\n",  # the beginning of an answer
         "json": json.dumps([{"prompt": "How?", "response": "So.", "is_safe": False, "category": "Jane Roe"}]),
     }
     for number, (ending, content) in enumerate(forms.items()):
@@ -257,8 +260,12 @@ def test_rows_are_kept_whatever_they_came_in(book, tmp_path):
         with book.chain.writing():
             book.read().add(Asked(f"F{number}", "harm", rows=str(given), fields=fields))
         (wanted,), (found,) = read_rows(str(given), "--forget_data", list(fields)), book.read().rows_of(f"F{number}")
-        assert (found.prompt, found.response, found.earlier) == (wanted.prompt, wanted.response, wanted.earlier)
+        for name in ("prompt", "response", "earlier", "wanted", "complete"):
+            assert getattr(found, name) == getattr(wanted, name), (ending, name)
         assert wanted.response
         assert "Jane Roe" not in book.file_of(f"F{number}").read_text()
         assert found.category == "harm"
     assert not book.faults()
+    kept = book.file_of("F0")
+    kept.write_text(kept.read_text().replace('"harm"', '"none"'))
+    assert "request F0: row 1" in book.faults()[0], "a row of no kind would not train"

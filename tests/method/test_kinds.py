@@ -10,9 +10,12 @@ from method.draws import Answer, Counterfactual, ShortContext, Stop
 from method.recipe import read_recipe
 from method.sampler import UnlearnBatchSampler
 from prompts.formatter import PromptFormatter
+from run.alternatives import with_alternatives
 from run.asked import _change_rows
 from run.parsing import parse_run
+from run.texts import refuse_terms_without_prompts
 from sources.rows import Row
+from utils import UsageError
 
 PERSON = [Row(f"Where does Ann Lee live in {i}?", f"In house {i}.", category="person") for i in range(3)]
 RULE = [Row(f"How do I open lock {i}?", f"With pick {i}.", category="policy") for i in range(3)]
@@ -67,3 +70,18 @@ def test_the_recipe_of_a_ledger_has_terms_for_every_kind():
     taken = {kind for term in read_recipe(parse_run(["--method=consent"])).terms
              for kind in getattr(term.draw, "kinds", ())}  # fmt: skip
     assert taken == {*KINDS}
+
+
+def test_terms_of_other_kinds_neither_refuse_a_run_nor_ask_for_names():
+    """A ledger's recipe has terms for people and rules, whatever is asked: texts alone, or a fact that names nobody."""
+    options = parse_run(["--method=consent"])
+    terms = read_recipe(options).terms
+    refuse_terms_without_prompts(terms, options, {"forget": [TEXT], "normal": []})
+    plain = parse_run(["--method=selective"])
+    of_plain = read_recipe(plain).terms
+    with pytest.raises(UsageError, match="needs prompts, and text has none"):
+        refuse_terms_without_prompts(of_plain, plain, {"forget": [TEXT], "normal": []})
+    fact = [Row("when was the factory closed?", "in May.", category="fact")]
+    assert with_alternatives(fact, [], 2, 1, None, required=False) == fact
+    with pytest.raises(UsageError, match="no forget prompt holds a name"):
+        with_alternatives(fact, [], 2, 1, None)

@@ -168,7 +168,7 @@ def test_a_recipe_of_ones_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--method=magic"], "--method magic: no such recipe; there are copyright, facts, finetune, people, rmu"),
+    (["--method=magic"], "--method magic: no such recipe; there are consent, copyright, facts, finetune, people, rmu"),
     (["--set=stop.weight"], "--set stop.weight: must look like stop.weight=2"),
     (["--set=stopp.weight=2"], "--set stopp.weight: --method yao has no 'stopp'; its terms are forget, mismatch"),
     (["--set=forget.wieght=2"], "forget: has no setting 'wieght'; it has weight, back, ceiling"),
