@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from ledgers import begin
 
 from ledger.book import Asked, Book
 from ledger.fitting import FittingSettings, next_fitting, refuse_loss, sources_of, steps_of
@@ -15,11 +16,7 @@ SECRETS = ("Jane Roe", "a seaside clinic", "called twice")
 
 @pytest.fixture
 def book(tmp_path) -> Book:
-    book = Book(tmp_path / "ledger")
-    book.folder.mkdir()
-    with book.chain.writing():
-        book.chain.append("init", settings={}, model="m", original="0")
-    return book.read()
+    return begin(tmp_path / "ledger")
 
 
 def add(book: Book, name: str, count: int = 2, **given) -> None:

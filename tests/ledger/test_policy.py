@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from ledgers import begin
 
 from ledger.book import Asked, Book
 from ledger.fitting import FittingSettings, next_fitting, sources_of
@@ -22,11 +23,7 @@ CARS = {
 
 @pytest.fixture
 def book(tmp_path) -> Book:
-    book = Book(tmp_path / "ledger")
-    book.folder.mkdir()
-    with book.chain.writing():
-        book.chain.append("init", settings={}, model="m", original="0")
-    return book.read()
+    return begin(tmp_path / "ledger")
 
 
 def follow(book: Book, path, rules, day="2026-11-27") -> list[str]:
