@@ -318,7 +318,9 @@ def status_line(book: Book, request: Request) -> dict[str, str]:
         stands = "in force" if book.is_met(request) else "open"
     if request.shredded:
         stands += f"; text destroyed on {request.shredded.at[:10]}, last proved on {proved or 'never'}"
-    measure = next((name for name in MEASURES if name in measured), None)
+    # a text goes on about its subject even if none of it is known: what counts is whether it is said word for word
+    order = [name for name in MEASURES if name != "answered"] if request.added["is_text"] else MEASURES
+    measure = next((name for name in order if name in measured), None)
     before, after = (measured.get(f"{measure}{ending}") for ending in (".before", ""))
     return {"request": request.id, "kind": request.kind, "received": request.added["received"] or "-",
             "due": request.added["due"] or "-", "since": first, "stands": stands,

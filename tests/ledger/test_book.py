@@ -8,6 +8,7 @@ from ledgers import begin
 
 from ledger.book import Asked, Book
 from ledger.fitting import FittingSettings, next_fitting, refuse_loss, sources_of, steps_of
+from ledger.state_run import status_line
 from sources.rows import read_rows
 from utils import UsageError
 
@@ -230,6 +231,22 @@ def test_steps_visit_every_row_that_is_to_be_learned(book):
         book.add(Asked("T1", "text", text=str(text)))
     state(book.read(), ["R1", "R2", "R3"])
     assert steps(10) == 21  # the text is listed three times, beside three sources of rows: 2 x 14 x 6 / 8
+
+
+def test_the_status_of_a_text_is_what_is_said_word_for_word(book, tmp_path):
+    """Going on about its subject is not remembering it."""
+    (tmp_path / "t.txt").write_text("one word after another")
+    with book.chain.writing():
+        book.add(Asked("T1", "text", text=str(tmp_path / "t.txt")))
+    add(book, "R1")
+    figures = {"answered": 1.0, "answered.before": 1.0, "extraction_strength": 0.02, "extraction_strength.before": 0.9}
+    with book.chain.writing():
+        book.chain.append("state", state=1, requests=["T1", "R1"], new=[], lost=[], start=None, drift=0.1,
+                          figures={"T1": figures, "R1": figures})  # fmt: skip
+    shown = [status_line(book.read(), book.requests[name]) for name in ("T1", "R1")]
+    assert [(line["measure"], line["before"], line["now"]) for line in shown] == [
+        ("extraction_strength", "0.90", "0.02"), ("answered", "1.00", "1.00")
+    ]  # fmt: skip
 
 
 def test_rows_are_kept_whatever_they_came_in(book, tmp_path):
