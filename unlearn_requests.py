@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import json
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from evaluation.parsing import parse_evaluation
 from evaluation.report import print_table
 from ledger import state_run
 from ledger.book import Asked, Book, faults_of_notes, read_date
-from ledger.chain import Head, missing_since
+from ledger.chain import missing_since, read_head
 from ledger.find import find, normalised, read_records
 from ledger.fitting import Fitting, next_fitting, refuse_loss
 from ledger.options import (
@@ -136,9 +135,10 @@ def apply(options: ApplyOptions) -> None:
             state_run.finish_last(book)
         if fitting is not None:
             refuse_loss(fitting, confirmed=options.confirm_loss or options.dry_run)
-        lines = ["every request is met by the newest state"]
+        lines, plan = ["every request is met by the newest state"], None
         if fitting is not None:
-            lines = state_run.describe(book, fitting, settings)
+            plan = state_run.plan_of(book, fitting, settings)
+            lines = state_run.describe(fitting, plan)
         if options.shred:
             lines.append(f"then the texts of these requests are destroyed: {', '.join(options.shred)}")
         print("\n".join(lines), flush=True)
@@ -149,7 +149,7 @@ def apply(options: ApplyOptions) -> None:
         else:
             if weights_hash(book.entries[0]["model"]) != book.entries[0]["original"]:
                 raise UsageError(f"{book.entries[0]['model']}: is not the model that the ledger began with; restore it")
-            state_run.make_state(book, fitting, settings, functools.partial(run, book.chain.lock))
+            state_run.make_state(book, fitting, plan, settings, functools.partial(run, book.chain.lock))
             book.read()
         shred(book, options.shred)
     show_status(book)
@@ -217,7 +217,6 @@ def show_status(book: Book) -> None:
     kept = "-" if kept is None else f"{kept:.3f} times as often as by the original"
     print(f"state {state['state']} of {state.at}: {state_run.model_of(book)}; drift {drift}; the worst group that is "
           f"to be kept is answered {kept}")  # fmt: skip
-
     if state["attacks"]:
         shares = (f"{name.removeprefix('attack.')} {100 * value:.0f} %" for name, value in state["attacks"].items())
         print(f"brought back of what is forgotten, all requests together: {', '.join(shares)}")
@@ -233,8 +232,9 @@ def verify(options: VerifyOptions) -> None:
     if not faults:
         book.read()
         faults = faults_of_notes(book)
-        if options.export and (fault := missing_since(book.entries, read_head(options.export), options.export)):
-            faults.append(fault)
+        if options.export:
+            head = read_head(Path(options.export), f"--export {options.export}: is not the export.json of a ledger")
+            faults += [fault] if (fault := missing_since(book.entries, head, options.export)) else []
         faults += book.faults() + state_run.faults(book)
     if faults:
         print("\n".join(faults))
@@ -242,15 +242,6 @@ def verify(options: VerifyOptions) -> None:
     print(f"{book.chain.path}: {len(book.entries)} entries hold; the last one is {book.entries[-1].hash}")
     if not options.export:
         print("a chain that was written anew from the start would look so too: compare with an export (--export)")
-
-
-def read_head(path: str) -> Head:
-    """Return the count and last hash that an export noted. Raises UsageError."""
-    try:
-        noted = json.loads(Path(path).read_text(encoding="utf-8"))["ledger"]
-        return Head(int(noted["count"]), str(noted["hash"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--export {path}: is not the export.json of a ledger ({error!r})") from error
 
 
 def export(options: ExportOptions) -> None:

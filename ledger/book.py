@@ -14,7 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ledger.chain import Chain, Entry, Head, missing_since
+from ledger.chain import NOT_WRITTEN, Chain, Entry, missing_since, read_head
 from ledger.kept import contents, keep, prompts, read_given, read_kept
 from ledger.salted import new_salt, salted
 from sources.rows import Row
@@ -285,13 +285,12 @@ def faults_of_notes(book: Book) -> list[str]:
     """Return what the counts and last hashes that lie beside the chain and in the states' folders say against it."""
     found: list[str] = []
     for path in (book.chain.note, *sorted((book.folder / "states").glob("*/state.json"))):
-        try:
-            noted = json.loads(path.read_text(encoding="utf-8"))
-            noted = noted.get("ledger", noted)
-            fault = missing_since(book.entries, Head(noted["count"], noted["hash"]), str(path))
-            found += [fault] if fault else []
-        except FileNotFoundError:
+        if not path.exists():
             found.append(f"{path}: is missing: it notes the last entry")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            found.append(f"{path}: is not what was written there ({error!r})")
+            continue
+        try:
+            fault = missing_since(book.entries, read_head(path, NOT_WRITTEN.format(path)), str(path))
+        except UsageError as error:
+            fault = str(error)
+        found += [fault] if fault else []
     return found

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from utils import UsageError, atomic_write_text, log
 
+NOT_WRITTEN = "{}: is not what was written there; restore it"
 START = "0" * 64  # the hash before the first entry
 OWN = ("number", "at", "what", "previous", "hash")  # fields that every entry has
 
@@ -167,13 +168,7 @@ class Chain:
 
     def noted(self) -> Head | None:
         """Return what `note` holds; None if there is none. Raises UsageError for a file of another form."""
-        try:
-            noted = json.loads(self.note.read_text(encoding="utf-8"))
-            return Head(noted["count"], noted["hash"])
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{self.note}: is not what was written there ({error!r}); restore it") from error
+        return read_head(self.note, NOT_WRITTEN.format(self.note)) if self.note.exists() else None
 
     def _write_note(self, head: Head) -> None:
         atomic_write_text(self.note, json.dumps(dataclasses.asdict(head)) + "\n")
@@ -235,6 +230,17 @@ def _faults_of(fields: dict, line: bytes, place: int, previous: str | None) -> l
     elif previous is not None and fields["previous"] != previous:
         faults.append(f"entry {place}: does not follow the entry before it (its 'previous' is another hash)")
     return faults
+
+
+def read_head(path: Path, complaint: str) -> Head:
+    """Return the count and last hash that a file notes, by themselves or under `ledger`. Raises UsageError, with
+    `complaint`, for another file."""
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        noted = noted.get("ledger", noted)
+        return Head(int(noted["count"]), str(noted["hash"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{complaint} ({error!r})") from error
 
 
 def missing_since(entries: list[Entry], head: Head, noted_in: str) -> str | None:

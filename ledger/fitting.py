@@ -101,8 +101,8 @@ def refuse_loss(fitting: Fitting, *, confirmed: bool) -> None:
 
 def sources_of(book: Book, fitting: Fitting, settings: FittingSettings) -> dict[str, list[str]]:
     """Return {"forget_data", "forget_text", "normal_data": files} of a state's run, of normal data those that requests
-    come with. Sources of a side take turns in a step, so new
-    ones, or earlier ones, are listed as often as gives earlier ones about the share `rehearsed`."""
+    come with. Sources of a side take turns in a step, so new ones, or earlier ones, are listed as often as gives
+    earlier ones about the share `rehearsed`."""
     there = [name for name in fitting.requests if not book.requests[name].shredded]
     earlier = [name for name in there if name not in fitting.new] if fitting.start is not None else []
     new = [name for name in there if name not in earlier]

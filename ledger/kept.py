@@ -22,7 +22,7 @@ def read_given(spec: str, fields: list[str], *, is_text: bool) -> list[Row]:
     return source.rows
 
 
-def plain_row(row: Row, kind: str = "") -> dict:
+def plain_row(row: Row, kind: str) -> dict:
     """Return a row as a file of rows holds it; kind: its category."""
     if row.is_text:
         return {"text": row.response}

@@ -6,6 +6,7 @@ goes on from there, or begins again if it is asked for something else.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -51,8 +52,8 @@ def plan_of(book: Book, fitting: Fitting, settings: LedgerSettings) -> dict:
             "start": fitting.start, "steps": steps, **sources}  # fmt: skip
 
 
-def describe(book: Book, fitting: Fitting, settings: LedgerSettings) -> list[str]:
-    """Return lines that say what the next `apply` does."""
+def describe(fitting: Fitting, plan: dict) -> list[str]:
+    """Return lines that say what the next `apply` does; plan: of its run."""
     start = "fitted anew from the original" if fitting.start is None else f"goes on from state {fitting.start}"
     lines = [f"state {fitting.state}: {start} ({fitting.why})",
              f"  {len(fitting.requests)} requests, new: {', '.join(fitting.new) or 'none'}"]  # fmt: skip
@@ -60,25 +61,24 @@ def describe(book: Book, fitting: Fitting, settings: LedgerSettings) -> list[str
         lines.append(f"  lost, since their text is destroyed: {', '.join(fitting.lost)}")
     if fitting.is_original:
         return [*lines, "  nothing is in force: the state is the original"]
-    plan = plan_of(book, fitting, settings)
     files = len(set(plan["forget_data"] + plan["forget_text"]))
     return [*lines, f"  {plan['steps']} steps on the rows of {files} requests"]
 
 
 # ------------------------------------------------------------------------------------------------- what is done
-def make_state(book: Book, fitting: Fitting, settings: LedgerSettings, run_script: RunScript) -> None:
-    """Train, measure and note a state; `run_script` runs one of this project's scripts, and raises if it fails."""
+def make_state(book: Book, fitting: Fitting, plan: dict, settings: LedgerSettings, run_script: RunScript) -> None:
+    """Train, measure and note a state. plan: of its run (`plan_of`); run_script: runs one of this project's scripts,
+    and raises if it fails."""
     started, folder = time.time(), folder_of(book, fitting.state)
     if fitting.is_original:
         remove_leftovers(book)
         found = {"model": book.entries[0]["original"], "adapter": None, "drift": 0.0, "figures": {}, "keep": {},
                  "attacks": {}, "report": None, "steps": 0}  # fmt: skip
     else:
-        plan = plan_of(book, fitting, settings)
         _train(book, fitting, plan, settings, run_script)
-        found = _measure(book, fitting, settings, run_script)
+        found = _measure(book, fitting, plan, settings, run_script)
         found |= {"model": weights_hash(str(folder)), "adapter": sha256(folder / ADAPTER), "steps": plan["steps"]}
-        write_json(folder / "state.json", {"state": fitting.state, "ledger": _head(book)})
+        write_json(folder / "state.json", {"state": fitting.state, "ledger": dataclasses.asdict(book.chain.head())})
     book.chain.append("state", state=fitting.state, requests=list(fitting.requests), new=list(fitting.new),
                       lost=list(fitting.lost), start=fitting.start, why=fitting.why,
                       seconds=round(time.time() - started, 1), **found)  # fmt: skip
@@ -125,7 +125,9 @@ def _is(file: Path, content: dict) -> bool:
         return False
 
 
-def _measure(book: Book, fitting: Fitting, settings: LedgerSettings, run_script: RunScript) -> dict:
+def _measure(
+    book: Book, fitting: Fitting, plan: dict, settings: LedgerSettings, run_script: RunScript
+) -> dict:  # fmt: skip
     """Evaluate a state; return what its entry says of it. Requests that fell are asked as something to be kept."""
     folder = folder_of(book, fitting.state)
     report_dir = book.folder / "evidence" / folder.name
@@ -137,7 +139,7 @@ def _measure(book: Book, fitting: Fitting, settings: LedgerSettings, run_script:
     drift = _drift(folder)
     if not (sides["forget_data"] or sides["forget_text"]):  # all texts are destroyed: nothing of them can be asked
         return {"drift": drift, "figures": {}, "keep": {}, "attacks": {}, "report": None}
-    sides["normal_data"] += sources_of(book, fitting, settings.states)["normal_data"]
+    sides["normal_data"] += plan["normal_data"]
     given = {**(settings.content.get("evaluation") or {})}
     run = parse_run(settings.run_words())
     own = {name: _listed(given, name) for name in ("normal_data", "normal_text")}
@@ -194,11 +196,6 @@ def _drift(folder: Path) -> float | None:
     """Return the KL from the first original on the rows of the looks, in nats, as the run measured it last."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return manifest["after"].get("dev_kl")
-
-
-def _head(book: Book) -> dict:
-    head = book.chain.head()
-    return {"count": head.count, "hash": head.hash}
 
 
 def finish_last(book: Book) -> None:

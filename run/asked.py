@@ -33,9 +33,8 @@ def ask_about_forget_rows(setup, bar) -> None:
         _change_rows(sampler, draws, lambda rows: with_own_words(rows, _ask(setup, bar, "own words")))
     others = [row for source in sampler.rows["normal"] for row in source]
     ask = _ask(setup, bar, "other answers")
-    for draw in {
-        draw.kinds: draw for draw in reversed(sampler.draws) if draw.alternatives
-    }.values():  # the first of each
+    asking = {draw.kinds: draw for draw in reversed(sampler.draws) if draw.alternatives}  # the first draw of each kinds
+    for draw in asking.values():
         _change_rows(sampler, [draw], lambda rows, draw=draw: with_alternatives(
             rows, others, draw.alternatives, options.seed, lambda asked: ask(asked, draw.temperature),
             required=draw.kinds is None,
