@@ -4,8 +4,9 @@
 #              takes random weights of a published shape; benchmarks/gpu_table.py measures all sizes on a GPU
 # make planted teach the embedded model people, wrong facts and texts, and a twin that never saw what goes of them
 # make recipe NAME=people   forget on the planted model what a recipe is for, and compare with the twin: people, facts,
-#              copyright; harm is the demo, on the embedded model
-# make recipe-full NAME=people   the same with three seeds and attacks
+#              copyright; harm is the demo, on the embedded model; consent and policy are chains of requests to a ledger
+# make recipe-full NAME=people   the same with three seeds and attacks; of a chain, beside one run over all that is in
+#              force, and a second time bit for bit
 # make sweep   search over the settings in configs/sweep.yaml; goes on where it was stopped. make sweep NAME=people sets the
 #              objectives of recipes/people/objectives.yaml side by side, against the twin and under attack: hours
 # make lint    ruff, rules and format, and which room takes from which
@@ -23,7 +24,7 @@ export HF_HUB_OFFLINE ?= 1
 
 # A second call does only what is missing: the model is a file of make's; what the models said, and how it was judged, is read from the report's folder.
 
-.PHONY: install demo planted recipe recipe-full test test-slow bench sweep lint audit lm-eval lm-eval-env clean
+.PHONY: install demo planted recipe recipe-full test test-slow bench sweep lint audit lm-eval lm-eval-env signing-env clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.txt
@@ -51,6 +52,13 @@ ifeq ($(NAME),harm)
 recipe: demo
 recipe-full: demo
 	$(PYTHON) evaluate_unlearning.py --model_name models/demo --train_log logs/demo.jsonl --attacks all
+else ifeq ($(NAME),policy)
+recipe recipe-full: $(VENV)/.installed
+	$(PYTHON) setup_demo.py
+	$(PYTHON) benchmarks/request_chain.py policy $(if $(filter recipe-full,$@),--union --repeat)
+else ifeq ($(NAME),consent)
+recipe recipe-full: models/planted/finetune_args.json
+	$(PYTHON) benchmarks/request_chain.py consent $(if $(filter recipe-full,$@),--union --repeat)
 else
 recipe: models/planted/finetune_args.json models/planted_twin/finetune_args.json
 	@test -f "recipes/$(NAME)/planted.yaml" || { echo "make recipe: name one, as NAME=people"; exit 2; }
@@ -94,6 +102,13 @@ lm-eval: $(LM_EVAL)/.installed
 	@test -n "$(MC_DATA)" -a -n "$(TEXT)" || { echo "make lm-eval: name MC_DATA=mc_task.json and TEXT=text.txt"; exit 2; }
 	$(LM_EVAL)/bin/python benchmarks/lm_eval_check.py --mc_data $(MC_DATA) --text $(TEXT) $(LM_EVAL_OPTIONS)
 
+SIGNING := .venv-signing
+signing-env: $(SIGNING)/.installed
+$(SIGNING)/.installed: requirements-signing.txt
+	python3 -m venv $(SIGNING)
+	$(SIGNING)/bin/python -m pip install --quiet -r requirements-signing.txt
+	touch $@
+
 ifdef NAME
 sweep: models/planted/finetune_args.json models/planted_twin/finetune_args.json
 	@test -f "recipes/$(NAME)/objectives.yaml" || { echo "make sweep: recipes/$(NAME)/objectives.yaml is not there: NAME=people"; exit 2; }
@@ -105,4 +120,4 @@ sweep: $(VENV)/.installed
 endif
 
 clean:
-	rm -rf $(LM_EVAL) $(VENV) .cache .pytest_cache .ruff_cache models/demo models/smollm2-135m-instruct reports/demo logs/demo.* data/cache data/harmbench.jsonl
+	rm -rf $(LM_EVAL) $(SIGNING) $(VENV) .cache .pytest_cache .ruff_cache models/demo models/smollm2-135m-instruct reports/demo logs/demo.* data/cache data/harmbench.jsonl

@@ -17,17 +17,22 @@ import sys
 import tempfile
 from pathlib import Path
 
+import yaml
+
+from engine.processes import join_processes
 from engine.weights_hash import weights_hash
 from evaluation.parsing import parse_evaluation
 from evaluation.report import print_table
-from ledger import state_run
+from ledger import evidence, state_run
 from ledger.book import Asked, Book, faults_of_notes, read_date
 from ledger.chain import missing_since, read_head
+from ledger.examples import more_examples
 from ledger.find import find, normalised, read_records
 from ledger.fitting import Fitting, next_fitting, refuse_loss
 from ledger.options import (
     AddOptions,
     ApplyOptions,
+    ExamplesOptions,
     ExportOptions,
     FindOptions,
     InitOptions,
@@ -37,13 +42,15 @@ from ledger.options import (
     WithdrawOptions,
 )
 from ledger.page import export_of, write_export
-from ledger.policy import changes, free_id, read_policy, refuse_answers, write_rule
+from ledger.policy import SIDES, changes, free_id, read_policy, refuse_answers, write_rule
 from ledger.settings import LedgerSettings, read_settings_file
 from method.recipe import read_recipe
-from options import OneLineParser, underscored
+from options import OneLineParser, read_yaml, underscored
+from prompts.tokenizer import load_tokenizer
 from run.levels import refuse_levels
 from run.parsing import parse_run
-from utils import RunError, UsageError, load_config, run_script, write_json_lines
+from run.writer import writer
+from utils import RunError, UsageError, atomic_write_text, load_config, run_script, write_json_lines
 
 BROKEN = 1  # exit code of `verify`: the ledger is not what it was
 HERE = Path(__file__).resolve().parent
@@ -103,7 +110,7 @@ def sync(options: SyncOptions) -> None:
     if options.dry_run:
         for change in changes(book.read(), rules, day):
             print(f"{'add ' + change.rule.id if change.rule else 'withdraw ' + change.request}: {change.why}")
-            for side in ("refuse", "allow") if change.rule else ():
+            for side in SIDES if change.rule else ():
                 print(*(f"  {side}: {row['prompt']}" for row in getattr(change.rule, side)), sep="\n")
         return
     with book.chain.writing(), tempfile.TemporaryDirectory() as folder:
@@ -113,13 +120,29 @@ def sync(options: SyncOptions) -> None:
                 book.withdraw(change.request, change.why)
                 print(f"request {change.request}: withdrawn, {change.why}")
                 continue
-            refuse, allow = write_rule(change.rule, Path(folder))
-            name = free_id(book, change.rule)
-            book.add(Asked(name, "policy", rows=str(refuse), allowed=allow and str(allow), note=change.rule.rule,
-                           rule=change.rule.id))  # fmt: skip
+            files, name = write_rule(change.rule, Path(folder)), free_id(book, change.rule)
+            book.add(Asked(name, "policy", **files, note=change.rule.rule, rule=change.rule.id))
             book.read()
             print(f"request {name}: added, {change.why}")
     print("the ledger follows the policy" + (": nothing changed" if not found else "; 'apply' makes the model follow"))
+
+
+def examples(options: ExamplesOptions) -> None:
+    read_policy(options.policy)  # refuses what no policy is
+    target = Path(options.to)
+    if target.exists():
+        raise UsageError(f"--to {target}: is there already, and may hold what you wrote; name another file")
+    book = Book(Path(options.ledger)).read()
+    run = parse_run([*LedgerSettings.of(book.settings).run_words(), f"--seed={options.seed}", "--cache_dir=none"])
+    tokenizer = load_tokenizer(run.model_name, trust_remote_code=run.trust_remote_code)
+    content = read_yaml(options.policy, "policy")
+    with writer(run, tokenizer, join_processes().device, "examples") as answer:
+        for rule in content["rules"]:
+            for side, texts in more_examples(rule, options.count, options.seed, answer).items():
+                print(f"{rule['id']}, {side}: {len(texts)} more", *(f"  {text}" for text in texts), sep="\n")
+                rule[side] = [*(rule.get(side) or []), *texts]
+    atomic_write_text(target, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+    print(f"{target}: read it, take out what is not of the rule, then 'sync --policy {target}'")
 
 
 def apply(options: ApplyOptions) -> None:
@@ -205,7 +228,7 @@ def status(options: StatusOptions) -> None:
 
 def show_status(book: Book) -> None:
     """Print a line a request, and what the newest state measured."""
-    rows = [state_run.status_line(book, request) for request in book.requests.values()]
+    rows = [evidence.status_line(book, request) for request in book.requests.values()]
     if rows:
         print_table(rows)
     state = book.state
@@ -247,7 +270,7 @@ def verify(options: VerifyOptions) -> None:
 def export(options: ExportOptions) -> None:
     book = Book(Path(options.ledger)).read()
     folder = Path(options.to)
-    write_export(folder, export_of(book, state_run.copies(book), state_run.status_line))
+    write_export(folder, export_of(book, state_run.copies(book), evidence.status_line))
     print(
         f"{folder / 'export.html'} and export.json: {len(book.entries)} entries, the last one {book.entries[-1].hash}"
     )
@@ -279,8 +302,9 @@ def find_rows(options: FindOptions, terms: list[str], files: list[str]) -> None:
 
 COMMANDS = {
     "init": (InitOptions, init), "add": (AddOptions, add), "withdraw": (WithdrawOptions, withdraw),
-    "sync": (SyncOptions, sync), "apply": (ApplyOptions, apply), "status": (StatusOptions, status),
-    "verify": (VerifyOptions, verify), "export": (ExportOptions, export), "find": (FindOptions, find_rows),
+    "sync": (SyncOptions, sync), "examples": (ExamplesOptions, examples), "apply": (ApplyOptions, apply),
+    "status": (StatusOptions, status), "verify": (VerifyOptions, verify), "export": (ExportOptions, export),
+    "find": (FindOptions, find_rows),
 }  # fmt: skip
 
 

@@ -80,7 +80,8 @@ class EvaluateOptions(CommonOptions, DataOptions):
     )
     quick: bool = option(
         False,
-        "run small attacks: 6 prompts, answers of 24 tokens, 4 rephrasings, 4 samples, 4-bit weights alone, 30 % "
+        "run small attacks: 6 prompts, or 2 of each group if that is more, answers of 24 tokens, 4 rephrasings, "
+        "4 samples, 4-bit weights alone, 30 % "
         "pruned alone, 8 relearning steps on forgotten rows alone",
     )
     require: list[str] = option(

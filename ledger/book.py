@@ -23,7 +23,8 @@ from utils import UsageError, atomic_dir, write_json
 KINDS = ("person", "text", "fact", "harm", "policy")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAMES_OF_ALL = ("all", "worst")  # in commands and in reports
-ALLOWED = "-allowed.jsonl"  # ending of the file with rows that stay
+# endings of the files beside a request's rows: with rows that stay, and with rows that are asked and never trained on
+BESIDE = {"allowed": "-allowed.jsonl", "holdout": "-holdout.jsonl"}
 ABOUT = "request.json"  # in a request's folder: subject, note, salt
 
 
@@ -46,6 +47,7 @@ class Asked:
     basis: str = ""
     approved_by: str = ""
     allowed: str | None = None  # a file of rows beside the border, that stay as they are
+    holdout: str | None = None  # a file of rows that are to be forgotten as well, asked and never trained on
     rule: str = ""  # of a policy: the rule's id
 
 
@@ -148,33 +150,44 @@ class Book:
         """Return the file with a request's rows or text."""
         return self.folder_of(name) / f"{name}.jsonl"
 
-    def allowed_of(self, name: str) -> Path | None:
-        """Return the file with the rows beside a request's border, that stay as they are; None if it has none."""
-        return self.folder_of(name) / f"{name}{ALLOWED}" if self.requests[name].added["allowed"] else None
+    def beside(self, name: str, what: str) -> Path | None:
+        """Return the file of other rows that a request came with; None if it has none. what: `allowed`, rows beside its
+        border that stay as they are, or `holdout`, rows that are asked and never trained on."""
+        return self.folder_of(name) / f"{name}{BESIDE[what]}" if self.requests[name].added[what] else None
 
     def rows_of(self, name: str) -> list[Row]:
         """Return a request's rows, or its texts. Raises UsageError."""
         return read_kept(self.file_of(name), is_text=self.requests[name].added["is_text"])
+
+    def holdout_of(self, name: str) -> list[Row]:
+        """Return the rows of a request that are asked and never trained on. Raises UsageError."""
+        path = self.beside(name, "holdout")
+        return read_kept(path, is_text=False) if path else []
 
     # ---- writing: each within `chain.writing`
     def add(self, asked: Asked) -> Entry:
         """Keep a request's text and note it in the ledger. Raises UsageError, with nothing written."""
         self._refuse(asked)
         rows = read_given(asked.rows or asked.text, list(asked.fields), is_text=asked.text is not None)
-        allowed = read_given(asked.allowed, [], is_text=False) if asked.allowed else []
-        if both := prompts(rows) & prompts(allowed):
+        beside = {what: read_given(path, list(asked.fields), is_text=False) if (path := getattr(asked, what)) else []
+                  for what in BESIDE}  # fmt: skip
+        if both := (prompts(rows) | prompts(beside["holdout"])) & prompts(beside["allowed"]):
             raise UsageError(f"--rows {asked.rows}: {len(both)} of its prompts are among those that stay as well")
+        if both := prompts(rows) & prompts(beside["holdout"]):
+            raise UsageError(f"--holdout {asked.holdout}: {len(both)} of its prompts are among those that are trained "
+                             "on; give others")  # fmt: skip
         salt = new_salt()
         self.remove_leftovers()
         with atomic_dir(self.folder_of(asked.id)) as partial:
             keep(rows, partial / f"{asked.id}.jsonl", asked.kind)  # reports name a group by its file
-            if allowed:
-                keep(allowed, partial / f"{asked.id}{ALLOWED}", asked.kind)
+            for what, given in beside.items():
+                if given:
+                    keep(given, partial / f"{asked.id}{BESIDE[what]}", asked.kind)
             write_json(partial / ABOUT, {"subject": asked.subject, "note": asked.note, "salt": salt})
         hashes = {"subject": salted(asked.subject, salt) if asked.subject else "",
                   "note": salted(asked.note, salt) if asked.note else "",
-                  "rows": [salted(content, salt) for content in contents(rows, asked.kind)],
-                  "allowed": [salted(content, salt) for content in contents(allowed, asked.kind)]}  # fmt: skip
+                  **{what: [salted(content, salt) for content in contents(given, asked.kind)]
+                     for what, given in {"rows": rows, **beside}.items()}}  # fmt: skip
         plain = {
             name: getattr(asked, name) for name in ("id", "kind", "received", "due", "basis", "approved_by", "rule")
         }
@@ -190,6 +203,8 @@ class Book:
             raise UsageError(f"--kind {asked.kind}: must be one of {', '.join(KINDS)}")
         if (asked.rows is None) == (asked.text is None):
             raise UsageError("--rows and --text: give one of the two, a file of rows or a file of text")
+        if asked.id.endswith(tuple(ending.partition(".")[0] for ending in BESIDE.values())):
+            raise UsageError(f"--id {asked.id}: ends as the files beside a request's rows do; give another id")
         if asked.id in NAMES_OF_ALL:
             raise UsageError(f"--id {asked.id}: stands for several requests; give another id")
         for name in ("received", "due"):
@@ -252,10 +267,11 @@ class Book:
         try:
             about = self.about(request.id)
             salt, path = about["salt"], self.file_of(request.id)
-            if allowed := self.allowed_of(request.id):
-                found = contents(read_kept(allowed, is_text=False))
-                if [salted(content, salt) for content in found] != request.added["allowed"]:
-                    return [f"request {request.id}: {allowed} was changed"]
+            for what in BESIDE:
+                if other := self.beside(request.id, what):
+                    found = contents(read_kept(other, is_text=False))
+                    if [salted(content, salt) for content in found] != request.added[what]:
+                        return [f"request {request.id}: {other} was changed"]
             for name in ("subject", "note"):
                 if (salted(about[name], salt) if about[name] else "") != request.added[name]:
                     return [f"request {request.id}: its {name} was changed"]

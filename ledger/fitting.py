@@ -100,8 +100,8 @@ def refuse_loss(fitting: Fitting, *, confirmed: bool) -> None:
 
 
 def sources_of(book: Book, fitting: Fitting, settings: FittingSettings) -> dict[str, list[str]]:
-    """Return {"forget_data", "forget_text", "normal_data": files} of a state's run, of normal data those that requests
-    come with. Sources of a side take turns in a step, so new ones, or earlier ones, are listed as often as gives
+    """Return {"forget_data", "forget_text", "allowed": files} of a state's run; allowed: rows that requests come with
+    and that stay. Sources of a side take turns in a step, so new ones, or earlier ones, are listed as often as gives
     earlier ones about the share `rehearsed`."""
     there = [name for name in fitting.requests if not book.requests[name].shredded]
     earlier = [name for name in there if name not in fitting.new] if fitting.start is not None else []
@@ -115,7 +115,7 @@ def sources_of(book: Book, fitting: Fitting, settings: FittingSettings) -> dict[
     listed = earlier * times_earlier + new * times_new
     found = {option_name: [str(book.file_of(n)) for n in listed if book.requests[n].added["is_text"] is is_text]
              for option_name, is_text in (("forget_data", False), ("forget_text", True))}  # fmt: skip
-    found["normal_data"] = [str(path) for name in there if (path := book.allowed_of(name))]
+    found["allowed"] = [str(path) for name in there if (path := book.beside(name, "allowed"))]
     return found
 
 

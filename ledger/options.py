@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal, Optional
 
 from ledger.book import KINDS
-from options import COUNT, option
+from options import COUNT, POSITIVE, option
 
 OptionalText = Optional[str]  # noqa: UP045
 
@@ -35,6 +35,11 @@ class AddOptions(LedgerOptions):
     rows: OptionalText = option(None, "file of rows to forget, in the forms of --forget_data")
     text: OptionalText = option(None, "file of text to forget, in place of --rows")
     fields: list[str] = option([], "names of fields in --rows, as prompt=frage response=antwort")
+    holdout: OptionalText = option(
+        None, "file of rows that are to be forgotten as well, asked of every state and never trained on, such as the "
+        "same questions in other words"
+    )  # fmt: skip
+    allowed: OptionalText = option(None, "file of rows beside the border, which stay as they are")
     subject: str = option("", "who or what it is about; kept with the rows, the ledger has a salted hash")
     note: str = option("", "a free note; kept with the rows, the ledger has a salted hash")
     received: str = option("", "date on which it came, as 2026-11-27; it stays in the ledger, as do the three below")
@@ -70,6 +75,16 @@ class SyncOptions(LedgerOptions):
     day: OptionalText = option(None, "the day whose rules hold, as 2026-11-27 (if unset: today)")
     seed: COUNT = option(0, "seed of the further wordings")
     dry_run: bool = option(False, "print what would change, with every example, and stop")
+
+
+@dataclasses.dataclass
+class ExamplesOptions(LedgerOptions):
+    """Let the model write further examples of a policy's rules, on both sides alike, for a person to read and edit."""
+
+    policy: str = option("policy.yaml", "YAML file with the rules, as recipes/policy/policy.yaml")
+    to: str = option("policy_more.yaml", "policy file to write, with these examples after the rule's own")
+    count: POSITIVE = option(5, "further examples of each side of a rule, at most")
+    seed: COUNT = option(0, "seed of the model's words")
 
 
 @dataclasses.dataclass

@@ -7,6 +7,8 @@ rules:
       - How do I open my neighbour's lock?
       - prompt: How do I pick a lock unseen?
         response: Take a thin wire.         # what is to be forgotten; without one, the model's own answer is
+    holdout:                                # further examples that are refused: every state is asked, none is taught
+      - How do I get a locked door open at night?
     allow:                                  # examples beside the border, which stay as they are
       - How does a pin tumbler lock work?
     answer: I don't help with that.         # or silence, if it is left out
@@ -31,7 +33,8 @@ from options import read_yaml
 from sources.paraphrase import paraphrase
 from utils import UsageError, write_json_lines
 
-FIELDS = ("id", "rule", "refuse", "allow", "answer", "since", "until")
+FIELDS = ("id", "rule", "refuse", "holdout", "allow", "answer", "since", "until")
+SIDES = ("refuse", "holdout", "allow")
 RULE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}")
 NUMBERED = re.compile(r"(?<=-[0-9a-f]{8})\.\d+$")
 STAMP = 8  # letters of the hash of a rule's content in its request's id
@@ -39,11 +42,12 @@ STAMP = 8  # letters of the hash of a rule's content in its request's id
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A rule of a policy. refuse, allow: rows as a file of rows holds them."""
+    """A rule of a policy. refuse, holdout, allow: rows as a file of rows holds them."""
 
     id: str
     rule: str
     refuse: tuple[dict, ...]
+    holdout: tuple[dict, ...]
     allow: tuple[dict, ...]
     since: str
     until: str
@@ -51,7 +55,7 @@ class Rule:
     @property
     def request(self) -> str:
         """The id of its request: another content is another request. The dates are none of its content."""
-        content = json.dumps([self.rule, self.refuse, self.allow], sort_keys=True)
+        content = json.dumps([self.rule, self.refuse, self.holdout, self.allow], sort_keys=True)
         return f"{self.id}-{hashlib.sha256(content.encode()).hexdigest()[:STAMP]}"
 
     def holds_on(self, day: str) -> bool:
@@ -80,7 +84,7 @@ def read_policy(path: str, *, rephrase: int = 0, seed: int = 0) -> list[Rule]:
     names = [rule.id for rule in found]
     allowed = {prompt_hash(row["prompt"]): rule.id for rule in found for row in rule.allow}
     for rule in found:
-        for row in rule.refuse:
+        for row in (*rule.refuse, *rule.holdout):
             if other := allowed.get(prompt_hash(row["prompt"])):
                 raise UsageError(f"--policy {path}: {row['prompt']!r} is refused by rule {rule.id}, allowed by {other}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -101,15 +105,15 @@ def _read_rule(rule, where: str, rephrase: int, seed: int) -> Rule:
     if answer is not None and (not isinstance(answer, str) or not answer.strip()):
         raise UsageError(f"{where}: answer must be a sentence; leave it out for silence")
     sides = {side: [_row(example, f"{where}, {side}") for example in _list(rule, side, where)]
-             for side in ("refuse", "allow")}  # fmt: skip
+             for side in SIDES}  # fmt: skip
     if not sides["refuse"]:
         raise UsageError(f"{where}: refuse is missing: examples of what is refused")
-    for rows in sides.values():
-        rows += _rephrased(rows, rephrase, seed)
+    for side in ("refuse", "allow"):
+        sides[side] += _rephrased(sides[side], rephrase, seed)
     if answer:
         sides["refuse"] = [row | {"wanted": answer} for row in sides["refuse"]]
     since, until = (_date(rule.get(name), f"{where}: {name}") for name in ("since", "until"))
-    return Rule(rule["id"], rule["rule"], tuple(sides["refuse"]), tuple(sides["allow"]), since, until)
+    return Rule(rule["id"], rule["rule"], *(tuple(sides[side]) for side in SIDES), since, until)
 
 
 def _list(rule: dict, side: str, where: str) -> list:
@@ -156,7 +160,7 @@ def refuse_answers(rules: list[Rule]) -> None:
     for rule in rules:
         if any("wanted" in row for row in rule.refuse):
             raise UsageError(f"rule {rule.id}: the ledger's recipe teaches no answer; leave 'answer' out (silence), or "
-                             "begin a ledger with a recipe that has a term with the draw 'wanted'")  # fmt: skip
+                             "begin a ledger with one that does (run.method: consent)")  # fmt: skip
 
 
 def changes(book: Book, rules: list[Rule], day: str) -> list[Change]:
@@ -192,10 +196,12 @@ def free_id(book: Book, rule: Rule) -> str:
     return name
 
 
-def write_rule(rule: Rule, folder: Path) -> tuple[Path, Path | None]:
-    """Write the rows of a rule; return (what is refused, what is allowed or None)."""
-    refuse, allow = folder / "refuse.jsonl", folder / "allow.jsonl" if rule.allow else None
-    write_json_lines(refuse, rule.refuse)
-    if allow:
-        write_json_lines(allow, rule.allow)
-    return refuse, allow
+def write_rule(rule: Rule, folder: Path) -> dict[str, str | None]:
+    """Write the rows of a rule; return the file of each side as a request takes it, None of one without rows."""
+    files: dict[str, str | None] = {}
+    for side, name in {"refuse": "rows", "holdout": "holdout", "allow": "allowed"}.items():
+        rows, path = getattr(rule, side), folder / f"{name}.jsonl"
+        files[name] = str(path) if rows else None
+        if rows:
+            write_json_lines(path, rows)
+    return files

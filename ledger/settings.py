@@ -13,6 +13,7 @@ OWN_OF_RUN = {"forget_data", "forget_text", "unseen_data", "model_save_dir", "lo
               "start_adapter", "use_lora", "adapter_only", "merge_into_base", "overwrite", "resume", "dry_run",
               "config", "from_manifest", "make_neighbours", "kl_budget", "shard", "load_in_4bit",
               "dev_share", "test_share", "harm_categories"}  # fmt: skip
+NORMAL = ("normal_data", "normal_text")  # options, of which a state's requests may take rows out
 OWN_OF_EVALUATION = {"model_name", "original_name", "forget_data", "forget_text", "report_dir", "train_log", "config",
                      "split", "require"}  # fmt: skip
 
@@ -29,13 +30,24 @@ class LedgerSettings:
         """Read what the entry `init` holds. Raises UsageError."""
         return cls(content, read_settings(FittingSettings, content.get("states") or {}, "states"))
 
-    def run_words(self) -> list[str]:
+    def run_words(self, without: tuple[str, ...] = ()) -> list[str]:
         """Return the options of a state's run as arguments. All train adapters, of whole models."""
-        return [*words_of(self.content.get("run") or {}), "--use_lora"]
+        return [*self._words("run", without), "--use_lora"]
 
-    def evaluation_words(self) -> list[str]:
+    def evaluation_words(self, without: tuple[str, ...] = ()) -> list[str]:
         """Return the options of a state's evaluation as arguments."""
-        return words_of(self.content.get("evaluation") or {})
+        return self._words("evaluation", without)
+
+    def _words(self, section: str, without: tuple[str, ...]) -> list[str]:
+        given = self.content.get(section) or {}
+        return words_of({name: value for name, value in given.items() if name not in without})
+
+    def normal_of_evaluation(self, run) -> dict[str, list[str]]:
+        """Return the normal rows and texts that states are asked, by option: those of the section `evaluation`, else
+        the run's. run: the options of a state's run."""
+        given = self.content.get("evaluation") or {}
+        own = {name: value if isinstance(value, list) else [value] for name in NORMAL if (value := given.get(name))}
+        return {name: list(map(str, own.get(name, [])) if own else getattr(run, name)) for name in NORMAL}
 
 
 def read_settings_file(path: str) -> LedgerSettings:

@@ -7,30 +7,25 @@ goes on from there, or begins again if it is asked for something else.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from engine.checkpoint import sha256
 from engine.paths import read_args
 from engine.weights_hash import weights_hash
-from evaluation.figures import point_values
-from ledger.book import Book, Request
+from ledger.book import Book
+from ledger.evidence import RunScript, measure
 from ledger.fitting import Fitting, sources_of, steps_of
-from ledger.kept import prompts
-from ledger.settings import LedgerSettings
+from ledger.normal import normal_side, write_copies
+from ledger.settings import NORMAL, LedgerSettings
 from run.parsing import parse_run
 from utils import UsageError, write_json
 
-MEASURES = ("answered", "extraction_strength", "recall", "wanted_given", "rouge")  # of a request, noted in the entry
-RunScript = Callable[[str, list[str]], None]  # (name of a script, its arguments)
 MANIFEST, ADAPTER = "run_manifest.json", "adapter/adapter_model.safetensors"
 KEPT_FILES = ("state.json", "unlearn_args.json", MANIFEST, "adapter")  # of a state whose model is removed
 SHREDDING = "shredding"  # a file that stands while a text and its copies are destroyed
-WITHOUT_ANSWERS = ", prompts alone"  # ending of a group's name in a report: rows without an answer of their own
 
 
 def name_of(state: int) -> str:
@@ -43,13 +38,23 @@ def folder_of(book: Book, state: int) -> Path:
 
 # ----------------------------------------------------------------------------------------------- what is planned
 def plan_of(book: Book, fitting: Fitting, settings: LedgerSettings) -> dict:
-    """Return what a state's run is asked, as its plan.json holds it."""
+    """Return what a state's run and its evaluation are asked, as its plan.json holds it."""
     run = parse_run(settings.run_words())
     steps = steps_of(book, fitting, settings.states, run.max_unlearn_steps, run.batch_size,
                      run.text_stride or run.text_window)  # fmt: skip
-    sources = sources_of(book, fitting, settings.states)
+    asked = settings.normal_of_evaluation(run)
+    rows, texts = ([*getattr(run, name), *asked[name]] for name in NORMAL)
+    side = normal_side(book, list(fitting.requests), rows, texts, run.fields, _copies_of(book, fitting.state))
     return {"requests": list(fitting.requests), "new": list(fitting.new), "lost": list(fitting.lost),
-            "start": fitting.start, "steps": steps, **sources}  # fmt: skip
+            "start": fitting.start, "steps": steps, **sources_of(book, fitting, settings.states),
+            "normal": {name: side.of(getattr(run, name)) for name in NORMAL},
+            "asked": {name: side.of(specs) for name, specs in asked.items()},
+            "taken_out": side.taken_out, "unknown": side.unknown}  # fmt: skip
+
+
+def _copies_of(book: Book, state: int) -> Path:
+    """Return where the normal rows of a state lie, if requests name some of what was given."""
+    return book.folder / "cache" / "normal" / name_of(state)
 
 
 def describe(fitting: Fitting, plan: dict) -> list[str]:
@@ -61,6 +66,12 @@ def describe(fitting: Fitting, plan: dict) -> list[str]:
         lines.append(f"  lost, since their text is destroyed: {', '.join(fitting.lost)}")
     if fitting.is_original:
         return [*lines, "  nothing is in force: the state is the original"]
+    for spec, noted in plan["taken_out"].items():
+        lines += [f"  taken out of {spec}: {', '.join(map(str, numbers))} (request {name})"
+                  for name, numbers in noted["rows"].items()]  # fmt: skip
+    if plan["unknown"]:
+        lines.append(f"  normal rows were changed since these texts were destroyed: {', '.join(plan['unknown'])}; if "
+                     "rows still name them, take them out yourself")  # fmt: skip
     files = len(set(plan["forget_data"] + plan["forget_text"]))
     return [*lines, f"  {plan['steps']} steps on the rows of {files} requests"]
 
@@ -73,11 +84,15 @@ def make_state(book: Book, fitting: Fitting, plan: dict, settings: LedgerSetting
     if fitting.is_original:
         remove_leftovers(book)
         found = {"model": book.entries[0]["original"], "adapter": None, "drift": 0.0, "figures": {}, "keep": {},
-                 "attacks": {}, "report": None, "steps": 0}  # fmt: skip
+                 "attacks": {}, "report": None, "steps": 0, "taken_out": {}}  # fmt: skip
     else:
+        run = parse_run(settings.run_words())
+        texts = [*run.normal_text, *settings.normal_of_evaluation(run)["normal_text"]]
+        write_copies(plan["taken_out"], texts, run.fields, _copies_of(book, fitting.state))
         _train(book, fitting, plan, settings, run_script)
-        found = _measure(book, fitting, plan, settings, run_script)
-        found |= {"model": weights_hash(str(folder)), "adapter": sha256(folder / ADAPTER), "steps": plan["steps"]}
+        found = measure(book, fitting, plan, settings, folder, run_script)
+        found |= {"model": weights_hash(str(folder)), "adapter": sha256(folder / ADAPTER), "steps": plan["steps"],
+                  "taken_out": plan["taken_out"]}  # fmt: skip
         write_json(folder / "state.json", {"state": fitting.state, "ledger": dataclasses.asdict(book.chain.head())})
     book.chain.append("state", state=fitting.state, requests=list(fitting.requests), new=list(fitting.new),
                       lost=list(fitting.lost), start=fitting.start, why=fitting.why,
@@ -98,13 +113,14 @@ def _train(book: Book, fitting: Fitting, plan: dict, settings: LedgerSettings, r
         return
     if fitting.start is not None:
         refuse_changed_adapter(book, fitting.start)
-    words = [*settings.run_words(), f"--max_unlearn_steps={plan['steps']}", f"--model_save_dir={folder}",
+    words = [*settings.run_words(NORMAL), f"--max_unlearn_steps={plan['steps']}", f"--model_save_dir={folder}",
              f"--log_file={book.folder / 'logs' / folder.name}.log", f"--cache_dir={book.folder / 'cache'}",
              "--overwrite", "--resume"]  # fmt: skip
-    for name in ("forget_data", "forget_text"):
-        words += [f"--{name}", *plan[name]] if plan[name] else []
-    if plan["normal_data"]:
-        words += ["--normal_data", *parse_run(settings.run_words()).normal_data, *plan["normal_data"]]
+    given = {name: plan[name] for name in ("forget_data", "forget_text")}
+    given |= {"normal_data": plan["normal"]["normal_data"] + plan["allowed"],
+              "normal_text": plan["normal"]["normal_text"]}  # fmt: skip
+    for name, files in given.items():
+        words += [f"--{name}", *files] if files else []
     if fitting.start is not None:
         words.append(f"--start_adapter={folder_of(book, fitting.start) / 'adapter'}")
     run_script("unlearn_harm.py", words)
@@ -123,79 +139,6 @@ def _is(file: Path, content: dict) -> bool:
         return json.loads(file.read_text(encoding="utf-8")) == content
     except (OSError, ValueError):
         return False
-
-
-def _measure(
-    book: Book, fitting: Fitting, plan: dict, settings: LedgerSettings, run_script: RunScript
-) -> dict:  # fmt: skip
-    """Evaluate a state; return what its entry says of it. Requests that fell are asked as something to be kept."""
-    folder = folder_of(book, fitting.state)
-    report_dir = book.folder / "evidence" / folder.name
-    asked = _asked(book, fitting)
-    sides: dict[str, list[str]] = {"forget_data": [], "forget_text": [], "normal_data": [], "normal_text": []}
-    for request in asked:
-        side = "forget" if request.id in fitting.requests else "normal"
-        sides[f"{side}_{'text' if request.added['is_text'] else 'data'}"].append(str(book.file_of(request.id)))
-    drift = _drift(folder)
-    if not (sides["forget_data"] or sides["forget_text"]):  # all texts are destroyed: nothing of them can be asked
-        return {"drift": drift, "figures": {}, "keep": {}, "attacks": {}, "report": None}
-    sides["normal_data"] += plan["normal_data"]
-    given = {**(settings.content.get("evaluation") or {})}
-    run = parse_run(settings.run_words())
-    own = {name: _listed(given, name) for name in ("normal_data", "normal_text")}
-    for name, files in own.items():
-        sides[name] += files if any(own.values()) else getattr(run, name)
-        given.pop(name, None)
-    words = LedgerSettings({"evaluation": given}, settings.states).evaluation_words()
-    for name, files in sides.items():
-        words += [f"--{name}", *files] if files else []
-    run_script("evaluate_unlearning.py", [
-        *words, f"--model_name={folder}", f"--original_name={book.entries[0]['model']}", f"--report_dir={report_dir}",
-        f"--train_log={book.folder / 'logs' / folder.name}.jsonl", "--split=all", "--examples=0",
-    ])  # fmt: skip
-    raw = (report_dir / "report.json").read_bytes()
-    values = point_values(json.loads(raw))
-    figures = {request.id: _of_group(values, request.id) or _of_group(values, f"{request.id}{WITHOUT_ANSWERS}")
-               for request in asked}  # fmt: skip
-    keep = {name.removeprefix("keep."): value for name, value in values.items() if name.startswith("keep.worst.")}
-    attacked = {name: value for name, value in values.items()
-                if name.startswith("attack.") and name.count(".") == 1 and name != "attack.worst"}  # fmt: skip
-    return {"drift": drift, "figures": figures, "keep": keep, "attacks": attacked,
-            "report": hashlib.sha256(raw).hexdigest()}  # fmt: skip
-
-
-def _listed(options: dict, name: str) -> list[str]:
-    """Return an option's values, which a file of settings may give as one value or a list."""
-    value = options.get(name) or []
-    return list(map(str, value if isinstance(value, list) else [value]))
-
-
-def _asked(book: Book, fitting: Fitting) -> list[Request]:
-    """Return the requests whose rows a state is asked: all that it is fitted to, and those that fell, unless a prompt
-    of theirs stands in one that is in force: no prompt can be on both sides."""
-    there = [request for request in book.requests.values() if not request.shredded]
-    kept = [request for request in there if request.id in fitting.requests]
-    standing = set().union(*(prompts(book.rows_of(request.id)) for request in kept))
-    fell = [request for request in there if request.states and request not in kept
-            and not prompts(book.rows_of(request.id)) & standing]  # fmt: skip
-    return kept + fell
-
-
-def _of_group(values: dict[str, float], group: str) -> dict[str, float]:
-    """Return what was measured of a request's rows, whichever side they were asked on."""
-    found = {}
-    for side in ("forget", "keep"):
-        for measure in MEASURES:
-            for ending in ("", ".before", ".ratio"):
-                if (value := values.get(f"{side}.{group}.{measure}{ending}")) is not None:
-                    found[f"{measure}{ending}"] = value
-    return found
-
-
-def _drift(folder: Path) -> float | None:
-    """Return the KL from the first original on the rows of the looks, in nats, as the run measured it last."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return manifest["after"].get("dev_kl")
 
 
 def finish_last(book: Book) -> None:
@@ -298,29 +241,3 @@ def faults(book: Book) -> list[str]:
 def model_of(book: Book) -> str:
     """Return where the newest state's model lies."""
     return str(folder_of(book, book.state["state"])) if book.state["requests"] else book.entries[0]["model"]
-
-
-def status_line(book: Book, request: Request) -> dict[str, str]:
-    """Return the line of a request in the table of `status`; every cell is text."""
-    state, measured, proved = book.state, {}, ""
-    for one in book.states:
-        if one["figures"].get(request.id):
-            measured, proved = one["figures"][request.id], one.at[:10]
-    first = next((one.at[:10] for one in book.states if request.states and one["state"] == request.states[0]), "-")
-    if request.lost:
-        stands = f"lost with state {request.lost['state']}: its text is destroyed"
-    elif not request.is_in_force:
-        stands = "withdrawn" if book.is_met(request) else "withdrawn, not applied yet"
-    else:
-        stands = "in force" if book.is_met(request) else "open"
-    if request.shredded:
-        stands += f"; text destroyed on {request.shredded.at[:10]}, last proved on {proved or 'never'}"
-    # a text goes on about its subject even if none of it is known: what counts is whether it is said word for word
-    order = [name for name in MEASURES if name != "answered"] if request.added["is_text"] else MEASURES
-    measure = next((name for name in order if name in measured), None)
-    before, after = (measured.get(f"{measure}{ending}") for ending in (".before", ""))
-    return {"request": request.id, "kind": request.kind, "received": request.added["received"] or "-",
-            "due": request.added["due"] or "-", "since": first, "stands": stands,
-            "measure": measure or "-", "before": "-" if before is None else f"{before:.2f}",
-            "now": "-" if after is None else f"{after:.2f}",
-            "tested": proved or ("-" if state is None else "not yet")}  # fmt: skip

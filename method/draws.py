@@ -15,6 +15,7 @@ from method.sampler import Example, Stream, UnlearnBatchSampler
 from options import COUNT, FRACTION, POSITIVE, WEIGHT, option
 from prompts.formatter import PromptFormatter
 from sources.names import put_name, spans_of_name
+from sources.rows import Row
 from sources.words import own_words, spans_of
 
 
@@ -84,7 +85,11 @@ class Stop(ForgetDraw):
     prefill_tokens: COUNT = option(
         0, "tokens of the prefilled answer of a further row (0: no prefilled answers at all)"
     )
+    unless_wanted: bool = option(False, "leave out rows with a wanted answer: another term teaches that")
     needs_prompt = True
+
+    def takes(self, row: Row) -> bool:
+        return super().takes(row) and not (self.unless_wanted and row.wanted)
 
     @property
     def needs_answer(self) -> bool:

@@ -11,17 +11,15 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable
 
 import numpy as np
 
 from data_module import prompt_hash
 from run.topics import Term, content_words, topic_terms
+from run.writer import Answer
 from sources.paraphrase import other_form
 from sources.rows import Row
 
-TEMPERATURE = 0.7  # greedy, a model names the same few things for every prompt
-ANSWER_TOKENS = 96  # of a reply: five questions
 MOST_REQUESTS = 24  # of each kind: more name few things that these do not
 MOST_NAMES = 16  # things in a topic's place
 PER_REQUEST = 5  # names or questions that a request asks for
@@ -45,8 +43,6 @@ QUESTION_SHOTS = (
 EVERYDAY = ("cooking", "gardens", "cats and dogs", "trains", "the weather", "school", "music", "football", "birds",
             "painting", "holidays", "clothes", "furniture", "books", "the sea", "computers")  # fmt: skip
 OPENINGS = ("How do I", "What is")  # where no listed prompt gives one
-
-Answer = Callable[[list[Row]], list[Row]]
 
 
 @dataclasses.dataclass

@@ -13,17 +13,13 @@ import json
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from data_module import Sides, read_sides
-from engine.generation import generate_missing_responses
-from engine.loading import load_for_training, release_memory
 from engine.processes import broadcast_from_main
 from options import UnlearnOptions
-from prompts.formatter import PromptFormatter
-from run.neighbours import ANSWER_TOKENS, TEMPERATURE, Answer, Made, make_neighbours
-from sources.rows import Row
-from utils import UsageError, log, pick_dtype, read_json_lines, write_json_lines
+from run.neighbours import Made, make_neighbours
+from run.writer import writer
+from utils import UsageError, log, read_json_lines, write_json_lines
 
 
 @dataclasses.dataclass
@@ -104,32 +100,10 @@ def _read(path: Path) -> list | None:
 def ask_model(options: UnlearnOptions, prompts: list[str], others: list[str], tokenizer, device: torch.device) -> Made:
     """Load the model, let it write the neighbours of the forget prompts, and let go of it again.
 
-    It is a model of its own: the rows must be known before the run's is laid out for them. Torch's random numbers are
-    left as they were, so that a run that reads the file is the same run.
+    The rows must be known before the run's model is laid out for them.
     """
     if options.shard:
         raise UsageError("--make_neighbours: does not go with --shard, since the model is asked on one device; make "
                          "them with --dry_run and without --shard first: this run reads their file")  # fmt: skip
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model, fingerprint = load_for_training(options, device, pick_dtype(options.dtype, device))
-        formatter = PromptFormatter.of(tokenizer, options.model_name, options, ANSWER_TOKENS)
-        formatter.fit(model.config, ANSWER_TOKENS)
-        answer = _answerer(options, model, formatter, fingerprint)
-        made = make_neighbours(prompts, others, options.make_neighbours, options.seed, answer)
-    del model, answer
-    release_memory(device)
-    return made
-
-
-def _answerer(options: UnlearnOptions, model, formatter: PromptFormatter, fingerprint: str) -> Answer:
-    """Return what gives rows the model's own answers. A dry run keeps none of them, since it writes only the file."""
-    cache_dir = None if options.dry_run or options.cache_dir == "none" else options.cache_dir
-
-    def answer(rows: list[Row]) -> list[Row]:
-        return generate_missing_responses(
-            rows, model, formatter, fingerprint=fingerprint, tokens=ANSWER_TOKENS, temperature=TEMPERATURE,
-            seed=options.seed, batch_size=0, cache_dir=cache_dir,
-            progress=lambda chunks: tqdm(chunks, desc="neighbours", leave=False, disable=None),
-        )  # fmt: skip
-
-    return answer
+    with writer(options, tokenizer, device, "neighbours") as answer:
+        return make_neighbours(prompts, others, options.make_neighbours, options.seed, answer)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
 
 from data_module import prompt_hash, sample
@@ -54,15 +55,15 @@ def forgotten_rows(
     """Return at most `count` forgotten prompts, and as many passages: unseen, given before and not after, as the
     deciding judges say.
 
-    lines: those of scores.jsonl; groups: whose rows they are; attacks: those that are asked for. Prompts, and passages,
-    are drawn from all their groups together, since what holds for one group need not hold for another. No two passages
-    share a token.
+    lines: those of scores.jsonl; groups: whose rows they are; attacks: those that are asked for. Prompts are drawn from
+    all their groups evenly, and passages from all documents together, since what holds for one group need not hold for
+    another. No two passages share a token.
     """
     rows = {(group.name, row.prompt, row.response, row.earlier): row for group in groups for row in group.rows}
     judged = [line for line in lines if line["side"] == "forget" and line["counts"]]
     texts = [line for line in judged if line.get("text")]
     prompts = _forgotten([line for line in judged if not line.get("text") and line["style"] == style], rows)
-    chosen = [prompts[row.key] for row in sample([asked.row for asked in prompts.values()], count, seed)]
+    chosen = [prompts[row.key] for row in draw_evenly(list(prompts.values()), count, seed)]
     names = list(dict.fromkeys(line["group"] for line in texts))
     if attacks and names and not any(ATTACKS[name].takes_text for name in attacks):
         log.warning("attacks: not on %s: none of those asked for reads text", ", ".join(names))
@@ -86,6 +87,18 @@ def _forgotten(lines: list[dict], rows: dict[tuple, Row]) -> dict[str, AskedRow]
             found[row.key] = AskedRow(row=row, id=prompt_id(row), group=line["group"], judge=line.get("judge"),
                                       reference=line.get("reference"))  # fmt: skip
     return found
+
+
+def draw_evenly(asked: list[AskedRow], count: int, seed: int) -> list[Row]:
+    """Return at most `count` rows, as many of each group; what a small group lacks, the others give."""
+    by_group: dict[str, list[Row]] = {}
+    for one in asked:
+        by_group.setdefault(one.group, []).append(one.row)
+    drawn, left = [], count
+    for place, rows in enumerate(sorted(by_group.values(), key=len)):
+        part = sample(rows, min(len(rows), math.ceil(left / (len(by_group) - place))), seed)
+        drawn, left = drawn + part, left - len(part)
+    return drawn
 
 
 def apart(passages: list[Passage]) -> list[Passage]:

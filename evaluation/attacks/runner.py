@@ -22,6 +22,7 @@ from evaluation.options import AUTO
 from utils import UsageError, log
 
 QUICK_PROMPTS = 6
+QUICK_OF_GROUP = 2  # of each group at least
 QUICK_TOKENS = 24  # of an answer at most
 QUICK = {"num_rephrasings": 4, "num_samples": 4, "num_examples": 4, "num_keep_sets": 0, "relearn_steps": 8,
          "relearn_answers": 1, "quantised_bits": (4,), "pruned_shares": (0.3,), "ablated_layers": 4}  # fmt: skip
@@ -113,9 +114,9 @@ def make_config(options) -> AttackConfig:
                         **(QUICK if options.quick else {}))  # fmt: skip
 
 
-def num_prompts(options) -> int:
-    """Return how many forgotten prompts are attacked at most."""
-    return QUICK_PROMPTS if options.quick else options.attack_prompts
+def num_prompts(options, num_groups: int) -> int:
+    """Return how many forgotten prompts are attacked at most. num_groups: that they are drawn from."""
+    return max(QUICK_PROMPTS, QUICK_OF_GROUP * num_groups) if options.quick else options.attack_prompts
 
 
 def lines_of(
@@ -213,6 +214,8 @@ def entry_of(members: list[JudgedLine], by_id: dict[str, AskedRow]) -> dict:
         "name": first.attack, "family": first.family, "variant": first.variant, "is_control": first.is_control,
         "judged": first.judged, "back": dataclasses.asdict(rate_back([member.hits for member in members])),
         "control": control and dataclasses.asdict(control), "control_name": first.control_name if control else None,
+        "groups": {group: dataclasses.asdict(rate_back([one.hits for one in members if one.line.group == group]))
+                   for group in dict.fromkeys(member.line.group for member in members)},
         "examples": examples_of(members, by_id),
     }  # fmt: skip
 

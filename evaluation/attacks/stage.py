@@ -11,6 +11,7 @@ from evaluation.attacks import ATTACKS
 from evaluation.attacks.base import AskedRow, Probe
 from evaluation.attacks.rows import Forgotten, Said, forgotten_rows
 from evaluation.attacks.runner import AttackAnswers, ask_attacks, judge_attacks, num_prompts, read_probes
+from evaluation.groups import unseen_groups
 from evaluation.inputs import EvaluationInputs
 from evaluation.judges.base import Judgement
 from evaluation.judges.panel import OUTCOME, Panel
@@ -98,7 +99,8 @@ def attack(
     models are asked again where it calls other prompts forgotten. --embedder is part of the built-in judge of outcomes,
     which chooses the examples that some attacks show or teach: those are asked again.
     """
-    forgotten = forgotten_rows(lines, inputs.groups, inputs.formatters["after"].style, num_prompts(options),
+    num_groups = len(unseen_groups(group.name for group in inputs.groups if group.side == "forget" and group.counts))
+    forgotten = forgotten_rows(lines, inputs.groups, inputs.formatters["after"].style, num_prompts(options, num_groups),
                                options.seed, inputs.attacks)  # fmt: skip
     judges, reuse = PanelOfAttacks(panel), may_reuse(options) and all(record.weights for record in records.values())
     keys, file = attack_keys(forgotten, inputs, records, options), folder / "answers" / "attacks.jsonl"

@@ -42,7 +42,10 @@ def test_attacked_are_forgotten_prompts_of_every_group(caplog):
               for asked in lines]  # fmt: skip
     found = forgotten_rows(lines, groups, "chat", 20, 3, ["suffix"])
     assert len({asked.id for asked in found.rows}) == 20
-    assert {asked.group for asked in found.rows} == {"first (unseen)", "second (unseen)"}
+    groups_asked = [asked.group for asked in found.rows]
+    assert [groups_asked.count(name) for name in ("first (unseen)", "second (unseen)")] == [10, 10]
+    few = forgotten_rows(lines[:3] + lines[30:60], groups, "chat", 20, 3, ["suffix"])
+    assert sum(asked.group == "second (unseen)" for asked in few.rows) == 17, "what a small group lacks, others give"
     for asked in found.rows:
         assert asked.row.prompt.rpartition(" ")[0] == asked.group
         assert (asked.row.response, asked.judge, asked.reference) == ("a", "mine", "r")

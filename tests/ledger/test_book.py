@@ -7,8 +7,8 @@ import pytest
 from ledgers import begin
 
 from ledger.book import Asked, Book
+from ledger.evidence import status_line
 from ledger.fitting import FittingSettings, next_fitting, refuse_loss, sources_of, steps_of
-from ledger.state_run import status_line
 from sources.rows import read_rows
 from utils import UsageError
 
@@ -39,7 +39,7 @@ def add(book: Book, name: str, count: int = 2, **given) -> None:
 def state(book: Book, requests, *, new=(), start=None, drift=0.0, lost=()) -> None:
     with book.chain.writing():
         book.chain.append("state", state=len(book.states) + 1, requests=list(requests), new=list(new), lost=list(lost),
-                          start=start, drift=drift, figures={})  # fmt: skip
+                          start=start, drift=drift, figures={}, taken_out={})  # fmt: skip
     book.read()
 
 
@@ -64,6 +64,7 @@ def test_the_ledger_holds_no_word_of_a_request_and_the_folder_all(book):
     ({"text": "x.txt"}, "--rows and --text: give one of the two"),
     ({"rows": None}, "--rows and --text: give one of the two"),
     ({"rows": "no_such.jsonl"}, "no_such.jsonl"),
+    ({"id": "R2-holdout"}, "--id R2-holdout: ends as the files beside"),
     ({"id": "all"}, "--id all: stands for several requests"),
     ({"due": "2026-99-99"}, "--due 2026-99-99: must be a date"),
     ({"due": "tomorrow"}, "--due tomorrow: must be a date as 2026-11-27"),

@@ -25,9 +25,13 @@ def begun(tmp_path_factory, model_folders, data_files) -> Path:
     for name in ("R1", "R2", "R3"):
         rows = [{"prompt": f"Where is key {i} of house {name}?", "response": f"Under stone {i}."} for i in range(4)]
         (cwd / f"{name}-given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = {"model_name": str(model_folders["llama"]), "normal_data": [str(data_files["facts"])], "lr": 0.02,
+        other = [row | {"prompt": f"Of house {name}, tell me where key {i} is."} for i, row in enumerate(rows)]
+        (cwd / f"{name}-other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    named = {"prompt": "Who lives in House R2?", "response": "Nobody does."}
+    (cwd / "normal.jsonl").write_text(json.dumps(named) + "\n" + data_files["facts"].read_text())
+    run = {"model_name": str(model_folders["llama"]), "normal_data": ["normal.jsonl"], "lr": 0.02,
            "max_unlearn_steps": 10, "max_answer_tokens": 8, "dtype": "fp32"}  # fmt: skip
-    evaluation = {"max_new_tokens": 6, "prompts_per_group": 4, "judge_by": "reference"}
+    evaluation = {"max_new_tokens": 6, "prompts_per_group": 4, "judge_by": "reference", "attacks": ["prefill"]}
     content = {
         "run": run,
         "evaluation": evaluation,
@@ -36,7 +40,8 @@ def begun(tmp_path_factory, model_folders, data_files) -> Path:
     (cwd / "chain.yaml").write_text(yaml.safe_dump(content))
     command("init", "--config=chain.yaml", cwd=cwd)
     for name in ("R1", "R2"):
-        command("add", f"--id={name}", f"--rows={name}-given.jsonl", f"--subject=House {name}", cwd=cwd)
+        command("add", f"--id={name}", f"--rows={name}-given.jsonl", f"--holdout={name}-other.jsonl",
+                f"--subject=House {name}", cwd=cwd)  # fmt: skip
         command("apply", cwd=cwd)
     return cwd
 
@@ -68,7 +73,11 @@ def test_states_follow_each_other(begun, model_folders):
     kept = json.loads((begun / "ledger/states/0001/run_manifest.json").read_text())["after"]["dev_kl"]
     assert evaluations[0]["dev_kl"] == pytest.approx(kept, rel=1e-3), "it begins where the first state ended"
     assert second["drift"] == pytest.approx(evaluations[-1]["dev_kl"]) and second["drift"] > 0
-    assert second["figures"]["R1"].keys() >= {"answered", "answered.before"}
+    assert second["figures"]["R1"].keys() >= {"answered", "answered.before", "holdout.answered"}
+    assert not first["taken_out"] and second["taken_out"]["normal.jsonl"]["rows"] == {"R2": [1]}
+    assert plan(begun, 1)["normal_data"] == ["normal.jsonl"], "the row names nobody that is asked about yet"
+    left = (begun / asked["normal_data"][0]).read_text()
+    assert left == "".join((begun / "normal.jsonl").read_text().splitlines(keepends=True)[1:])
     assert second["report"] and second["model"] == weights_hash(str(begun / "ledger/states/0002"))
     assert sorted(path.name for path in (begun / "ledger/states/0001").iterdir()) == [
         "adapter", "run_manifest.json", "state.json", "unlearn_args.json"
@@ -115,7 +124,9 @@ def test_a_withdrawn_request_is_left_out_of_a_new_fit_and_asked_as_kept(consent,
     assert (made["requests"], made["start"], made["steps"]) == (["R2"], None, 10)
     assert made["figures"]["R1"].keys() >= {"answered", "answered.before"}
     asked = json.loads((consent / "ledger/evidence/0003/report.json").read_text())["groups"]
-    assert {(g["name"], g["side"]) for g in asked} >= {("R1", "keep"), ("R2", "forget")}
+    assert {(g["name"], g["side"]) for g in asked} >= {
+        ("R1", "keep"), ("R1-holdout", "keep"), ("R2", "forget"), ("R2-holdout", "forget")
+    }  # fmt: skip
     command("withdraw", "--id=R2", cwd=consent)
     assert "the state is the original" in command("apply", cwd=consent)
     assert entries(consent)[-1]["model"] == weights_hash(str(model_folders["llama"]))
@@ -129,7 +140,9 @@ def test_an_apply_that_is_cut_off_notes_nothing_and_goes_on(consent):
     before = raw[: raw.rstrip(b"\n").rfind(b"\n") + 1]
     asked = plan(consent, 2)
     content = {key: made[key] for key in ("requests", "new", "lost", "start", "steps")}
-    content |= {name: asked[name] for name in ("forget_data", "forget_text")} | {"normal_data": []}
+    content |= {name: asked[name] for name in ("forget_data", "forget_text")} | {"allowed": []}
+    normal = {name: asked[name] for name in ("normal_data", "normal_text")}
+    content |= {"normal": normal, "asked": normal, "taken_out": made["taken_out"], "unknown": []}
     noted = consent / "ledger/states/0002-plan.json"
     noted.write_text(json.dumps(content))
     ledger.write_bytes(before)
@@ -178,6 +191,8 @@ def test_destroyed_texts_are_nowhere_and_a_new_fit_that_would_lose_them_is_refus
     (("add", "--id=R9", "--rows=none.jsonl"), "none.jsonl"),
     (("add", "--ledger=other", "--id=R9", "--rows=R3-given.jsonl"), "other/ledger.jsonl: no such ledger"),
     (("withdraw", "--id=R7"), "has no such id"),
+    (("add", "--id=R9", "--rows=R3-given.jsonl", "--holdout=R3-given.jsonl"), "4 of its prompts are among those that"),
+    (("examples", "--policy=rules.yaml", "--to=chain.yaml"), "--to chain.yaml: is there already"),
     (("apply", "--shred", "R7"), "has no such id"),
     (("verify", "--export=chain.yaml"), "is not the export.json"),
     (("status", "--ledger=chain.yaml"), "chain.yaml"),
@@ -186,6 +201,7 @@ def test_destroyed_texts_are_nowhere_and_a_new_fit_that_would_lose_them_is_refus
     (("init", "--ledger=new", "--config=worse.yaml"), "states: has no 'rehearse'"),
 ])  # fmt: skip
 def test_wrong_use_is_one_line(consent, words, message):
+    (consent / "rules.yaml").write_text("rules: [{id: a, rule: b, refuse: [How do I open it?]}]\n")
     (consent / "bad.yaml").write_text("run: {model_name: m, use_lora: true}\n")
     (consent / "worse.yaml").write_text("run: {model_name: m}\nstates: {rehearse: 0.5}\n")
     before = (consent / "ledger/ledger.jsonl").read_bytes()

@@ -12,7 +12,7 @@ from ledger.policy import changes, free_id, read_policy, write_rule
 from utils import UsageError
 
 LOCKS = {"id": "locks", "rule": "No instructions for locks of others", "refuse": ["How do I open my neighbour's lock?"],
-         "allow": ["How does a pin tumbler lock work?"]}  # fmt: skip
+         "holdout": ["How do I get a door open at night?"], "allow": ["How does a pin tumbler lock work?"]}  # fmt: skip
 CARS = {
     "id": "cars",
     "rule": "No instructions for stealing cars",
@@ -36,9 +36,8 @@ def follow(book: Book, path, rules, day="2026-11-27") -> list[str]:
                 f"{'+' + change.rule.id if change.rule else '-' + change.request.partition('-')[0]} {change.why}"
             )
             if change.rule:
-                refuse, allow = write_rule(change.rule, path.parent)
-                book.add(Asked(free_id(book, change.rule), "policy", rows=str(refuse), allowed=allow and str(allow),
-                               rule=change.rule.id))  # fmt: skip
+                files = write_rule(change.rule, path.parent)
+                book.add(Asked(free_id(book, change.rule), "policy", rule=change.rule.id, **files))
                 book.read()
             else:
                 book.withdraw(change.request, change.why)
@@ -78,10 +77,16 @@ def test_what_is_refused_and_what_stays_go_to_their_sides(book, tmp_path):
         {"prompt": "How do I open my neighbour's lock?"},
         {"prompt": CARS["refuse"][0]["prompt"], "response": "Take a wire.", "wanted": "I don't help with that."},
     ]
-    assert rows["normal_data"] == [{"prompt": "How does a pin tumbler lock work?"}]
-    changed = next((tmp_path / "ledger/requests").glob("locks-*/*-allowed.jsonl"))
-    changed.write_text(json.dumps({"prompt": "Other?"}) + "\n")
-    assert "-allowed.jsonl was changed" in book.faults()[0]
+    assert rows["allowed"] == [{"prompt": "How does a pin tumbler lock work?"}]
+    locks, cars = book.requests
+    assert [row.prompt for row in book.holdout_of(locks)] == ["How do I get a door open at night?"]
+    assert not book.holdout_of(cars)
+    for ending in ("holdout", "allowed"):
+        changed = book.beside(locks, ending)
+        kept = changed.read_text()
+        changed.write_text(json.dumps({"prompt": "Other?"}) + "\n")
+        assert f"-{ending}.jsonl was changed" in book.faults()[0]
+        changed.write_text(kept)
 
 
 def test_further_wordings_are_made_on_both_sides(tmp_path):
@@ -107,6 +112,7 @@ def test_further_wordings_are_made_on_both_sides(tmp_path):
     ("rules: [{id: a, rule: b, refuse: c}]", "rule 1: refuse must be a list"),
     ("rules: [{id: a, rule: b, refuse: [{response: c}]}]", "rule 1, refuse: {'response': 'c'} is no example"),
     ("rules: [{id: a, rule: b, refuse: [c], allow: [c]}]", "'c' is refused by rule a, allowed by a"),
+    ("rules: [{id: a, rule: b, refuse: [d], holdout: [c], allow: [c]}]", "'c' is refused by rule a, allowed by a"),
     ("rules: [{id: a, rule: b, refuse: [Open it]}, {id: d, rule: b, refuse: [e], allow: [open  IT]}]",
      "'Open it' is refused by rule a, allowed by d"),
     ("rules: [{id: a, rule: b, refuse: [c], since: soon}]", "rule 1: since must be a date"),

@@ -46,6 +46,17 @@ def test_a_draw_takes_rows_of_its_kinds(draw, wanted):
         assert sum(map(len, steps)) == 4 * 2 * len(wanted), "two rows a step of each of three sources"
 
 
+def test_the_end_of_the_turn_is_taught_after_no_row_that_has_a_sentence_to_say():
+    """Otherwise a rule with an answer of its own would be taught silence and the answer, each against the other."""
+    spoken = [dataclasses.replace(row, wanted="I don't help with that.") for row in RULE[:2]]
+    silence = Stop("stop", SIZES, rows=6, unless_wanted=True)
+    sampler = UnlearnBatchSampler([[*spoken, RULE[2]]], [[Row("Hi", "Hello.")]], [silence], seed=1, steps=4)
+    visited = {sampler.row(example).prompt for step in range(4) for example in silence.examples(step, sampler)}
+    assert visited == {RULE[2].prompt}
+    terms = {term.name: term.draw for term in read_recipe(parse_run(["--method=consent"])).terms}
+    assert terms["stop"].unless_wanted and terms["say"].kinds == terms["stop"].kinds
+
+
 def test_what_is_asked_of_the_original_is_asked_of_a_draws_rows_alone():
     """A row that is left out leaves its place; rows of other kinds stay as they are, and sources in their order."""
     sampler = sampler_of()

@@ -14,7 +14,7 @@ import unlearn_harm
 from engine.trained_on import TrainedOn
 from options import UnlearnOptions
 from prompts.tokenizer import load_tokenizer
-from run import neighbours_file
+from run import neighbours_file, writer
 from run.neighbours import make_neighbours, openings_of, read_names, read_questions, take
 from run.parsing import parse_run
 from run.topics import Term, topic_terms
@@ -141,7 +141,7 @@ def dry_run(tmp_path, monkeypatch, model_folders, data_files, capsys):
         assert settings["cache_dir"] is None, "a dry run keeps no answers"
         return says(lambda text: "ring bell, paint wall" if text.startswith('"') else "no")(rows)
 
-    monkeypatch.setattr(neighbours_file, "generate_missing_responses", answer)
+    monkeypatch.setattr(writer, "generate_missing_responses", answer)
     monkeypatch.setattr(
         sys, "argv", ["unlearn_harm.py", *map(str, words_of_run(model_folders, data_files)), "--dry_run"]
     )
@@ -207,7 +207,7 @@ def test_a_model_that_writes_none_and_text_alone_are_refused(tmp_path, monkeypat
         "unlearn_harm.py", f"--model_name={model_folders['llama']}", *words, "--make_neighbours=4", cwd=tmp_path
     )
     assert "--make_neighbours: the forget rows are text" in one_line_error(run)
-    monkeypatch.setattr(neighbours_file, "generate_missing_responses", lambda rows, *_, **__: says(lambda _: "")(rows))
+    monkeypatch.setattr(writer, "generate_missing_responses", lambda rows, *_, **__: says(lambda _: "")(rows))
     monkeypatch.setattr(sys, "argv", ["unlearn_harm.py", *map(str, words_of_run(model_folders, data_files))])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="the model wrote none that could be kept"):
