@@ -156,6 +156,16 @@ def token_margin(logits: torch.Tensor) -> torch.Tensor:
     return (logits.amax(-1) - logits.mean(-1)).square()
 
 
+def token_scale_slope(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the slope of each token's NLL in a scale of its logits, at scale 1: sum p z - z of the target.
+
+    logits (n, V), targets (n,) -> (n,), in nats. Its square is IRMv1's penalty of an environment (Arjovsky et al. 2019,
+    arXiv 1907.02893, section 3.1), which ILU takes for unlearning (Wang et al. 2025, arXiv 2506.01339).
+    """
+    own = logits.gather(-1, targets[:, None])[:, 0]
+    return (logits.softmax(-1) * logits).sum(-1) - own
+
+
 def flat(preferred: torch.Tensor, forget: torch.Tensor, divergence: str) -> torch.Tensor:
     """Return FLAT's loss -g(preferred) + f*(g(forget)): (S,), (S,) in [0, 1] -> (S,).
 

@@ -1,4 +1,4 @@
-"""Changed weights at which a step takes the forget side's gradient, so that what is forgotten there stays forgotten."""
+"""The forget side's gradient: taken at changed weights, or shaped, so that what is forgotten stays so."""
 
 from __future__ import annotations
 
@@ -12,19 +12,33 @@ from options import COUNT, POSITIVE, WEIGHT, option
 
 @dataclasses.dataclass(frozen=True)
 class PerturbedSettings:
-    """What is done to the weights before the gradient of the forget side's terms; that of the others is taken as usual.
+    """What is done for the gradient of the forget side's terms; that of the others is taken as usual.
 
-    radius: sharpness-aware minimisation of the forget loss (Fan et al. 2025, arXiv 2502.05374): a move towards
-    knowing the forget set again. bits: a straight-through forward at rounded weights (arXiv 2605.02196).
+    To the weights before it: radius: sharpness-aware minimisation of the forget loss (Fan et al. 2025, arXiv
+    2502.05374), a move towards knowing the forget set again; bits: a straight-through forward at rounded weights (arXiv
+    2605.02196). To the gradient itself: agreeing and norm: disruption masking and normalisation (MUDMAN, Sondej et al.
+    2025, arXiv 2506.12484), without the paper's adversary.
     """
 
     radius: WEIGHT = option(0.0, "length of a move of all weights towards a higher forget loss (0: none)")
     bits: COUNT = option(0, "bits that the layers' matrices are rounded to (0: not)")
+    agreeing: bool = option(False, "keep it where its sign is that of the other terms' gradient, elsewhere drop it")
+    norm: WEIGHT = option(0.0, "length that what is left of it is brought to, over all weights (0: as it is)")
     every: POSITIVE = option(1, "one step in so many, from the first on")
 
     def at(self, step: int) -> bool:
-        """Return whether a step takes the forget side's gradient at changed weights."""
-        return (self.radius > 0 or self.bits > 0) and step % self.every == 0
+        """Return whether a step takes the forget side's gradient apart."""
+        return (self.changes_weights or self.shapes_gradient) and step % self.every == 0
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether it is taken at changed weights."""
+        return self.radius > 0 or self.bits > 0
+
+    @property
+    def shapes_gradient(self) -> bool:
+        """Whether it is changed once it is there."""
+        return self.agreeing or self.norm > 0
 
 
 def towards_worse(
@@ -40,3 +54,19 @@ def towards_worse(
     return [
         w if g is None else w.add(g.to(w.dtype), alpha=radius / norm) for w, g in zip(weights, gradients, strict=True)
     ]
+
+
+def shaped(
+    forget: list[torch.Tensor | None], others: list[torch.Tensor | None], *, agreeing: bool, norm: float
+) -> list[torch.Tensor | None]:
+    """Return the forget side's gradient, a tensor a weight, as it is added to that of the other terms.
+
+    agreeing: 0 where its sign is not that of the others' gradient, so that a step takes nothing away that they hold to.
+    norm: length that all of it is then brought to (0: as it is).
+    """
+    if agreeing:
+        forget = [None if f is None or o is None else f * (f * o > 0) for f, o in zip(forget, others, strict=True)]
+    length = global_norm([gradient for gradient in forget if gradient is not None]) if norm else 0.0
+    if not 0 < length < float("inf"):
+        return forget
+    return [None if gradient is None else gradient * (norm / length) for gradient in forget]

@@ -1,4 +1,4 @@
-"""The gradients of a step: all at once, or the forget side's at changed weights (method/perturbed.py)."""
+"""The gradients of a step: all at once, or the forget side's apart (method/perturbed.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 
 from evaluation.attacks.quantisation import rounded_to_bits
 from evaluation.attacks.weights import matrices
-from method.perturbed import towards_worse
+from method.perturbed import PerturbedSettings, shaped, towards_worse
 from method.step import PreparedStep, StepSums, compute_gradients
 from utils import UsageError
 
@@ -15,8 +15,8 @@ def refuse_perturbed(recipe, options) -> None:
     """Raise UsageError if the recipe's changed weights cannot be had in such a run."""
     settings = recipe.perturbed
     if settings.at(0) and options.shard:
-        raise UsageError("perturbed: the weights are changed whole: leave --shard out, or set perturbed.radius=0 and "
-                         "perturbed.bits=0")  # fmt: skip
+        raise UsageError("perturbed: weights and gradients are changed whole: leave --shard out, or every setting of "
+                         "'perturbed'")  # fmt: skip
     if settings.bits and options.use_lora:
         raise UsageError("perturbed.bits: whole weights are rounded, and --use_lora trains none: leave one of them out")
     if settings.bits == 1 or settings.bits > 8:
@@ -32,9 +32,30 @@ def step_gradients(setup, prepared: PreparedStep, multipliers: dict[str, float],
 
     if prepared.forget is None:
         return gradients(prepared)
-    with _changed_weights(setup, lambda: gradients(prepared.forget)) as at_own_weights:
+    settings, at_own_weights = setup.recipe.perturbed, None
+    if settings.changes_weights:
+        with _changed_weights(setup, lambda: gradients(prepared.forget)) as at_own_weights:
+            sums = gradients(prepared.forget)
+    else:
         sums = gradients(prepared.forget)
-    return gradients(prepared) + (at_own_weights or sums)
+    if not settings.shapes_gradient:
+        return gradients(prepared) + (at_own_weights or sums)
+    parameters = setup.optimizer.parameters
+    forget = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
+    setup.optimizer.drop_gradients()
+    of_others = gradients(prepared)
+    add_shaped(parameters, forget, settings)
+    return of_others + (at_own_weights or sums)
+
+
+def add_shaped(parameters: list, forget: list, settings: PerturbedSettings) -> None:
+    """Add the forget side's gradient, shaped, to the others' that lies with the parameters."""
+    others = [parameter.grad for parameter in parameters]
+    for parameter, gradient in zip(
+        parameters, shaped(forget, others, agreeing=settings.agreeing, norm=settings.norm), strict=True
+    ):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ method/losses.py.
 from method.objectives.ascent import Ascent
 from method.objectives.ce_u import CeU
 from method.objectives.flat import Flat
+from method.objectives.ilu import Invariance
 from method.objectives.pdu import Margin
 from method.objectives.preference import Dpo, Npo, SimNpo
 from method.objectives.satimp import SatImp
@@ -19,4 +20,4 @@ from method.objectives.wga import Wga
 
 OBJECTIVES = {"nll": Nll, "kl": Kl, "ascent": Ascent, "npo": Npo, "simnpo": SimNpo, "dpo": Dpo,
               "unlikelihood": Unlikelihood, "wga": Wga, "satimp": SatImp, "undial": Undial, "ce_u": CeU, "flat": Flat,
-              "margin": Margin, "rmu": Rmu, "state_distance": StateDistance}  # fmt: skip
+              "margin": Margin, "rmu": Rmu, "state_distance": StateDistance, "invariance": Invariance}  # fmt: skip

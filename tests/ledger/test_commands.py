@@ -201,7 +201,7 @@ def test_destroyed_texts_are_nowhere_and_a_new_fit_that_would_lose_them_is_refus
     (("init", "--ledger=new", "--config=worse.yaml"), "states: has no 'rehearse'"),
 ])  # fmt: skip
 def test_wrong_use_is_one_line(consent, words, message):
-    (consent / "rules.yaml").write_text("rules: [{id: a, rule: b, refuse: [How do I open it?]}]\n")
+    (consent / "rules.yaml").write_text("rules: [{id: a, rule: b, refuse: ['How do I open it?']}]\n")
     (consent / "bad.yaml").write_text("run: {model_name: m, use_lora: true}\n")
     (consent / "worse.yaml").write_text("run: {model_name: m}\nstates: {rehearse: 0.5}\n")
     before = (consent / "ledger/ledger.jsonl").read_bytes()

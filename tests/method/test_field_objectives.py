@@ -16,9 +16,11 @@ from method.losses import (
     token_adjusted_kl,
     token_ce_u,
     token_margin,
+    token_scale_slope,
     token_unlikelihood,
     weighted_ascent,
 )
+from method.objective import TermTokens
 from method.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +74,19 @@ def test_margin_by_hand():
     close(slope(token_margin, logits)[0], [8 / 3, -4 / 3, -4 / 3])  # 2 * 2 * (1 - 1/3), and 2 * 2 * -1/3
 
 
+def test_the_slope_in_a_scale_of_the_logits_by_hand():
+    """p = 3/4, 1/4: the mean logit is 3/4 ln 3, the target's ln 3 or 0. A scale of the logits moves the NLL by that."""
+    logits, targets = torch.tensor([[LN3, 0.0], [LN3, 0.0]]), torch.tensor([0, 1])
+    close(token_scale_slope(logits, targets), [-LN3 / 4, 3 * LN3 / 4])
+    scale = torch.ones(1, requires_grad=True)
+    torch.nn.functional.cross_entropy(scale * logits, targets, reduction="sum").backward()
+    close(scale.grad, [LN3 / 2])  # of both
+    tokens = TermTokens(nll=torch.zeros(3), values=torch.tensor([1.0, 3.0, -2.0]), sequence=torch.tensor([0, 0, 1]),
+                        count=2, examples=torch.tensor([0, 1]), mine=torch.ones(2, dtype=bool),
+                        num_examples=2)  # fmt: skip
+    close(OBJECTIVES["invariance"]().values(tokens), [4, 4])  # (1 + 3) / 2 and -2, squared
+
+
 def test_flat_by_hand():
     half, quarter = torch.tensor([0.5]), torch.tensor([0.25])
     close(flat(half, quarter, "pearson"), [1 / 64 + 1 / 4 - 1 / 2])
@@ -86,7 +101,7 @@ def test_flat_by_hand():
         assert torch.isfinite(flat(nothing, nothing, name)).all()
 
 
-@pytest.mark.parametrize("name", ["undial", "ce_u", "margin"])
+@pytest.mark.parametrize("name", ["undial", "ce_u", "margin", "invariance"])
 def test_a_step_gives_each_token_the_same_gradient_as_the_formula(name):
     """In chunks of logit rows, with other losses at the same rows, as a step computes them."""
     objective, generator = OBJECTIVES[name](), torch.Generator().manual_seed(1)

@@ -9,7 +9,7 @@ from test_run import SMALL, data_words
 
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings
 from evaluation.attacks.quantisation import rounded_to_bits
-from method.perturbed import PerturbedSettings, towards_worse
+from method.perturbed import PerturbedSettings, shaped, towards_worse
 from run.perturbed import _changed_weights, refuse_perturbed
 from utils import UsageError
 
@@ -29,6 +29,21 @@ def test_the_move_towards_a_worse_loss_by_hand():
     assert [w.item() for w in moved] == [6, 1 - 8, 1]  # 3 and 4 are 5 long together
     assert towards_worse([some], [torch.zeros(1)], 10)[0] is some
     assert towards_worse([some], [torch.tensor([torch.inf])], 10)[0] is some
+
+
+def test_a_gradient_is_masked_by_sign_and_brought_to_a_length_by_hand():
+    forget = [torch.tensor([3.0, -2.0, 5.0]), torch.tensor([4.0]), torch.tensor([1.0]), None]
+    others = [torch.tensor([0.1, 7.0, 0.0]), torch.tensor([9.0]), None, torch.tensor([1.0])]
+
+    def values(found):
+        return [None if gradient is None else gradient.tolist() for gradient in found]
+
+    # one sign with the others: the first of the first weight, and the second weight; what the others hold still is not
+    assert values(shaped(forget, others, agreeing=True, norm=0)) == [[3, 0, 0], [4], None, None]
+    assert values(shaped(forget, others, agreeing=True, norm=10)) == [[6, 0, 0], [8], None, None]  # 3 and 4 are 5 long
+    assert shaped(forget, others, agreeing=False, norm=0) == forget
+    nothing = shaped([torch.tensor([1.0])], [torch.tensor([-1.0])], agreeing=True, norm=5)
+    assert values(nothing) == [[0]], "of nothing nothing is made"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,14 +83,15 @@ def test_a_run_takes_the_forget_gradient_at_changed_weights_and_saves_its_own(tm
              "--max_unlearn_steps=3", "--save_every=0", "--lr=1e-3"]  # fmt: skip
     found = {}
     for name, settings in {"plain": [], "off": ["perturbed.every=2"], "sam": ["perturbed.radius=0.5"],
-                           "bits": ["perturbed.bits=3"]}.items():  # fmt: skip
+                           "bits": ["perturbed.bits=3"], "masked": ["perturbed.agreeing=true"],
+                           "short": ["perturbed.norm=1e-3"]}.items():  # fmt: skip
         run = run_cli("unlearn_harm.py", *words, f"--model_save_dir={name}", *(f"--set={s}" for s in settings),
                       cwd=tmp_path)  # fmt: skip
         assert run.returncode == 0, run.stderr
         found[name] = weights(tmp_path / name)
     plain = found["plain"]
     assert all(torch.equal(plain[key], found["off"][key]) for key in plain)
-    for name in ("sam", "bits"):
+    for name in ("sam", "bits", "masked", "short"):
         change = torch.stack([(plain[key] - found[name][key]).abs().max() for key in plain]).max()
         assert 0 < change < 0.02, name  # another step of the same length, from weights that were put back
 
@@ -88,6 +104,6 @@ def test_what_cannot_be_changed_is_refused(tmp_path, model_folders, data_files, 
     run = run_cli("unlearn_harm.py", f"--model_name={model_folders['llama']}", "--model_save_dir=out",
                   "--log_file=out.log", *SMALL, *data_words(data_files), *words, cwd=tmp_path, quiet=True)  # fmt: skip
     assert message in one_line_error(run)
-    with pytest.raises(UsageError, match="perturbed: the weights are changed whole: leave --shard out"):
+    with pytest.raises(UsageError, match="perturbed: weights and gradients are changed whole: leave --shard out"):
         refuse_perturbed(SimpleNamespace(perturbed=PerturbedSettings(radius=0.1)),
                          SimpleNamespace(shard=True, use_lora=False))  # fmt: skip
