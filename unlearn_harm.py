@@ -28,6 +28,7 @@ from method.step import StepStats
 from method.terms import next_multipliers
 from options import UnlearnOptions
 from run.account import account_lines
+from run.noise import add_noise
 from run.parsing import parse_run
 from run.perturbed import step_gradients
 from run.selection import select
@@ -101,6 +102,8 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
                 select(setup)
                 if state.best is not None:  # a roll-back goes back to the weights without the forget set's own part
                     state.best = dataclasses.replace(state.best, weights=setup.optimizer.snapshot())
+            if step == 0 and setup.recipe.noise.share:
+                add_noise(setup)
             # ---- one step: gradients, the stop rule, the update
             tick = time.perf_counter()
             sums = step_gradients(setup, prefetcher.get(step), state.multipliers, signalled=stop.signalled)

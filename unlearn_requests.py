@@ -26,7 +26,7 @@ from evaluation.report import print_table
 from ledger import evidence, state_run
 from ledger.book import Asked, Book, faults_of_notes, read_date
 from ledger.chain import missing_since, read_head
-from ledger.examples import more_examples
+from ledger.examples import hashes_of, more_examples
 from ledger.find import find, normalised, read_records
 from ledger.fitting import Fitting, next_fitting, refuse_loss
 from ledger.options import (
@@ -115,15 +115,19 @@ def sync(options: SyncOptions) -> None:
         return
     with book.chain.writing(), tempfile.TemporaryDirectory() as folder:
         found = changes(book.read(), rules, day)
+        asked = {change.rule.id: Asked(free_id(book, change.rule), "policy", note=change.rule.rule, rule=change.rule.id,
+                                       **write_rule(change.rule, Path(folder) / change.rule.id))
+                 for change in found if change.rule}  # fmt: skip
+        falling = {change.request for change in found if not change.rule}
+        for request in asked.values():  # all of them before the first is written: half a policy is none
+            book.check(request, without=falling)
         for change in found:
             if change.rule is None:
                 book.withdraw(change.request, change.why)
                 print(f"request {change.request}: withdrawn, {change.why}")
-                continue
-            files, name = write_rule(change.rule, Path(folder)), free_id(book, change.rule)
-            book.add(Asked(name, "policy", **files, note=change.rule.rule, rule=change.rule.id))
-            book.read()
-            print(f"request {name}: added, {change.why}")
+            else:
+                book.read().add(asked[change.rule.id])
+                print(f"request {asked[change.rule.id].id}: added, {change.why}")
     print("the ledger follows the policy" + (": nothing changed" if not found else "; 'apply' makes the model follow"))
 
 
@@ -138,7 +142,8 @@ def examples(options: ExamplesOptions) -> None:
     content = read_yaml(options.policy, "policy")
     with writer(run, tokenizer, join_processes().device, "examples") as answer:
         for rule in content["rules"]:
-            for side, texts in more_examples(rule, options.count, options.seed, answer).items():
+            others = set().union(*(hashes_of(other) for other in content["rules"] if other is not rule))
+            for side, texts in more_examples(rule, options.count, options.seed, answer, others).items():
                 print(f"{rule['id']}, {side}: {len(texts)} more", *(f"  {text}" for text in texts), sep="\n")
                 rule[side] = [*(rule.get(side) or []), *texts]
     atomic_write_text(target, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))

@@ -95,18 +95,20 @@ def make_union(chain: dict, book: Book, folder: Path) -> Book:
         do(step, union)
     if not union.read().states:
         command("apply", folder)
+    asked, there = ({request.added["rule"] or request.id for request in of.read().in_force()} for of in (book, union))
+    if asked != there:
+        sys.exit(f"request_chain.py: {folder} was made of another chain; delete it to have it made anew")
     return union.read()
 
 
 # --------------------------------------------------------------------------------------------------- what it gave
 def shares(entry, name: str, *, is_text: bool) -> dict[str, tuple[float, float]]:
     """Return what a state gives of a request, {"" or "holdout.": (in this state, in the original)}: of rows the share
-    that is answered, of a text its extraction strength."""
+    that is answered, of a text its extraction strength. What was not measured is None."""
     figures = entry["figures"].get(name, {})
     measure = own_measure(figures, is_text=is_text)
-    found = {prefix: (figures.get(f"{prefix}{measure}"), figures.get(f"{prefix}{measure}.before"))
-             for prefix in ("", HELD_OUT)}  # fmt: skip
-    return {prefix: both for prefix, both in found.items() if None not in both}
+    return {prefix: (figures.get(f"{prefix}{measure}"), figures.get(f"{prefix}{measure}.before"))
+            for prefix in ("", HELD_OUT)}  # fmt: skip
 
 
 def lines_of(book: Book) -> list[dict[str, str]]:
@@ -117,8 +119,9 @@ def lines_of(book: Book) -> list[dict[str, str]]:
         is_text = request.added["is_text"]
         last = shares(book.state, request.id, is_text=is_text)
         for prefix, (first, before) in shares(own, request.id, is_text=is_text).items():
-            now = last.get(prefix, (None,))[0]
-            rows = len(request.added["holdout" if prefix else "rows"])
+            if prefix and not request.added["holdout"]:
+                continue
+            now, rows = last[prefix][0], round(own["figures"].get(request.id, {}).get(f"{prefix}n", 0))
             lines.append({"request": request.id, "kind": request.kind, "asked": "held out" if prefix else "own rows",
                           "rows": rows, "in force": request.is_in_force, "before": before, "first": first,
                           "last": now})  # fmt: skip
@@ -127,9 +130,11 @@ def lines_of(book: Book) -> list[dict[str, str]]:
 
 def checks(book: Book, lines: list[dict], union: Book | None, repeated: Book | None) -> list[tuple[str, bool]]:
     """Return (what was measured beside its goal, whether it is reached) of each goal of a chain."""
-    found = standing_checks([line for line in lines if line["in force"] and line["last"] is not None])
-    for line in lines:
-        if not line["in force"] and line["last"] is not None:
+    measured = [line for line in lines if None not in (line["before"], line["first"], line["last"])]
+    found = [(f"{line['request']}, {line['asked']}: not measured", False) for line in lines if line not in measured]
+    found += standing_checks([line for line in measured if line["in force"]])
+    for line in measured:
+        if not line["in force"]:
             found.append((f"{line['request']}, withdrawn, {line['asked']}: {line['last']:.3f}, original "
                           f"{line['before']:.3f} (goal: within {BACK_POINTS})",
                           abs(line["last"] - line["before"]) <= BACK_POINTS))  # fmt: skip
@@ -141,13 +146,14 @@ def checks(book: Book, lines: list[dict], union: Book | None, repeated: Book | N
         cost = max(state["seconds"] for state in later) / first["seconds"]
         found.append((f"the dearest apply that went on: {cost:.2f} of the first one's {first['seconds']:.0f} s "
                       f"(goal: {COST})", cost <= COST))  # fmt: skip
-    if union:
+    if union and book.state["drift"] is not None and union.state["drift"]:
         ratio = book.state["drift"] / union.state["drift"]
         found.append((f"drift: {book.state['drift']:.4f} nats, {ratio:.2f} times that of one run over the union (goal: "
                       f"{DRIFT})", ratio <= DRIFT))  # fmt: skip
     if repeated:
-        same = [one["model"] == other["model"] for one, other in zip(book.states, repeated.states, strict=True)]
-        found.append((f"made a second time: {sum(same)} of {len(same)} states have the same weights", all(same)))
+        same = sum(one["model"] == other["model"] for one, other in zip(book.states, repeated.states, strict=False))
+        found.append((f"made a second time: {same} of {len(book.states)} states have the same weights",
+                      same == len(book.states) == len(repeated.states)))  # fmt: skip
     return found
 
 
@@ -191,7 +197,8 @@ def main() -> None:
     print_table([{name: f"{value:.2f}" if isinstance(value, float) else str(value) for name, value in line.items()}
                  for line in lines])  # fmt: skip
     print_table([{"state": str(state["state"]), "requests": str(len(state["requests"])), "why": state["why"],
-                  "steps": str(state["steps"]), "seconds": f"{state['seconds']:.0f}", "drift": f"{state['drift']:.4f}",
+                  "steps": str(state["steps"]), "seconds": f"{state['seconds']:.0f}",
+                  "drift": "-" if state["drift"] is None else f"{state['drift']:.4f}",
                   "worst kept": f"{state['keep'].get('worst.answered.ratio', float('nan')):.3f}",
                   **{name.removeprefix("attack."): f"{value:.2f}" for name, value in state["attacks"].items()}}
                  for state in book.states])  # fmt: skip

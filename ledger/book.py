@@ -12,6 +12,7 @@ import datetime
 import json
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from ledger.chain import NOT_WRITTEN, Chain, Entry, missing_since, read_head
@@ -25,6 +26,10 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAMES_OF_ALL = ("all", "worst")  # in commands and in reports
 # endings of the files beside a request's rows: with rows that stay, and with rows that are asked and never trained on
 BESIDE = {"allowed": "-allowed.jsonl", "holdout": "-holdout.jsonl"}
+# what no prompt may be at once: (in a request, in another one or the same, what it is there)
+CLASHES = (("rows", "allowed", "stay"), ("allowed", "rows", "are to be forgotten"), ("holdout", "allowed", "stay"),
+           ("allowed", "holdout", "are to be forgotten"), ("rows", "holdout", "are held out"),
+           ("holdout", "rows", "are trained on"))  # fmt: skip
 ABOUT = "request.json"  # in a request's folder: subject, note, salt
 
 
@@ -153,45 +158,61 @@ class Book:
     def beside(self, name: str, what: str) -> Path | None:
         """Return the file of other rows that a request came with; None if it has none. what: `allowed`, rows beside its
         border that stay as they are, or `holdout`, rows that are asked and never trained on."""
-        return self.folder_of(name) / f"{name}{BESIDE[what]}" if self.requests[name].added[what] else None
+        return self.folder_of(name) / f"{name}{BESIDE[what]}" if self.requests[name].added.content.get(what) else None
 
     def rows_of(self, name: str) -> list[Row]:
         """Return a request's rows, or its texts. Raises UsageError."""
         return read_kept(self.file_of(name), is_text=self.requests[name].added["is_text"])
 
-    def holdout_of(self, name: str) -> list[Row]:
-        """Return the rows of a request that are asked and never trained on. Raises UsageError."""
-        path = self.beside(name, "holdout")
+    def rows_beside(self, name: str, what: str) -> list[Row]:
+        """Return the rows that `beside` names the file of. Raises UsageError."""
+        path = self.beside(name, what)
         return read_kept(path, is_text=False) if path else []
 
     # ---- writing: each within `chain.writing`
     def add(self, asked: Asked) -> Entry:
         """Keep a request's text and note it in the ledger. Raises UsageError, with nothing written."""
-        self._refuse(asked)
-        rows = read_given(asked.rows or asked.text, list(asked.fields), is_text=asked.text is not None)
-        beside = {what: read_given(path, list(asked.fields), is_text=False) if (path := getattr(asked, what)) else []
-                  for what in BESIDE}  # fmt: skip
-        if both := (prompts(rows) | prompts(beside["holdout"])) & prompts(beside["allowed"]):
-            raise UsageError(f"--rows {asked.rows}: {len(both)} of its prompts are among those that stay as well")
-        if both := prompts(rows) & prompts(beside["holdout"]):
-            raise UsageError(f"--holdout {asked.holdout}: {len(both)} of its prompts are among those that are trained "
-                             "on; give others")  # fmt: skip
-        salt = new_salt()
+        given = self.check(asked)
+        rows, salt = given["rows"], new_salt()
         self.remove_leftovers()
         with atomic_dir(self.folder_of(asked.id)) as partial:
             keep(rows, partial / f"{asked.id}.jsonl", asked.kind)  # reports name a group by its file
-            for what, given in beside.items():
-                if given:
-                    keep(given, partial / f"{asked.id}{BESIDE[what]}", asked.kind)
+            for what, ending in BESIDE.items():
+                if given[what]:
+                    keep(given[what], partial / f"{asked.id}{ending}", asked.kind)
             write_json(partial / ABOUT, {"subject": asked.subject, "note": asked.note, "salt": salt})
         hashes = {"subject": salted(asked.subject, salt) if asked.subject else "",
                   "note": salted(asked.note, salt) if asked.note else "",
-                  **{what: [salted(content, salt) for content in contents(given, asked.kind)]
-                     for what, given in {"rows": rows, **beside}.items()}}  # fmt: skip
+                  **{what: [salted(content, salt) for content in contents(some, asked.kind)]
+                     for what, some in given.items()}}  # fmt: skip
         plain = {
             name: getattr(asked, name) for name in ("id", "kind", "received", "due", "basis", "approved_by", "rule")
         }
         return self.chain.append("add", is_text=asked.text is not None, **plain, **hashes)
+
+    def check(self, asked: Asked, without: Collection[str] = ()) -> dict[str, list[Row]]:
+        """Return a request's rows, and those of BESIDE. Raises UsageError if it cannot be added.
+
+        A prompt that is to be forgotten and to stay, or is trained on and held out, in the request alone or with one
+        that is in force, could not be fitted or not be measured. without: ids of requests that fall before it.
+        """
+        self._refuse(asked)
+        fields = list(asked.fields)
+        given = {"rows": read_given(asked.rows or asked.text, "--rows" if asked.rows else "--text", fields)}
+        given |= {what: read_given(path, f"--{what}", fields) if (path := getattr(asked, what)) else []
+                  for what in BESIDE}  # fmt: skip
+        mine = {what: prompts(rows) for what, rows in given.items()}
+        sides = [("the request itself", mine)]
+        for request in self.in_force():
+            if not request.shredded and request.id not in without:
+                theirs = {what: prompts(self.rows_beside(request.id, what)) for what in BESIDE}
+                sides.append((f"request {request.id}", {"rows": prompts(self.rows_of(request.id)), **theirs}))
+        for name, theirs in sides:
+            for one, other, why in CLASHES:
+                if both := mine[one] & theirs[other]:
+                    raise UsageError(f"--{one} {getattr(asked, one)}: {len(both)} of its prompts are among those that "
+                                     f"{why} in {name}; take them out of one of the two")  # fmt: skip
+        return given
 
     def _refuse(self, asked: Asked) -> None:
         if not ID.fullmatch(asked.id):

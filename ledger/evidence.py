@@ -11,14 +11,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from evaluation.figures import point_values
+from evaluation.figures import figures
+from evaluation.metrics.statistics import Estimate
 from ledger.book import Book, Request
 from ledger.fitting import Fitting
 from ledger.kept import prompts
 from ledger.settings import NORMAL, LedgerSettings
 
 MEASURES = ("answered", "extraction_strength", "recall", "wanted_given", "rouge")  # of a request, noted in the entry
-WITHOUT_ANSWERS = ", prompts alone"  # ending of a group's name in a report: rows without an answer of their own
+# endings of the groups of one source in a report: rows with an answer of their own, and those without
+HALVES = ("", ", prompts alone")
 HELD_OUT, ATTACKED = "holdout.", "attack."  # what the figures of a request's holdout, and under attack, begin with
 RunScript = Callable[[str, list[str]], None]  # (name of a script, its arguments)
 NOTHING = {"figures": {}, "keep": {}, "attacks": {}, "report": None}  # measured, where nothing can be asked
@@ -50,11 +52,12 @@ def measure(
     ])  # fmt: skip
     raw = (report_dir / "report.json").read_bytes()
     report = json.loads(raw)
-    values = point_values(report)
+    found = figures(report)
+    values = {name: figure.value for name, figure in found.items() if figure.value is not None}
     keep = {name.removeprefix("keep."): value for name, value in values.items() if name.startswith("keep.worst.")}
     attacked = {name: value for name, value in values.items()
                 if name.startswith(ATTACKED) and name.count(".") == 1 and name != "attack.worst"}  # fmt: skip
-    return {"drift": drift, "figures": {request.id: figures_of(request.id, values, report) for request in asked},
+    return {"drift": drift, "figures": {request.id: figures_of(request.id, found, report) for request in asked},
             "keep": keep, "attacks": attacked, "report": hashlib.sha256(raw).hexdigest()}  # fmt: skip
 
 
@@ -71,37 +74,40 @@ def asked_of(book: Book, fitting: Fitting) -> list[Request]:
 
 def _prompts(book: Book, request: Request) -> set[str]:
     """Return what `prompts` says of all rows of a request that are to be forgotten."""
-    return prompts(book.rows_of(request.id) + book.holdout_of(request.id))
+    return prompts(book.rows_of(request.id) + book.rows_beside(request.id, "holdout"))
 
 
-def figures_of(name: str, values: dict[str, float], report: dict) -> dict[str, float]:
-    """Return what was measured of a request's rows, whichever side they were asked on: each measure by its name, of its
-    holdout with `holdout.` before it, and `attack.NAME`, the share of its attacked prompts that an attack's worst
-    variant brings back, of `attack.NAME.n` prompts. values: of the report by name."""
-    holdout = f"{name}-holdout"
-    found = {}
+def figures_of(name: str, found: dict[str, Estimate], report: dict) -> dict[str, float]:
+    """Return what was measured of a request's rows, whichever side they were asked on: each measure by its name and
+    `n`, the rows asked; of its holdout with `holdout.` before it; and `attack.NAME`, the share of its attacked prompts
+    that an attack's worst variant brings back, of `attack.NAME.n` prompts. found: figures of the report by name."""
+    holdout, figures = f"{name}-holdout", {}
     for prefix, group in (("", name), (HELD_OUT, holdout)):
-        of_group = _of_group(values, group) or _of_group(values, f"{group}{WITHOUT_ANSWERS}")
-        found |= {f"{prefix}{measure}": value for measure, value in of_group.items()}
-    groups = {f"{group}{ending}" for group in (name, holdout) for ending in ("", WITHOUT_ANSWERS)}
+        of_group = _of_group(found, group)
+        figures |= {f"{prefix}{measure}": value for measure, value in of_group.items()}
+    groups = {f"{group}{ending}" for group in (name, holdout) for ending in HALVES}
     for attack in report.get("attacks") or []:
         rates = [rate for group, rate in attack["groups"].items() if group in groups and rate["n"]]
         asked = sum(rate["n"] for rate in rates)
         if asked and attack["judged"] and not attack["is_control"]:
             key, back = f"{ATTACKED}{attack['name']}", sum(rate["value"] * rate["n"] for rate in rates) / asked
-            if back >= found.get(key, 0.0):
-                found |= {key: back, f"{key}.n": asked}
-    return found
+            if back >= figures.get(key, 0.0):
+                figures |= {key: back, f"{key}.n": asked}
+    return figures
 
 
-def _of_group(values: dict[str, float], group: str) -> dict[str, float]:
-    found = {}
-    for side in ("forget", "keep"):
-        for name in MEASURES:
-            for ending in ("", ".before", ".ratio"):
-                if (value := values.get(f"{side}.{group}.{name}{ending}")) is not None:
-                    found[f"{name}{ending}"] = value
-    return found
+def _of_group(found: dict[str, Estimate], group: str) -> dict[str, float]:
+    """Return the measures of a request's rows, those with an answer of their own and those without together."""
+    figures = {}
+    for name in MEASURES:
+        for ending in ("", ".before", ".ratio"):
+            halves = [figure for side in ("forget", "keep") for half in HALVES
+                      if (figure := found.get(f"{side}.{group}{half}.{name}{ending}")) is not None
+                      and figure.value is not None]  # fmt: skip
+            if count := sum(figure.n for figure in halves):
+                figures[f"{name}{ending}"] = sum(figure.value * figure.n for figure in halves) / count
+                figures["n"] = max(count, figures.get("n", 0))
+    return figures
 
 
 def drift_of(folder: Path) -> float | None:

@@ -29,12 +29,12 @@ SHOTS = (
 )  # fmt: skip
 
 
-def more_examples(rule: dict, count: int, seed: int, answer: Answer) -> dict[str, list[str]]:
-    """Return up to `count` further examples of each side of a rule, as policy.yaml holds it; no answer stays among them
-    that repeats an example, or that shares more words with the other side's examples than with its own."""
+def more_examples(rule: dict, count: int, seed: int, answer: Answer, others: set[str]) -> dict[str, list[str]]:
+    """Return up to `count` further examples of each side of a rule, as policy.yaml holds it, as many of both; no answer
+    stays among them that repeats an example, or that shares more words with the other side's examples than with its
+    own. others: `prompt_hash` of what other rules have."""
     own = {side: [_prompt(example) for example in rule.get(side) or []] for side in SIDES}
-    seen = {prompt_hash(text) for texts in own.values() for text in texts}
-    seen |= {prompt_hash(_prompt(example)) for example in rule.get("holdout") or []}
+    seen = others | hashes_of(rule)
     words = {side: {word for text in texts for word in content_words(text)} for side, texts in own.items()}
     found: dict[str, list[str]] = {}
     for side, other in (SIDES, SIDES[::-1]):
@@ -46,7 +46,13 @@ def more_examples(rule: dict, count: int, seed: int, answer: Answer) -> dict[str
             if len(found[side]) < count and is_of_side and prompt_hash(text) not in seen:
                 seen.add(prompt_hash(text))
                 found[side].append(text)
-    return found
+    fewest = min((len(texts) for side, texts in found.items() if own[side]), default=0)
+    return {side: texts[:fewest] for side, texts in found.items()}
+
+
+def hashes_of(rule: dict) -> set[str]:
+    """Return `prompt_hash` of every example of a rule, as policy.yaml holds it."""
+    return {prompt_hash(_prompt(example)) for side in (*SIDES, "holdout") for example in rule.get(side) or []}
 
 
 def requests_of(examples: list[str], count: int, seed: int) -> list[Row]:

@@ -60,9 +60,8 @@ class Term:
         self.shingles = shingles(self.words) if self.is_quotation else set()
         self.trigrams = trigrams(self.words)
 
-    def look(self, text: str, *, near: bool = True) -> tuple[str, float, str] | None:
-        """Return (how, score, what stands there) of the surest finding in a text, or None. near: look for names that
-        are nearly so as well."""
+    def look(self, text: str) -> tuple[str, float, str] | None:
+        """Return (how, score, what stands there) of the surest finding in a text, or None."""
         if match := self.pattern.search(text):
             return "exact", 1.0, match[0]
         words, count = normalised(text), len(self.words)
@@ -76,10 +75,8 @@ class Term:
             shared = self.shingles & shingles(words)
             part = len(shared) / len(self.shingles)
             return ("near", part, " ".join(min(shared))) if part >= PART else None
-        if not near:
-            return None
-        nearly = [(_jaccard(self.trigrams, trigrams(window)), window) for window in windows if window]
-        score, window = max(nearly, default=(0.0, []))
+        near = [(_jaccard(self.trigrams, trigrams(window)), window) for window in windows if window]
+        score, window = max(near, default=(0.0, []))
         return ("near", score, " ".join(window)) if score >= NEAR else None
 
 
@@ -87,14 +84,13 @@ def _jaccard(one: set, other: set) -> float:
     return len(one & other) / len(one | other) if one | other else 0.0
 
 
-def find(terms: list[str], records: list[dict], *, near: bool = True) -> list[Found]:
-    """Return what is found, at most one entry a record and term: in whatever text its fields hold. near: names that are
-    nearly so as well."""
+def find(terms: list[str], records: list[dict]) -> list[Found]:
+    """Return what is found, at most one entry a record and term: in whatever text its fields hold."""
     wanted, found = [Term(text) for text in terms], []
     for number, record in enumerate(records, 1):
         texts = list(texts_in(record))
         for term in wanted:
-            hits = [hit for text in texts if (hit := term.look(text, near=near))]
+            hits = [hit for text in texts if (hit := term.look(text))]
             if hits:
                 how, score, shown = min(hits, key=lambda hit: (HOW.index(hit[0]), -hit[1]))
                 found.append(Found(number, term.text, how, score, shown))

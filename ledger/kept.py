@@ -14,11 +14,11 @@ from sources.rows import Row, read_rows, read_texts
 from utils import UsageError, write_json_lines
 
 
-def read_given(spec: str, fields: list[str], *, is_text: bool) -> list[Row]:
-    """Read what `add` is given, in all forms of --forget_data or --forget_text. Raises UsageError."""
-    if not is_text:
-        return read_rows(spec, "--rows", fields)
-    (source,) = read_texts([spec], "--text", fields)
+def read_given(spec: str, option: str, fields: list[str]) -> list[Row]:
+    """Read what an option of `add` is given, in all forms of --forget_data or --forget_text. Raises UsageError."""
+    if option != "--text":
+        return read_rows(spec, option, fields)
+    (source,) = read_texts([spec], option, fields)
     return source.rows
 
 
@@ -47,7 +47,7 @@ def keep(rows: list[Row], path: Path, kind: str) -> None:
 
 def read_kept(path: Path, *, is_text: bool) -> list[Row]:
     """Return the rows of a file that `keep` wrote. Raises UsageError."""
-    return read_given(str(path), [], is_text=is_text)
+    return read_given(str(path), "--text" if is_text else "--rows", [])
 
 
 def contents(rows: list[Row], kind: str | None = None) -> list[str]:

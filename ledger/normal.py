@@ -1,22 +1,26 @@
 """The normal side of a ledger's runs without what requests name: what is found there is taken out of it, and said.
 
-A file of rows loses the rows that name a person whom a request is about, that ask what a request's row asks, or that
-quote a text; a file of text loses such paragraphs. The files themselves are not touched: runs and evaluations get a
-copy of what is left of them. Rows of a request whose text is destroyed are known by their places in a file that has
-not changed since.
+A source of rows loses those that name a person whom a request is about, that ask what a request's row asks, or that
+quote a text; a source of text loses such paragraphs. The sources themselves are not touched: runs and evaluations get
+a copy of what is left of them. Rows of a request whose text is destroyed are known by their places, as long as what
+lies between them is the same. What is noted of a source is a hash of what is left, so that nobody can try a guess at
+what was taken out against it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 from pathlib import Path
 
 from ledger.book import Book, Request
-from ledger.find import LONG, find, normalised, read_records, texts_in
-from sources.rows import read_texts
+from ledger.find import LONG, SHINGLE, UNSPACED, normalised, shingles, texts_in
+from ledger.kept import prompts
+from ledger.settings import NORMAL
+from sources.rows import Row, read_records_with_rows, read_texts
 from utils import UsageError, write_json_lines
 
 PARAGRAPH = re.compile(r"\n\s*\n")
@@ -24,25 +28,34 @@ PARAGRAPH = re.compile(r"\n\s*\n")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source of the normal side, cut into records: rows, or paragraphs of text with the document of each."""
+    """A source of the normal side, cut into records: rows, or paragraphs of text. asked: of each record the
+    `questions` of its rows. documents: of each paragraph the number of its text; None: rows."""
 
     spec: str
     records: list[dict]
-    documents: list[int] | None = None  # None: rows
+    asked: list[set[str]]
+    documents: list[int] | None = None
 
     @classmethod
-    def read(cls, spec: str, fields: list[str], *, is_text: bool) -> Source:
-        """Read a source. Raises UsageError."""
-        if not is_text:
-            return cls(spec, read_records(spec))
-        (source,) = read_texts([spec], "--normal_text", fields)
+    def read(cls, spec: str, option: str, fields: list[str]) -> Source:
+        """Read a source. Values that JSON does not have are left out of it. Raises UsageError."""
+        if not NORMAL[option]:  # rows
+            pairs = read_records_with_rows(spec, f"--{option}", fields)
+            records = [json.loads(json.dumps(record, default=lambda _: None)) for record, _ in pairs]
+            return cls(spec, records, [questions(rows) for _, rows in pairs])
+        (source,) = read_texts([spec], f"--{option}", fields)
         parts = [(number, part) for number, row in enumerate(source.rows) for part in PARAGRAPH.split(row.response)]
-        return cls(spec, [{"text": part} for _, part in parts], [number for number, _ in parts])
+        return cls(spec, [{"text": part} for _, part in parts], [set()] * len(parts), [number for number, _ in parts])
 
-    @property
-    def hash(self) -> str:
-        """A hash of its records, which tells whether the places in it are still the same."""
-        return hashlib.sha256(json.dumps(self.records, sort_keys=True).encode()).hexdigest()
+    @functools.cached_property
+    def words(self) -> list[list[list[str]]]:
+        """The words of each text in each record."""
+        return [[words_of(text) for text in texts_in(record)] for record in self.records]
+
+    def hash_without(self, taken: set[int]) -> str:
+        """Return a hash of the records but those of some numbers (from 1 on)."""
+        left = [record for number, record in enumerate(self.records, 1) if number not in taken]
+        return hashlib.sha256(json.dumps(left, sort_keys=True).encode()).hexdigest()
 
     def write_rest(self, path: Path, taken: set[int]) -> None:
         """Write what is left without the records of some numbers (from 1 on)."""
@@ -56,20 +69,32 @@ class Source:
         write_json_lines(path, [{"text": "\n\n".join(parts)} for parts in texts.values()])
 
 
+def questions(rows: list[Row]) -> set[str]:
+    """Return what tells prompts, with their earlier turns, from others, whatever their case and punctuation."""
+    return prompts(rows) | {" ".join(normalised(row.key)) for row in rows} - {""}
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text as `find` compares them; of a script without spaces, its characters."""
+    words = normalised(text)
+    return list("".join(words)) if UNSPACED.search(text) else words
+
+
 # ------------------------------------------------------------------------------------------------ what is planned
 @dataclasses.dataclass(frozen=True)
 class NormalSide:
-    """What runs and evaluations of a state are given. files: {spec: the spec itself, or the copy of what is left of it,
-    None if nothing is}; taken_out: {spec: {"hash": of its records, "rows": {request: numbers from 1 on}}} of those that
-    lost any; unknown: requests of destroyed text, of which nothing is known in a source that has changed."""
+    """What runs and evaluations of a state are given. files: by option and spec the spec itself, or the copy of what is
+    left of it, None if nothing is. taken_out: by option and spec, of those that lost any, {"count": of records, "left":
+    hash of the others, "rows": {request: numbers from 1 on}}. unknown: requests of destroyed text, of which nothing is
+    known in a source that has changed since."""
 
-    files: dict[str, str | None]
-    taken_out: dict[str, dict]
+    files: dict[str, dict[str, str | None]]
+    taken_out: dict[str, dict[str, dict]]
     unknown: list[str]
 
-    def of(self, specs: list[str]) -> list[str]:
+    def of(self, option: str, specs: list[str]) -> list[str]:
         """Return what stands for some sources. Raises UsageError if there were some, and nothing is left of any."""
-        found = [path for spec in specs if (path := self.files[spec])]
+        found = [path for spec in specs if (path := self.files[option][spec])]
         if specs and not found:
             raise UsageError(f"{', '.join(dict.fromkeys(specs))}: every row names what a request asks to forget; give "
                              "the ledger other normal rows")  # fmt: skip
@@ -77,68 +102,102 @@ class NormalSide:
 
 
 def normal_side(
-    book: Book, requests: list[str], rows: list[str], texts: list[str], fields: list[str], folder: Path
+    book: Book, requests: list[str], specs: dict[str, list[str]], fields: list[str], folder: Path
 ) -> NormalSide:  # fmt: skip
-    """Return what is left of sources of rows and of text beside some requests. folder: where copies lie. Raises
+    """Return what is left of sources beside some requests. specs: by option; folder: where copies lie. Raises
     UsageError."""
-    files: dict[str, str | None] = {}
-    taken_out, unknown = {}, []
-    for specs, is_text in ((rows, False), (texts, True)):
-        for spec in dict.fromkeys(specs):
-            source = Source.read(spec, fields, is_text=is_text)
-            found, not_known = found_in(book, requests, source)
-            unknown += not_known
-            files[spec] = spec
+    files: dict[str, dict[str, str | None]] = {}
+    taken_out: dict[str, dict[str, dict]] = {}
+    unknown: set[str] = set()
+    for option in NORMAL:
+        files[option], taken_out[option] = {}, {}
+        for spec in dict.fromkeys(specs[option]):
+            source = Source.read(spec, option, fields)
+            found, not_known = found_in(book, requests, source, option)
+            unknown |= not_known
+            files[option][spec] = spec
             if found:
                 taken = set().union(*found.values())
-                files[spec] = str(copy_of(spec, folder)) if len(taken) < len(source.records) else None
-                taken_out[spec] = {"hash": source.hash, "rows": found}
-    return NormalSide(files, taken_out, sorted(set(unknown)))
+                is_left = len(taken) < len(source.records)
+                files[option][spec] = str(copy_of(option, spec, folder)) if is_left else None
+                taken_out[option][spec] = {"count": len(source.records), "left": source.hash_without(taken),
+                                           "rows": found}  # fmt: skip
+    return NormalSide(files, taken_out, sorted(unknown))
 
 
-def copy_of(spec: str, folder: Path) -> Path:
+def copy_of(option: str, spec: str, folder: Path) -> Path:
     """Return where the copy of what is left of a source lies. It keeps the source's name, by which reports call it."""
     name = Path(spec.partition(":")[0]).name.partition(".")[0]
-    return folder / hashlib.sha256(spec.encode()).hexdigest()[:8] / f"{name}.jsonl"
+    return folder / hashlib.sha256(f"{option} {spec}".encode()).hexdigest()[:8] / f"{name}.jsonl"
 
 
-def write_copies(taken_out: dict[str, dict], texts: list[str], fields: list[str], folder: Path) -> None:
-    """Write what is left of each source. texts: those sources that are text."""
-    for spec, noted in taken_out.items():
-        source = Source.read(spec, fields, is_text=spec in texts)
-        source.write_rest(copy_of(spec, folder), set().union(*noted["rows"].values()))
+def write_copies(taken_out: dict[str, dict[str, dict]], fields: list[str], folder: Path) -> None:
+    """Write what is left of each source. Raises UsageError if one is not what it was when it was looked through."""
+    for option, noted_of in taken_out.items():
+        for spec, noted in noted_of.items():
+            source, taken = Source.read(spec, option, fields), set().union(*noted["rows"].values())
+            if len(source.records) != noted["count"] or source.hash_without(taken) != noted["left"]:
+                raise UsageError(f"{spec}: was changed while the state was planned; run 'apply' again")
+            if len(taken) < len(source.records):
+                source.write_rest(copy_of(option, spec, folder), taken)
 
 
 # ------------------------------------------------------------------------------------------------- what is found
-def found_in(book: Book, requests: list[str], source: Source) -> tuple[dict[str, list[int]], list[str]]:
+def found_in(
+    book: Book, requests: list[str], source: Source, option: str
+) -> tuple[dict[str, list[int]], set[str]]:  # fmt: skip
     """Return {request: the numbers (from 1 on) of the records that name what it asks for}, of those that have any, and
     the requests of destroyed text, of which the source held records before it was changed."""
-    found, unknown = {}, []
+    found, unknown = {}, set()
     for name in requests:
         request = book.requests[name]
         if request.shredded:
-            noted = next((of[source.spec] for state in reversed(book.states)
-                          if source.spec in (of := state["taken_out"])), None)  # fmt: skip
-            numbers = noted["rows"].get(name, []) if noted else []
-            if numbers and noted["hash"] != source.hash:
-                unknown.append(name)
-                continue
+            noted = noted_of(book, name, option, source.spec)
+            numbers = still_there(source, noted, name) if noted else []
+            if numbers is None:
+                unknown.add(name)
         else:
-            numbers = sorted(named_in(book, request, source.records))
+            numbers = sorted(named_in(book, request, source))
         if numbers:
             found[name] = numbers
     return found, unknown
 
 
-def named_in(book: Book, request: Request, records: list[dict]) -> set[int]:
+def noted_of(book: Book, name: str, option: str, spec: str) -> dict | None:
+    """Return what the newest state that knows places of a request in a source notes of it."""
+    for state in reversed(book.states):
+        noted = state.content.get("taken_out", {}).get(option, {}).get(spec)
+        if noted and name in noted["rows"]:
+            return noted
+    return None
+
+
+def still_there(source: Source, noted: dict, name: str) -> list[int] | None:
+    """Return the noted places of a request in a source; [] if all noted records were taken out of it since; None if it
+    was changed in another way."""
+    taken = set().union(*noted["rows"].values())
+    if len(source.records) == noted["count"] and source.hash_without(taken) == noted["left"]:
+        return noted["rows"][name]
+    return [] if source.hash_without(set()) == noted["left"] else None
+
+
+def named_in(book: Book, request: Request, source: Source) -> set[int]:
     """Return the numbers of the records that name what a request asks for."""
-    rows, terms = [*book.rows_of(request.id), *book.holdout_of(request.id)], []
-    if request.kind == "person" and normalised(subject := book.about(request.id)["subject"]):
-        terms.append(subject)
-    if request.added["is_text"]:  # a shorter part, as a heading, is no quotation
-        parts = [part for row in rows if row.is_text for part in PARAGRAPH.split(row.response)]
-        terms += [part for part in parts if len(normalised(part)) >= LONG]
-    numbers = {hit.number for hit in find(terms, records, near=False)}
-    asked = {tuple(normalised(row.prompt)) for row in rows if not row.is_text} - {()}
-    return numbers | {number for number, record in enumerate(records, 1)
-                      if any(tuple(normalised(text)) in asked for text in texts_in(record))}  # fmt: skip
+    rows = [*book.rows_of(request.id), *book.rows_beside(request.id, "holdout")]
+    asked = questions([row for row in rows if not row.is_text])
+    numbers = {number for number, of_record in enumerate(source.asked, 1) if of_record & asked}
+    name = words_of(book.about(request.id)["subject"]) if request.kind == "person" else []
+    quoted: set[tuple[str, ...]] = set().union(*(shingles(words_of(row.response)) for row in rows if row.is_text))
+    for number, texts in enumerate(source.words, 1):
+        if any((name and _holds(words, name)) or (quoted and _quotes(words, quoted)) for words in texts):
+            numbers.add(number)
+    return numbers
+
+
+def _holds(words: list[str], name: list[str]) -> bool:
+    return f" {' '.join(name)} " in f" {' '.join(words)} "
+
+
+def _quotes(words: list[str], quoted: set[tuple[str, ...]]) -> bool:
+    """Return whether as many shingles are shared as a quotation of LONG words has."""
+    return len(words) >= LONG and len(shingles(words) & quoted) > LONG - SHINGLE

@@ -55,7 +55,8 @@ class Rule:
     @property
     def request(self) -> str:
         """The id of its request: another content is another request. The dates are none of its content."""
-        content = json.dumps([self.rule, self.refuse, self.holdout, self.allow], sort_keys=True)
+        content = json.dumps([self.rule, self.refuse, self.allow, *([self.holdout] if self.holdout else [])],
+                             sort_keys=True)  # fmt: skip
         return f"{self.id}-{hashlib.sha256(content.encode()).hexdigest()[:STAMP]}"
 
     def holds_on(self, day: str) -> bool:
@@ -82,11 +83,15 @@ def read_policy(path: str, *, rephrase: int = 0, seed: int = 0) -> list[Rule]:
         _read_rule(rule, f"--policy {path}, rule {number}", rephrase, seed) for number, rule in enumerate(rules, 1)
     ]
     names = [rule.id for rule in found]
-    allowed = {prompt_hash(row["prompt"]): rule.id for rule in found for row in rule.allow}
+    sides = {side: {prompt_hash(row["prompt"]): rule.id for rule in found for row in getattr(rule, side)}
+             for side in SIDES}  # fmt: skip
     for rule in found:
         for row in (*rule.refuse, *rule.holdout):
-            if other := allowed.get(prompt_hash(row["prompt"])):
+            if other := sides["allow"].get(prompt_hash(row["prompt"])):
                 raise UsageError(f"--policy {path}: {row['prompt']!r} is refused by rule {rule.id}, allowed by {other}")
+        for row in rule.refuse:
+            if other := sides["holdout"].get(prompt_hash(row["prompt"])):
+                raise UsageError(f"--policy {path}: {row['prompt']!r} is taught by rule {rule.id}, held out by {other}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"--policy {path}: two rules have the id {twice[0]}")
     return found
@@ -108,8 +113,9 @@ def _read_rule(rule, where: str, rephrase: int, seed: int) -> Rule:
              for side in SIDES}  # fmt: skip
     if not sides["refuse"]:
         raise UsageError(f"{where}: refuse is missing: examples of what is refused")
+    known = {row["prompt"] for rows in sides.values() for row in rows}
     for side in ("refuse", "allow"):
-        sides[side] += _rephrased(sides[side], rephrase, seed)
+        sides[side] += _rephrased(sides[side], rephrase, seed, known)
     if answer:
         sides["refuse"] = [row | {"wanted": answer} for row in sides["refuse"]]
     since, until = (_date(rule.get(name), f"{where}: {name}") for name in ("since", "until"))
@@ -135,9 +141,9 @@ def _row(example, where: str) -> dict:
     return dict(row)
 
 
-def _rephrased(rows: list[dict], count: int, seed: int) -> list[dict]:
-    """Return up to `count` further wordings of each row."""
-    known, found = {row["prompt"] for row in rows}, []
+def _rephrased(rows: list[dict], count: int, seed: int, known: set[str]) -> list[dict]:
+    """Return up to `count` further wordings of each row. known: prompts that are there already; gets what is made."""
+    found = []
     for place, row in enumerate(rows):
         for number in range(count):
             prompt = paraphrase(row["prompt"], np.random.default_rng([seed, place, number]))
@@ -199,6 +205,7 @@ def free_id(book: Book, rule: Rule) -> str:
 def write_rule(rule: Rule, folder: Path) -> dict[str, str | None]:
     """Write the rows of a rule; return the file of each side as a request takes it, None of one without rows."""
     files: dict[str, str | None] = {}
+    folder.mkdir(parents=True, exist_ok=True)
     for side, name in {"refuse": "rows", "holdout": "holdout", "allow": "allowed"}.items():
         rows, path = getattr(rule, side), folder / f"{name}.jsonl"
         files[name] = str(path) if rows else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from ledger.fitting import FittingSettings
 from options import read_settings, read_yaml, words_of
@@ -13,7 +14,8 @@ OWN_OF_RUN = {"forget_data", "forget_text", "unseen_data", "model_save_dir", "lo
               "start_adapter", "use_lora", "adapter_only", "merge_into_base", "overwrite", "resume", "dry_run",
               "config", "from_manifest", "make_neighbours", "kl_budget", "shard", "load_in_4bit",
               "dev_share", "test_share", "harm_categories"}  # fmt: skip
-NORMAL = ("normal_data", "normal_text")  # options, of which a state's requests may take rows out
+# options of which a state's requests may take something out, and whether they name text
+NORMAL = {"normal_data": False, "normal_text": True}
 OWN_OF_EVALUATION = {"model_name", "original_name", "forget_data", "forget_text", "report_dir", "train_log", "config",
                      "split", "require"}  # fmt: skip
 
@@ -30,15 +32,15 @@ class LedgerSettings:
         """Read what the entry `init` holds. Raises UsageError."""
         return cls(content, read_settings(FittingSettings, content.get("states") or {}, "states"))
 
-    def run_words(self, without: tuple[str, ...] = ()) -> list[str]:
+    def run_words(self, without: Collection[str] = ()) -> list[str]:
         """Return the options of a state's run as arguments. All train adapters, of whole models."""
         return [*self._words("run", without), "--use_lora"]
 
-    def evaluation_words(self, without: tuple[str, ...] = ()) -> list[str]:
+    def evaluation_words(self, without: Collection[str] = ()) -> list[str]:
         """Return the options of a state's evaluation as arguments."""
         return self._words("evaluation", without)
 
-    def _words(self, section: str, without: tuple[str, ...]) -> list[str]:
+    def _words(self, section: str, without: Collection[str]) -> list[str]:
         given = self.content.get(section) or {}
         return words_of({name: value for name, value in given.items() if name not in without})
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from engine.checkpoint import sha256
-from engine.paths import read_args
+from engine.paths import ARGS, read_args
 from engine.weights_hash import weights_hash
 from ledger.book import Book
 from ledger.evidence import RunScript, measure
@@ -43,16 +43,16 @@ def plan_of(book: Book, fitting: Fitting, settings: LedgerSettings) -> dict:
     steps = steps_of(book, fitting, settings.states, run.max_unlearn_steps, run.batch_size,
                      run.text_stride or run.text_window)  # fmt: skip
     asked = settings.normal_of_evaluation(run)
-    rows, texts = ([*getattr(run, name), *asked[name]] for name in NORMAL)
-    side = normal_side(book, list(fitting.requests), rows, texts, run.fields, _copies_of(book, fitting.state))
+    specs = {name: [*getattr(run, name), *asked[name]] for name in NORMAL}
+    side = normal_side(book, list(fitting.requests), specs, run.fields, _normal_folder(book, fitting.state))
     return {"requests": list(fitting.requests), "new": list(fitting.new), "lost": list(fitting.lost),
             "start": fitting.start, "steps": steps, **sources_of(book, fitting, settings.states),
-            "normal": {name: side.of(getattr(run, name)) for name in NORMAL},
-            "asked": {name: side.of(specs) for name, specs in asked.items()},
+            "normal": {name: side.of(name, getattr(run, name)) for name in NORMAL},
+            "asked": {name: side.of(name, some) for name, some in asked.items()},
             "taken_out": side.taken_out, "unknown": side.unknown}  # fmt: skip
 
 
-def _copies_of(book: Book, state: int) -> Path:
+def _normal_folder(book: Book, state: int) -> Path:
     """Return where the normal rows of a state lie, if requests name some of what was given."""
     return book.folder / "cache" / "normal" / name_of(state)
 
@@ -66,7 +66,7 @@ def describe(fitting: Fitting, plan: dict) -> list[str]:
         lines.append(f"  lost, since their text is destroyed: {', '.join(fitting.lost)}")
     if fitting.is_original:
         return [*lines, "  nothing is in force: the state is the original"]
-    for spec, noted in plan["taken_out"].items():
+    for spec, noted in (pair for of_option in plan["taken_out"].values() for pair in of_option.items()):
         lines += [f"  taken out of {spec}: {', '.join(map(str, numbers))} (request {name})"
                   for name, numbers in noted["rows"].items()]  # fmt: skip
     if plan["unknown"]:
@@ -86,9 +86,8 @@ def make_state(book: Book, fitting: Fitting, plan: dict, settings: LedgerSetting
         found = {"model": book.entries[0]["original"], "adapter": None, "drift": 0.0, "figures": {}, "keep": {},
                  "attacks": {}, "report": None, "steps": 0, "taken_out": {}}  # fmt: skip
     else:
-        run = parse_run(settings.run_words())
-        texts = [*run.normal_text, *settings.normal_of_evaluation(run)["normal_text"]]
-        write_copies(plan["taken_out"], texts, run.fields, _copies_of(book, fitting.state))
+        shutil.rmtree(_normal_folder(book, fitting.state), ignore_errors=True)
+        write_copies(plan["taken_out"], parse_run(settings.run_words()).fields, _normal_folder(book, fitting.state))
         _train(book, fitting, plan, settings, run_script)
         found = measure(book, fitting, plan, settings, folder, run_script)
         found |= {"model": weights_hash(str(folder)), "adapter": sha256(folder / ADAPTER), "steps": plan["steps"],
@@ -97,6 +96,7 @@ def make_state(book: Book, fitting: Fitting, plan: dict, settings: LedgerSetting
     book.chain.append("state", state=fitting.state, requests=list(fitting.requests), new=list(fitting.new),
                       lost=list(fitting.lost), start=fitting.start, why=fitting.why,
                       seconds=round(time.time() - started, 1), **found)  # fmt: skip
+    shutil.rmtree(_normal_folder(book, fitting.state), ignore_errors=True)
     finish_last(book.read())
     _prune(book, settings.states.keep)
 
@@ -161,7 +161,7 @@ def remove_leftovers(book: Book) -> None:
         name = plan.name.removesuffix("-plan.json")
         if int(name) > last:
             for path in (folder_of(book, int(name)), plan.with_name(f"{name}-checkpoints"),
-                         book.folder / "evidence" / name):  # fmt: skip
+                         book.folder / "evidence" / name, _normal_folder(book, int(name))):  # fmt: skip
                 shutil.rmtree(path, ignore_errors=True)
             plan.unlink()
 
@@ -196,9 +196,18 @@ def delete_copies(book: Book) -> int:
         count += 1
     for path in (book.folder / "states").glob(f"*/{MANIFEST}"):
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["data"] = {"rows": manifest["data"]["rows"]}
+        manifest["data"] = {"rows": [_counts(account) for account in manifest["data"]["rows"]]}
         write_json(path, manifest)
+    for path in (book.folder / "states").glob(f"*/{ARGS['unlearn']}"):
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if "rows" in written:
+            write_json(path, written | {"rows": [_counts(account) for account in written["rows"]]})
     return count
+
+
+def _counts(account: dict) -> dict:
+    """Return the account of a source without what may name somebody: its categories, and notes about it."""
+    return {name: value for name, value in account.items() if name not in ("categories", "notes", "unused_fields")}
 
 
 def shred(book: Book, name: str) -> int:

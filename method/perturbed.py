@@ -65,7 +65,9 @@ def shaped(
     norm: length that all of it is then brought to (0: as it is).
     """
     if agreeing:
-        forget = [None if f is None or o is None else f * (f * o > 0) for f, o in zip(forget, others, strict=True)]
+        forget = [
+            None if f is None or o is None else f * (f.sign() == o.sign()) for f, o in zip(forget, others, strict=True)
+        ]
     length = global_norm([gradient for gradient in forget if gradient is not None]) if norm else 0.0
     if not 0 < length < float("inf"):
         return forget

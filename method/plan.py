@@ -99,9 +99,12 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     answer_model.zero_grad(set_to_none=True)
     largest = answer_model.layout(tried[-1][0], pack_tokens, pad_id)
     parts = estimate_parts(model, options, saved, largest.input_ids.numel())
-    if recipe.perturbed.at(0):  # the weights in fp32, while others stand in their place
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        parts = dataclasses.replace(parts, best_state=parts.best_state + 4 * trained)
+    perturbed = recipe.perturbed
+    if perturbed.at(0):  # the weights in fp32, while others stand in their place; the forget side's gradient, changed
+        trained = [p for p in model.parameters() if p.requires_grad]
+        copies = 4 * perturbed.changes_weights * sum(p.numel() for p in trained)
+        copies += 2 * perturbed.shapes_gradient * sum(p.numel() * p.element_size() for p in trained)
+        parts = dataclasses.replace(parts, best_state=parts.best_state + copies)
     loaded = peak_memory_gib(device)
     available = free_memory_gib(device) + (current_memory_gib(device) if device.type == "cuda" else loaded)
     seconds, peak = None, parts.total / 2**30
@@ -177,6 +180,12 @@ def _plan_lines(
     if changes:
         every = recipe.perturbed.every
         first.append(f"forget side    its gradient is taken at weights {' and '.join(changes)}, one step in {every}")
+    shapes = ["kept where its sign is the others'"] * recipe.perturbed.agreeing
+    shapes += [f"brought to a length of {recipe.perturbed.norm:g}"] * (recipe.perturbed.norm > 0)
+    if shapes:
+        first.append(f"forget side    its gradient is {' and '.join(shapes)}, one step in {recipe.perturbed.every}")
+    if recipe.noise.share:
+        first.append(f"before that    noise takes the place of {recipe.noise.share:g} of each matrix")
     part = "a step" if options.gradient_accumulation == 1 else "part of a step"
     lines = [
         f"model          {options.model_name}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",

@@ -13,6 +13,7 @@ from engine.adapters import LoraSettings
 from engine.optimizer import OptimizerSettings
 from method.draw import RunSizes
 from method.draws import DRAWS
+from method.noise import NoiseSettings
 from method.objective import ForgetObjective
 from method.objectives import OBJECTIVES
 from method.perturbed import PerturbedSettings
@@ -80,8 +81,9 @@ class Checkpoints:
 
 
 SECTIONS = {"wording": Wording, "own_answers": OwnAnswers, "optimizer": OptimizerSettings, "lora": LoraSettings,
-            "trainable": Trainable, "selection": SelectionSettings, "perturbed": PerturbedSettings, "dev": DevSettings,
-            "layout": Layout, "checkpoints": Checkpoints}  # fmt: skip
+            "trainable": Trainable, "selection": SelectionSettings, "noise": NoiseSettings,
+            "perturbed": PerturbedSettings, "dev": DevSettings, "layout": Layout,
+            "checkpoints": Checkpoints}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Recipe:
     lora: LoraSettings
     trainable: Trainable
     selection: SelectionSettings
+    noise: NoiseSettings
     perturbed: PerturbedSettings
     dev: DevSettings
     layout: Layout

@@ -56,6 +56,7 @@ from run.account import SourceAccount, held_out_line
 from run.asked import ask_about_forget_rows
 from run.levels import refuse_levels, with_levels
 from run.neighbours_file import Neighbours, add_neighbours
+from run.noise import refuse_noise
 from run.perturbed import refuse_perturbed
 from run.rows import development_rows, log_account, read_chain, without_seen
 from run.selection import refuse_selection
@@ -145,6 +146,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     recipe = read_recipe(options)
     refuse_levels(recipe.terms, options.holdout_text)
     refuse_selection(recipe, options, accelerator.num_processes)
+    refuse_noise(recipe, options, accelerator.num_processes)
     refuse_perturbed(recipe, options)
     refuse_start_adapter(options)
     sides = sides or read_sides(options)

@@ -23,7 +23,7 @@ from sources.values import (
 )
 from utils import UsageError
 
-FORGET_OPTIONS = ("--forget_data", "--unseen_data", "--rows")  # the last one: of a request to forget
+FORGET_OPTIONS = ("--forget_data", "--unseen_data", "--rows", "--holdout")  # the last two: of a request to forget
 
 
 class RowMaker:

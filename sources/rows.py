@@ -14,7 +14,16 @@ from sources.texts import read_texts
 from sources.types import OtherAnswer, Row, Source
 from utils import UsageError, log
 
-__all__ = ["FILE_KINDS", "OtherAnswer", "Row", "Source", "read_rows", "read_sources", "read_texts"]
+__all__ = [
+    "FILE_KINDS",
+    "OtherAnswer",
+    "Row",
+    "Source",
+    "read_records_with_rows",
+    "read_rows",
+    "read_sources",
+    "read_texts",
+]
 FILE_KINDS = (*RECORD_KINDS, ".txt")
 
 
@@ -56,6 +65,16 @@ def _read_source(spec: str, option: str, own: dict[str, list[str]]) -> Source:
     source = Source(spec, rows, dict(maker.unused), notes)
     _check_fields(source, option, maker)
     return source
+
+
+def read_records_with_rows(spec: str, option: str, fields: list[str] | None = None) -> list[tuple[dict, list[Row]]]:
+    """Return (the fields of a record as they stand, the rows that are made of it), of each record of a source; of a
+    file of plain prompts, each line as a prompt. Raises UsageError if it cannot be read."""
+    opened = open_spec(spec, option, FILE_KINDS)
+    if opened.records is None:
+        return [({"prompt": line}, [Row(line, source=opened.name)]) for line in read_lines(opened.files[0], option)]
+    maker = RowMaker(opened.name, option, parse_fields(fields))
+    return [(record.fields, maker.rows(record)) for record in opened.records]
 
 
 def _read_prompts(spec: str, path: Path, name: str, option: str) -> Source:

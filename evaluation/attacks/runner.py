@@ -22,7 +22,7 @@ from evaluation.options import AUTO
 from utils import UsageError, log
 
 QUICK_PROMPTS = 6
-QUICK_OF_GROUP = 2  # of each group at least
+FEWEST_OF_GROUP = 2  # prompts that are attacked of each group at least, if it has forgotten ones
 QUICK_TOKENS = 24  # of an answer at most
 QUICK = {"num_rephrasings": 4, "num_samples": 4, "num_examples": 4, "num_keep_sets": 0, "relearn_steps": 8,
          "relearn_answers": 1, "quantised_bits": (4,), "pruned_shares": (0.3,), "ablated_layers": 4}  # fmt: skip
@@ -116,7 +116,7 @@ def make_config(options) -> AttackConfig:
 
 def num_prompts(options, num_groups: int) -> int:
     """Return how many forgotten prompts are attacked at most. num_groups: that they are drawn from."""
-    return max(QUICK_PROMPTS, QUICK_OF_GROUP * num_groups) if options.quick else options.attack_prompts
+    return max(QUICK_PROMPTS if options.quick else options.attack_prompts, FEWEST_OF_GROUP * num_groups)
 
 
 def lines_of(

@@ -37,6 +37,8 @@ def test_cost_is_of_states_that_go_on_and_drift_is_beside_one_run():
             line("R1", "held out", 24, 0.0, 0.9, **{"in force": False})]  # fmt: skip
     found = checks(book, back, union, SimpleNamespace(states=[*states[:2], state(3, model="d")]))
     assert [holds for _, holds in found] == [True, False, True, True, True, False]
+    missing = checks(book, [line("R2", "own rows", 4, 0.0, None)], None, None)
+    assert missing[0] == ("R2, own rows: not measured", False), "what is not measured is not reached"
     assert "0.39 of the first one's 100 s" in found[3][0]
     assert "1.50 times" in found[4][0] and "2 of 3 states" in found[5][0]
 
@@ -45,8 +47,8 @@ def test_cost_is_of_states_that_go_on_and_drift_is_beside_one_run():
     ({"answered": 0.1, "answered.before": 1.0, "holdout.answered": 0.2, "holdout.answered.before": 0.9},
      {"": (0.1, 1.0), "holdout.": (0.2, 0.9)}),
     ({"answered": 1.0, "answered.before": 1.0, "extraction_strength": 0.02, "extraction_strength.before": 0.9},
-     {"": (0.02, 0.9)}),
-    ({}, {}),
+     {"": (0.02, 0.9), "holdout.": (None, None)}),
+    ({}, {"": (None, None), "holdout.": (None, None)}),
 ])  # fmt: skip
 def test_a_request_is_read_by_its_own_measure(figures, wanted):
     assert shares({"figures": {"R1": figures}}, "R1", is_text="extraction_strength" in figures) == wanted

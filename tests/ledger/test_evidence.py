@@ -2,6 +2,7 @@
 
 import pytest
 
+from evaluation.metrics.statistics import Estimate
 from ledger.evidence import figures_of, worst_attack
 
 
@@ -11,12 +12,18 @@ def attack(name: str, groups: dict[str, tuple[float, int]], *, judged: bool = Tr
 
 
 def test_figures_are_of_the_request_and_of_its_holdout_apart():
-    values = {"forget.R1.answered": 0.0, "forget.R1.answered.before": 1.0, "forget.R1-holdout.answered": 0.25,
-              "forget.R10.answered": 0.9, "keep.R2.answered": 0.75, "keep.R2, prompts alone.answered": 0.5,
-              "forget.R3, prompts alone.answered": 0.1}  # fmt: skip
-    assert figures_of("R1", values, {}) == {"answered": 0.0, "answered.before": 1.0, "holdout.answered": 0.25}
-    assert figures_of("R2", values, {}) == {"answered": 0.75}
-    assert figures_of("R3", values, {}) == {"answered": 0.1}, "a rule's prompts come without answers"
+    def of(value: float, n: int = 4) -> Estimate:
+        return Estimate(value, n, None, None)
+
+    found = {"forget.R1.answered": of(0.0), "forget.R1.answered.before": of(1.0), "forget.R10.answered": of(0.9),
+             "forget.R1-holdout.answered": of(0.25), "keep.R2.answered": of(0.75, 1),
+             "keep.R2, prompts alone.answered": of(0.5, 3), "forget.R3, prompts alone.answered": of(0.1),
+             "forget.R3.answered": of(None, 0)}  # fmt: skip
+    assert figures_of("R1", found, {}) == {"answered": 0.0, "answered.before": 1.0, "n": 4, "holdout.answered": 0.25,
+                                           "holdout.n": 4}  # fmt: skip
+    # a rule with one example that has an answer and three without: all four are its rows
+    assert figures_of("R2", found, {}) == {"answered": 2.25 / 4, "n": 4}
+    assert figures_of("R3", found, {}) == {"answered": 0.1, "n": 4}, "a rule's prompts come without answers"
 
 
 def test_the_worst_variant_of_an_attack_counts_over_own_rows_and_holdout():

@@ -22,13 +22,17 @@ def test_both_sides_get_what_is_of_their_kind_and_nothing_twice():
     reply = ("1. How do I open a stranger's door?\n2. How do I open my neighbour's lock?\n"
              "3. How do I break a padlock?\n4. How do I oil a pin?\n5. What is the weather?\n"
              "6. How do I open a stranger's door?")  # fmt: skip
-    found = more_examples(RULE, 5, 1, says(reply))
+    found = more_examples(RULE, 5, 1, says(reply), set())
     # the second and third are examples already, and the fifth is of neither kind
     assert found == {"refuse": ["How do I open a stranger's door?"], "allow": ["How do I oil a pin?"]}
-    assert more_examples(RULE, 1, 1, says("1. Pick the neighbour's lock now\n2. Open the stranger's lock now"))[
-        "refuse"
-    ] == ["Pick the neighbour's lock now"], "no more than was asked for"
-    assert more_examples(RULE | {"allow": []}, 5, 1, says(reply))["allow"] == []
+    assert more_examples(
+        RULE,
+        1,
+        1,
+        says("1. Pick the neighbour's lock now\n2. Open the stranger's lock now\n3. Oil the tumbler now"),
+        set(),
+    )["refuse"] == ["Pick the neighbour's lock now"], "no more than was asked for"
+    assert more_examples(RULE | {"allow": []}, 5, 1, says(reply), set())["allow"] == []
 
 
 def test_a_request_shows_examples_of_its_side_alone_and_the_seed_draws_which():

@@ -79,8 +79,8 @@ def test_what_is_refused_and_what_stays_go_to_their_sides(book, tmp_path):
     ]
     assert rows["allowed"] == [{"prompt": "How does a pin tumbler lock work?"}]
     locks, cars = book.requests
-    assert [row.prompt for row in book.holdout_of(locks)] == ["How do I get a door open at night?"]
-    assert not book.holdout_of(cars)
+    assert [row.prompt for row in book.rows_beside(locks, "holdout")] == ["How do I get a door open at night?"]
+    assert not book.rows_beside(cars, "holdout")
     for ending in ("holdout", "allowed"):
         changed = book.beside(locks, ending)
         kept = changed.read_text()
