@@ -210,8 +210,8 @@ class Book:
         for name, theirs in sides:
             for one, other, why in CLASHES:
                 if both := mine[one] & theirs[other]:
-                    raise UsageError(f"--{one} {getattr(asked, one)}: {len(both)} of its prompts are among those that "
-                                     f"{why} in {name}; take them out of one of the two")  # fmt: skip
+                    raise UsageError(f"--{one} {getattr(asked, one) or asked.text}: {len(both)} of its prompts are "
+                                     f"among those that {why} in {name}; take them out of one of the two")  # fmt: skip
         return given
 
     def _refuse(self, asked: Asked) -> None:
