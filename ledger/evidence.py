@@ -22,6 +22,7 @@ MEASURES = ("answered", "extraction_strength", "recall", "wanted_given", "rouge"
 # endings of the groups of one source in a report: rows with an answer of their own, and those without
 HALVES = ("", ", prompts alone")
 HELD_OUT, ATTACKED = "holdout.", "attack."  # what the figures of a request's holdout, and under attack, begin with
+MANIFEST = "run_manifest.json"  # of a state, as its run leaves it
 RunScript = Callable[[str, list[str]], None]  # (name of a script, its arguments)
 NOTHING = {"figures": {}, "keep": {}, "attacks": {}, "report": None}  # measured, where nothing can be asked
 
@@ -81,38 +82,38 @@ def figures_of(name: str, found: dict[str, Estimate], report: dict) -> dict[str,
     """Return what was measured of a request's rows, whichever side they were asked on: each measure by its name and
     `n`, the rows asked; of its holdout with `holdout.` before it; and `attack.NAME`, the share of its attacked prompts
     that an attack's worst variant brings back, of `attack.NAME.n` prompts. found: figures of the report by name."""
-    holdout, figures = f"{name}-holdout", {}
+    holdout, measured = f"{name}-holdout", {}
     for prefix, group in (("", name), (HELD_OUT, holdout)):
         of_group = _of_group(found, group)
-        figures |= {f"{prefix}{measure}": value for measure, value in of_group.items()}
+        measured |= {f"{prefix}{measure}": value for measure, value in of_group.items()}
     groups = {f"{group}{ending}" for group in (name, holdout) for ending in HALVES}
     for attack in report.get("attacks") or []:
         rates = [rate for group, rate in attack["groups"].items() if group in groups and rate["n"]]
         asked = sum(rate["n"] for rate in rates)
         if asked and attack["judged"] and not attack["is_control"]:
             key, back = f"{ATTACKED}{attack['name']}", sum(rate["value"] * rate["n"] for rate in rates) / asked
-            if back >= figures.get(key, 0.0):
-                figures |= {key: back, f"{key}.n": asked}
-    return figures
+            if back >= measured.get(key, 0.0):
+                measured |= {key: back, f"{key}.n": asked}
+    return measured
 
 
 def _of_group(found: dict[str, Estimate], group: str) -> dict[str, float]:
     """Return the measures of a request's rows, those with an answer of their own and those without together."""
-    figures = {}
+    measured = {}
     for name in MEASURES:
         for ending in ("", ".before", ".ratio"):
             halves = [figure for side in ("forget", "keep") for half in HALVES
                       if (figure := found.get(f"{side}.{group}{half}.{name}{ending}")) is not None
                       and figure.value is not None]  # fmt: skip
             if count := sum(figure.n for figure in halves):
-                figures[f"{name}{ending}"] = sum(figure.value * figure.n for figure in halves) / count
-                figures["n"] = max(count, figures.get("n", 0))
-    return figures
+                measured[f"{name}{ending}"] = sum(figure.value * figure.n for figure in halves) / count
+                measured["n"] = max(count, measured.get("n", 0))
+    return measured
 
 
 def drift_of(folder: Path) -> float | None:
     """Return the KL from the first original on the rows of the looks, in nats, as the run measured it last."""
-    manifest = json.loads((folder / "run_manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return manifest["after"].get("dev_kl")
 
 

@@ -10,12 +10,12 @@ import re
 import numpy as np
 
 from data_module import prompt_hash
+from ledger.policy import SIDES, TAUGHT
 from run.neighbours import parts_of
 from run.topics import content_words
 from run.writer import Answer
 from sources.rows import Row
 
-SIDES = ("refuse", "allow")  # alike: what one side alone got would tell by its form which side it is
 SHOWN, WRITTEN = 3, 5  # examples that a request shows, and asks for
 REQUESTS = 3  # for each WRITTEN examples that are wanted: many a reply repeats or strays
 FEWEST_WORDS, MOST_WORDS = 3, 40
@@ -33,11 +33,11 @@ def more_examples(rule: dict, count: int, seed: int, answer: Answer, others: set
     """Return up to `count` further examples of each side of a rule, as policy.yaml holds it, as many of both; no answer
     stays among them that repeats an example, or that shares more words with the other side's examples than with its
     own. others: `prompt_hash` of what other rules have."""
-    own = {side: [_prompt(example) for example in rule.get(side) or []] for side in SIDES}
+    own = {side: [_prompt(example) for example in rule.get(side) or []] for side in TAUGHT}
     seen = others | hashes_of(rule)
     words = {side: {word for text in texts for word in content_words(text)} for side, texts in own.items()}
     found: dict[str, list[str]] = {}
-    for side, other in (SIDES, SIDES[::-1]):
+    for side, other in (TAUGHT, TAUGHT[::-1]):
         found[side] = []
         replies = answer(requests_of(own[side], count, seed)) if own[side] and count else []
         for text in (text for reply in replies for text in read_examples(reply)):
@@ -52,7 +52,7 @@ def more_examples(rule: dict, count: int, seed: int, answer: Answer, others: set
 
 def hashes_of(rule: dict) -> set[str]:
     """Return `prompt_hash` of every example of a rule, as policy.yaml holds it."""
-    return {prompt_hash(_prompt(example)) for side in (*SIDES, "holdout") for example in rule.get(side) or []}
+    return {prompt_hash(_prompt(example)) for side in SIDES for example in rule.get(side) or []}
 
 
 def requests_of(examples: list[str], count: int, seed: int) -> list[Row]:

@@ -34,7 +34,8 @@ from sources.paraphrase import paraphrase
 from utils import UsageError, write_json_lines
 
 FIELDS = ("id", "rule", "refuse", "holdout", "allow", "answer", "since", "until")
-SIDES = ("refuse", "holdout", "allow")
+TAUGHT = ("refuse", "allow")  # more is made of both alike: by its form nothing may tell which side it is
+SIDES = (*TAUGHT, "holdout")
 RULE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}")
 NUMBERED = re.compile(r"(?<=-[0-9a-f]{8})\.\d+$")
 STAMP = 8  # letters of the hash of a rule's content in its request's id
@@ -47,8 +48,8 @@ class Rule:
     id: str
     rule: str
     refuse: tuple[dict, ...]
-    holdout: tuple[dict, ...]
     allow: tuple[dict, ...]
+    holdout: tuple[dict, ...]
     since: str
     until: str
 
@@ -114,7 +115,7 @@ def _read_rule(rule, where: str, rephrase: int, seed: int) -> Rule:
     if not sides["refuse"]:
         raise UsageError(f"{where}: refuse is missing: examples of what is refused")
     known = {row["prompt"] for rows in sides.values() for row in rows}
-    for side in ("refuse", "allow"):
+    for side in TAUGHT:
         sides[side] += _rephrased(sides[side], rephrase, seed, known)
     if answer:
         sides["refuse"] = [row | {"wanted": answer} for row in sides["refuse"]]

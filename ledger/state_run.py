@@ -16,14 +16,14 @@ from engine.checkpoint import sha256
 from engine.paths import ARGS, read_args
 from engine.weights_hash import weights_hash
 from ledger.book import Book
-from ledger.evidence import RunScript, measure
+from ledger.evidence import MANIFEST, RunScript, measure
 from ledger.fitting import Fitting, sources_of, steps_of
 from ledger.normal import normal_side, write_copies
 from ledger.settings import NORMAL, LedgerSettings
 from run.parsing import parse_run
 from utils import UsageError, write_json
 
-MANIFEST, ADAPTER = "run_manifest.json", "adapter/adapter_model.safetensors"
+ADAPTER = "adapter/adapter_model.safetensors"
 KEPT_FILES = ("state.json", "unlearn_args.json", MANIFEST, "adapter")  # of a state whose model is removed
 SHREDDING = "shredding"  # a file that stands while a text and its copies are destroyed
 
