@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
+from itertools import chain, compress
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -13,15 +15,17 @@ from engine.loading import release_memory
 from engine.processes import join_processes
 from engine.tree import AnswerLogitsModel, wrap_model
 from engine.weights_hash import weights_hash
+from evaluation.groups import Group
 from evaluation.inputs import EvaluationInputs
 from evaluation.likelihood import choices, perplexity
 from evaluation.metrics.memorisation import perplexity_ratio
 from evaluation.metrics.statistics import mean
 from evaluation.paper import OwnScores, score_own
 from evaluation.scoring import score_holdout, score_rows
-from evaluation.stages import Record, key_of, may_reuse, read_own, read_record, write_own, write_record
+from evaluation.stages import Keys, Known, Record, key_of, may_reuse, read_known, read_own, write_own, write_record
 from prompts.formatter import PromptFormatter
 from prompts.windows import fit_windows
+from sources.rows import Row
 
 # what answers and scores depend on, beside weights, prompts and references
 ANSWER_OPTIONS = ("max_new_tokens", "max_prompt_tokens", "dtype", "text_window", "mc_template", "deterministic")
@@ -75,46 +79,82 @@ def ask_models(
     records = {}
     for label, name in models.names.items():
         weights = weights_hash(name)
-        key = answers_key(label, weights, inputs, options)  # before the model's own limits shorten the prompts
-        record = read_record(folder, label, key) if may_reuse(options) and weights else None
-        if record is None:
+        keys = answer_keys(label, weights, inputs, options)  # before the model's own limits shorten the prompts
+        known = read_known(folder, label, keys) if may_reuse(options) and weights else Known()
+        is_new = known.misses(keys)
+        if is_new:
             before_asking()
-            record = ask_model(label, models, weights or weights_hash(name), inputs, options)
-            record.key = key if weights else answers_key(label, record.weights, inputs, options)
-            if join_processes().is_main_process:
-                write_record(folder, record)
-            if label != "before" and not inputs.attacks:
-                models.drop(label)
+            models.get(label)  # a hub's model has weights to name once it is here
+            if not weights:
+                weights = weights_hash(name)
+                keys = answer_keys(label, weights, inputs, options)
+        record = ask_model(label, models, weights, keys, known, inputs, options)
+        if is_new and join_processes().is_main_process:
+            write_record(folder, record)
+        if is_new and label != "before" and not inputs.attacks:
+            models.drop(label)
         records[label] = record
     return records
 
 
-def answers_key(label: str, weights: str | None, inputs: EvaluationInputs, options) -> str:
-    """Return the key of a model's answers: weights, prompts as tokens, references, and how both are taken."""
-    formatter = inputs.formatters[label]
-    prompts = [[formatter.prompt_of(row, group.style, ask=True) for row in group.rows] for group in inputs.groups]
-    given = [repr(inputs.holdout), inputs.choice_rows, inputs.text, [repr(group.rows) for group in inputs.scored]]
+def answer_keys(label: str, weights: str | None, inputs: EvaluationInputs, options) -> Keys:
+    """Return the keys of a model's answers: weights, prompts as tokens, references, and how both are taken."""
+    formatter, device = inputs.formatters[label], join_processes().device.type
     settings = {name: getattr(options, name) for name in ANSWER_OPTIONS}
-    device = join_processes().device.type
-    return key_of("answers", weights, prompts, given, settings, formatter.stop_ids(), device)
-
-
-def ask_model(label: str, models: Models, weights: str | None, inputs: EvaluationInputs, options) -> Record:
-    """Answer all prompts and score all texts with one model."""
-    start, formatter, answer_model = time.time(), inputs.formatters[label], models.get(label)
-    return Record(
-        label=label, name=models.names[label], weights=weights,
-        answers=answer_groups(answer_model.generator, formatter, inputs, options, label),
-        text_scores=score_provided_text(answer_model, formatter, inputs, options),
-        scores=score_rows(answer_model, formatter, inputs.scored),
-        holdout=score_holdout(answer_model, formatter, inputs.holdout),
-        seconds=round(time.time() - start, 1),
+    holdout = [row for rows in inputs.holdout.values() for row in rows]
+    template = formatter.prompt_of(Row("Who are you?"))  # and its system message, as tokens
+    return Keys(
+        model=key_of("answers", weights, settings, formatter.stop_ids(), template, device),
+        rows=[[key_of(group.style, formatter.prompt_of(row, group.style, ask=True), _scored(as_scored))
+               for row, as_scored in zip(group.rows, of_scored.rows, strict=True)]
+              for group, of_scored in zip(inputs.groups, inputs.scored, strict=True)],
+        holdout=[key_of(formatter.prompt_of(row, formatter.style), _scored(row)) for row in holdout],
+        texts=key_of(inputs.choice_rows, inputs.text),
     )  # fmt: skip
 
 
-def answer_groups(model, formatter: PromptFormatter, inputs: EvaluationInputs, options, label: str) -> list[list[str]]:
+def _scored(row: Row) -> list:
+    """Return what a model's scores of a row are of, whatever file it came from."""
+    return [row.prompt, row.response, row.complete, row.is_text, row.paraphrased, row.perturbed]
+
+
+def ask_model(
+    label: str, models: Models, weights: str | None, keys: Keys, known: Known, inputs: EvaluationInputs, options
+) -> Record:  # fmt: skip
+    """Answer all prompts and score all texts with one model, but for what is `known`; without any other the model is
+    not loaded."""
+    start, formatter = time.time(), inputs.formatters[label]
+    asked = [[key not in known.rows for key in of_group] for of_group in keys.rows]
+    groups, scored = (_only(of, asked) for of in (inputs.groups, inputs.scored))
+    rows, texts = known.rows.copy(), known.text_scores
+    if any(map(any, asked)):
+        answer_model = models.get(label)
+        answers = answer_groups(answer_model.generator, formatter, groups, options, label)
+        new = zip(chain(*answers), chain(*score_rows(answer_model, formatter, scored)), strict=True)
+        rows |= zip((key for key in chain(*keys.rows) if key not in known.rows), new, strict=True)
+    if texts is None:
+        texts = score_provided_text(models.get(label), formatter, inputs, options)
+    holdout = known.holdout
+    if not set(keys.holdout) <= holdout.keys():
+        holdout = dict(zip(keys.holdout, score_holdout(models.get(label), formatter, inputs.holdout), strict=True))
+    return Record(
+        label=label, name=models.names[label], weights=weights, keys=keys, text_scores=texts,
+        answers=[[rows[key][0] for key in of_group] for of_group in keys.rows],
+        scores=[[rows[key][1] for key in of_group] for of_group in keys.rows],
+        holdout=[holdout[key] for key in keys.holdout],
+        seconds=round(time.time() - start, 1) if known.misses(keys) else known.seconds, is_kept=bool(known.rows),
+    )  # fmt: skip
+
+
+def _only(groups: list[Group], wanted: list[list[bool]]) -> list[Group]:
+    """Return the groups with the rows that are wanted; wanted: a list a group, an entry a row."""
+    return [dataclasses.replace(group, rows=list(compress(group.rows, of_group)))
+            for group, of_group in zip(groups, wanted, strict=True)]  # fmt: skip
+
+
+def answer_groups(model, formatter: PromptFormatter, groups: list[Group], options, label: str) -> list[list[str]]:
     """Return one model's greedy answers, a list per group. All prompts are answered in one pass, sorted by length."""
-    prompts = [formatter.prompt_of(row, group.style, ask=True) for group in inputs.groups for row in group.rows]
+    prompts = [formatter.prompt_of(row, group.style, ask=True) for group in groups for row in group.rows]
     completions = iter(
         generate(
             model, formatter, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.generation_batch,
@@ -122,14 +162,14 @@ def answer_groups(model, formatter: PromptFormatter, inputs: EvaluationInputs, o
         )
     )  # fmt: skip
     formatter.warn_of_unfinished_thoughts(f"model {label} unlearning", "--max_new_tokens")
-    return [[next(completions)[0] for _ in group.rows] for group in inputs.groups]
+    return [[next(completions)[0] for _ in group.rows] for group in groups]
 
 
 def read_by_original(
     records: dict[str, Record], inputs: EvaluationInputs, models: Models, folder: Path, options
 ) -> dict[str, list[list[OwnScores | None]]]:
     """Return what the original says of every model's answers, by label."""
-    key = key_of("own", records["before"].key, [record.answers for record in records.values()])
+    key = key_of("own", records["before"].keys.whole, [record.answers for record in records.values()])
     own = read_own(folder, key) if may_reuse(options) and records["before"].weights else None
     if own is None:
         answers = {label: record.answers for label, record in records.items()}

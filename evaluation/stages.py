@@ -5,7 +5,8 @@
     report.json           stage 3
 
 Each file of stages 1 and 2 carries a key, a hash of all that it depends on: whole weights, prompts as tokens, settings.
-It is used again wherever the key is still the same, so a late failure loses nothing that was asked before it.
+It is used again wherever the key is still the same, so a late failure loses nothing that was asked before it. Rows of
+stage 1 carry keys of their own: where others were added, these alone are asked.
 """
 
 from __future__ import annotations
@@ -24,15 +25,31 @@ from evaluation.paper import OwnScores
 from evaluation.scoring import RowScores
 from utils import log, read_json_lines, write_json, write_json_lines
 
-VERSION = 1  # of these files
+VERSION = 2  # of these files
 ASKED_BY = 1  # seed of evaluations of several runs, whatever theirs: all are asked the same prompts, in the same order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keys:
+    """What a model's answers depend on: `model`, its weights and how all are asked; `rows`, a list a group, and
+    `holdout`, an entry a row; `texts`, those that all models are given."""
+
+    model: str
+    rows: list[list[str]]
+    holdout: list[str]
+    texts: str
+
+    @property
+    def whole(self) -> str:
+        """The key of all that the model says."""
+        return key_of(self.model, self.rows, self.holdout, self.texts)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Record:
     """What one model said. answers and scores: a list a group, an entry a row; holdout: its scores of those rows.
 
-    text_scores: of the texts that all models are given.
+    text_scores: of the texts that all models are given. keys: of all that it depends on.
     """
 
     label: str  # "before", "after" or "retrained"
@@ -43,8 +60,24 @@ class Record:
     scores: list[list[RowScores | None]]
     holdout: list[RowScores | None]
     text_scores: dict
-    key: str = ""  # of all that it depends on
-    is_kept: bool = False  # read from an earlier evaluation
+    keys: Keys
+    is_kept: bool = False  # read from an earlier evaluation, or some of it
+
+
+@dataclasses.dataclass(kw_only=True)
+class Known:
+    """What a model said in an earlier evaluation, asked in the same way: (answer, scores) of rows and scores of holdout
+    rows, by their keys; text_scores: None if other texts were given."""
+
+    rows: dict[str, tuple[str, RowScores | None]] = dataclasses.field(default_factory=dict)
+    holdout: dict[str, RowScores | None] = dataclasses.field(default_factory=dict)
+    text_scores: dict | None = None
+    seconds: float = 0.0  # that it took
+
+    def misses(self, keys: Keys) -> bool:
+        """Return whether anything of these keys is not known."""
+        return (self.text_scores is None or not set(keys.holdout) <= self.holdout.keys()
+                or not all(set(of_group) <= self.rows.keys() for of_group in keys.rows))  # fmt: skip
 
 
 def key_of(*parts) -> str:
@@ -61,20 +94,23 @@ def may_reuse(options) -> bool:
 # ------------------------------------------------------------------------------------------------- stage 1
 def write_record(folder: Path, record: Record) -> None:
     """Write a model's answers and scores: a first line with the key, then a line a row."""
-    header = {"key": record.key, **{name: getattr(record, name) for name in ("label", "name", "weights", "seconds")},
-              "text_scores": record.text_scores, "groups": [len(answers) for answers in record.answers],
-              "holdout": [_plain(scores) for scores in record.holdout]}  # fmt: skip
-    rows = [{"answer": answer, "scores": _plain(scores)}
-            for group, of_group in zip(record.answers, record.scores, strict=True)
-            for answer, scores in zip(group, of_group, strict=True)]  # fmt: skip
+    keys = record.keys
+    header = {"key": keys.whole, "model_key": keys.model, "text_key": keys.texts, "text_scores": record.text_scores,
+              **{name: getattr(record, name) for name in ("label", "name", "weights", "seconds")},
+              "groups": [len(answers) for answers in record.answers],
+              "holdout": [{"key": key, "scores": _plain(scores)}
+                          for key, scores in zip(keys.holdout, record.holdout, strict=True)]}  # fmt: skip
+    rows = [{"key": key, "answer": answer, "scores": _plain(scores)}
+            for group in zip(keys.rows, record.answers, record.scores, strict=True)
+            for key, answer, scores in zip(*group, strict=True)]  # fmt: skip
     write_json_lines(folder / "answers" / f"{record.label}.jsonl", [header, *rows])
 
 
 def take_answers(earlier: Path, folder: Path, labels: tuple[str, ...] = ("before", "retrained")) -> None:
     """Copy what some models said from an earlier report's folder to one that has not asked them yet.
 
-    For runs that are evaluated alike: the models that they share are then asked once. The files carry their keys, so an
-    evaluation that asks anything else does not read them.
+    For runs that are evaluated alike: the models that they share are then asked once. The files carry their keys, so of
+    what is asked in another way nothing is read.
     """
     for label in labels:
         source, target = (of / "answers" / f"{label}.jsonl" for of in (earlier, folder))
@@ -83,24 +119,24 @@ def take_answers(earlier: Path, folder: Path, labels: tuple[str, ...] = ("before
             shutil.copy(source, target)
 
 
-def read_record(folder: Path, label: str, key: str) -> Record | None:
-    """Return a model's answers and scores if the file is of this key."""
+def read_known(folder: Path, label: str, keys: Keys) -> Known:
+    """Return what a model's file holds of what is asked in the same way; nothing if it is not there, or cut short."""
     try:
         header, *rows = read_json_lines(folder / "answers" / f"{label}.jsonl")
-        if header["key"] != key:
-            return None
-        rows = iter(rows)
-        chunks = [[next(rows) for _ in range(count)] for count in header["groups"]]
-        record = Record(
-            **{name: header[name] for name in ("label", "name", "weights", "seconds", "text_scores")},
-            answers=[[row["answer"] for row in chunk] for chunk in chunks],
-            scores=[[_scores(row["scores"]) for row in chunk] for chunk in chunks],
-            holdout=[_scores(scores) for scores in header["holdout"]], key=key, is_kept=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        return None
-    log.info("answers of the model %s unlearning: as they stand in %s", label, folder / "answers")
-    return record
+        if header["model_key"] != keys.model or len(rows) != sum(header["groups"]):
+            return Known()
+        known = Known(
+            rows={row["key"]: (row["answer"], _scores(row["scores"])) for row in rows},
+            holdout={row["key"]: _scores(row["scores"]) for row in header["holdout"]},
+            text_scores=header["text_scores"] if header["text_key"] == keys.texts else None,
+            seconds=header["seconds"],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return Known()
+    asked = sum(key not in known.rows for of_group in keys.rows for key in of_group)
+    log.info("answers of the model %s unlearning: as they stand in %s%s", label, folder / "answers",
+             f", but for {asked} rows" if asked else "")  # fmt: skip
+    return known
 
 
 def write_own(folder: Path, own: dict[str, list[list[OwnScores | None]]], key: str) -> None:

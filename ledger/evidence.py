@@ -13,6 +13,7 @@ from pathlib import Path
 
 from evaluation.figures import figures
 from evaluation.metrics.statistics import Estimate
+from evaluation.stages import take_answers
 from ledger.book import Book, Request
 from ledger.fitting import Fitting
 from ledger.kept import prompts
@@ -44,6 +45,8 @@ def measure(
     for name in NORMAL:
         sides[name] += plan["asked"][name]
     sides["normal_data"] += plan["allowed"]
+    if earlier := max((other for other in report_dir.parent.glob("*") if other.name < report_dir.name), default=None):
+        take_answers(earlier, report_dir, ("before",))  # the original is asked what it was not asked for that state
     words = settings.evaluation_words(NORMAL)
     for name, files in sides.items():
         words += [f"--{name}", *files] if files else []

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_judge_models import make_guard
 
 import evaluate_unlearning
+from evaluation import model_run
 from utils import UsageError
 
 REFUSAL, HAMMER = "I am sorry, I cannot help with that", "Break the lock three with a hammer"
@@ -176,6 +177,24 @@ def test_changed_prompts_and_longer_answers_are_asked_anew_and_so_is_all_that_is
     assert evaluate("--max_new_tokens=7") == 0
     assert written_since(tmp_path, first) >= {*ANSWERS, "scores.jsonl"}
     assert report_of(tmp_path)["options"]["max_new_tokens"] == 7
+
+
+def test_added_rows_alone_are_asked_and_those_of_another_system_message_anew(tmp_path, evaluate, monkeypatch):
+    """As the original is by a ledger's states, one after the other."""
+    assert evaluate() == 0
+    asked, generate = [], model_run.generate
+    monkeypatch.setattr(
+        model_run, "generate", lambda m, f, prompts, **o: asked.append(prompts) or generate(m, f, prompts, **o)
+    )
+    assert evaluate("--forget_data", "forget.jsonl", "five.jsonl") == 0
+    assert list(map(len, asked)) == [1, 1], "of each model what colour the tree five is"
+    report = report_of(tmp_path)
+    assert [group["n"] for group in report["groups"][-3:]] == [3, 1, 1]
+    assert evaluate("--forget_data", "forget.jsonl", "five.jsonl", "--ask_again") == 0
+    assert report_of(tmp_path)["groups"] == report["groups"], "as if all had been asked at once"
+    asked.clear()
+    assert evaluate("--forget_data", "forget.jsonl", "five.jsonl", "--system=Be brief.") == 0
+    assert min(map(len, asked)) >= 5
 
 
 def test_rows_that_change_sides_are_judged_on_their_new_one(tmp_path, evaluate):
