@@ -57,7 +57,7 @@ class Shares:
         default = {"forget": {"dev": 0.0, "test": 0.0}, "normal": NORMAL_SHARES, "unseen": UNSEEN_SHARES}[side]
         dev, test = (options.dev_share, options.test_share) if side != "unseen" else (None, None)
         return cls(options.seed, default["dev"] if dev is None else dev, default["test"] if test is None else test,
-                   keep_one=side != "forget" and dev is None and test is None)  # fmt: skip
+                   keep_one=side != "forget" and dev is None)  # fmt: skip
 
     def split_of(self, key: str) -> str:
         """Return the split of a prompt by its hash alone: all rows of a prompt share it, in every source."""

@@ -115,6 +115,7 @@ def _train(book: Book, fitting: Fitting, plan: dict, settings: LedgerSettings, r
         refuse_changed_adapter(book, fitting.start)
     words = [*settings.run_words(NORMAL), f"--max_unlearn_steps={plan['steps']}", f"--model_save_dir={folder}",
              f"--log_file={book.folder / 'logs' / folder.name}.log", f"--cache_dir={book.folder / 'cache'}",
+             "--test_share=0",  # of what stays, the rows of the looks alone are held out
              "--overwrite", "--resume"]  # fmt: skip
     given = {name: plan[name] for name in ("forget_data", "forget_text")}
     given |= {"normal_data": plan["normal"]["normal_data"] + plan["allowed"],
