@@ -9,11 +9,13 @@ what was taken out against it.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ledger.book import Book, Request
@@ -51,6 +53,24 @@ class Source:
     def words(self) -> list[list[list[str]]]:
         """The words of each text in each record."""
         return [[words_of(text) for text in texts_in(record)] for record in self.records]
+
+    @functools.cached_property
+    def places_of_questions(self) -> dict[str, set[int]]:
+        """The numbers (from 1 on) of the records that ask a question; so many requests need one look at them all."""
+        return _places((question, number) for number, asked in enumerate(self.asked, 1) for question in asked)
+
+    @functools.cached_property
+    def places_of_words(self) -> dict[str, set[int]]:
+        """The numbers of the records that hold a word."""
+        return _places(
+            (word, number) for number, texts in enumerate(self.words, 1) for words in texts for word in words
+        )
+
+    @functools.cached_property
+    def places_of_shingles(self) -> dict[tuple[str, ...], set[tuple[int, int]]]:
+        """Of each shingle, the numbers of record and text within it that hold it."""
+        return _places((shingle, (number, place)) for number, texts in enumerate(self.words, 1)
+                       for place, words in enumerate(texts) for shingle in shingles(words))  # fmt: skip
 
     def hash_without(self, taken: set[int]) -> str:
         """Return a hash of the records but those of some numbers (from 1 on)."""
@@ -185,19 +205,23 @@ def named_in(book: Book, request: Request, source: Source) -> set[int]:
     """Return the numbers of the records that name what a request asks for."""
     rows = [*book.rows_of(request.id), *book.rows_beside(request.id, "holdout")]
     asked = questions([row for row in rows if not row.is_text])
-    numbers = {number for number, of_record in enumerate(source.asked, 1) if of_record & asked}
-    name = words_of(book.about(request.id)["subject"]) if request.kind == "person" else []
+    numbers = set().union(*(source.places_of_questions.get(question, ()) for question in asked))
+    if request.kind == "person" and (name := words_of(book.about(request.id)["subject"])):
+        with_all = set.intersection(*(source.places_of_words.get(word, set()) for word in name))
+        numbers |= {number for number in with_all if any(_holds(words, name) for words in source.words[number - 1])}
     quoted: set[tuple[str, ...]] = set().union(*(shingles(words_of(row.response)) for row in rows if row.is_text))
-    for number, texts in enumerate(source.words, 1):
-        if any((name and _holds(words, name)) or (quoted and _quotes(words, quoted)) for words in texts):
-            numbers.add(number)
-    return numbers
+    shared = collections.Counter(place for shingle in quoted for place in source.places_of_shingles.get(shingle, ()))
+    # as many shingles as a quotation of LONG words has
+    return numbers | {number for (number, _), count in shared.items() if count > LONG - SHINGLE}
 
 
 def _holds(words: list[str], name: list[str]) -> bool:
     return f" {' '.join(name)} " in f" {' '.join(words)} "
 
 
-def _quotes(words: list[str], quoted: set[tuple[str, ...]]) -> bool:
-    """Return whether as many shingles are shared as a quotation of LONG words has."""
-    return len(words) >= LONG and len(shingles(words) & quoted) > LONG - SHINGLE
+def _places(pairs: Iterable[tuple]) -> dict:
+    """Return {key: all that stand with it}."""
+    found = collections.defaultdict(set)
+    for key, place in pairs:
+        found[key].add(place)
+    return dict(found)
