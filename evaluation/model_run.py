@@ -24,6 +24,7 @@ from evaluation.paper import OwnScores, score_own
 from evaluation.scoring import score_holdout, score_rows
 from evaluation.stages import Keys, Known, Record, key_of, may_reuse, read_known, read_own, write_own, write_record
 from prompts.formatter import PromptFormatter
+from prompts.tokenizer import content_of
 from prompts.windows import fit_windows
 from sources.rows import Row
 
@@ -78,18 +79,19 @@ def ask_models(
     """
     records = {}
     for label, name in models.names.items():
-        weights = weights_hash(name)
+        started, weights = time.time(), weights_hash(name)
         keys = answer_keys(label, weights, inputs, options)  # before the model's own limits shorten the prompts
         known = read_known(folder, label, keys) if may_reuse(options) and weights else Known()
         is_new = known.misses(keys)
         if is_new:
             before_asking()
-            models.get(label)  # a hub's model has weights to name once it is here
-            if not weights:
+            models.get(label)
+            if not weights:  # a hub's model has weights to name once it is here
                 weights = weights_hash(name)
-                keys = answer_keys(label, weights, inputs, options)
+                keys = dataclasses.replace(keys, model=model_key(label, weights, inputs, options))
         record = ask_model(label, models, weights, keys, known, inputs, options)
-        if is_new and join_processes().is_main_process:
+        record.seconds = round(time.time() - started, 1) if is_new else known.seconds
+        if known.key != keys.whole and join_processes().is_main_process:
             write_record(folder, record)
         if is_new and label != "before" and not inputs.attacks:
             models.drop(label)
@@ -97,14 +99,22 @@ def ask_models(
     return records
 
 
-def answer_keys(label: str, weights: str | None, inputs: EvaluationInputs, options) -> Keys:
-    """Return the keys of a model's answers: weights, prompts as tokens, references, and how both are taken."""
+def model_key(label: str, weights: str | None, inputs: EvaluationInputs, options) -> str:
+    """Return the key of a model and of how all is asked of it, whatever the rows."""
     formatter, device = inputs.formatters[label], join_processes().device.type
     settings = {name: getattr(options, name) for name in ANSWER_OPTIONS}
-    holdout = [row for rows in inputs.holdout.values() for row in rows]
+    has_text = any(group.is_text for group in inputs.groups)  # passages leave more room for all answers
     template = formatter.prompt_of(Row("Who are you?"))  # and its system message, as tokens
+    return key_of("answers", weights, settings, formatter.stop_ids(), formatter.style, template,
+                  content_of(formatter.tokenizer), has_text, device)  # fmt: skip
+
+
+def answer_keys(label: str, weights: str | None, inputs: EvaluationInputs, options) -> Keys:
+    """Return the keys of a model's answers: weights, prompts as tokens, references, and how both are taken."""
+    formatter = inputs.formatters[label]
+    holdout = [row for rows in inputs.holdout.values() for row in rows]
     return Keys(
-        model=key_of("answers", weights, settings, formatter.stop_ids(), template, device),
+        model=model_key(label, weights, inputs, options),
         rows=[[key_of(group.style, formatter.prompt_of(row, group.style, ask=True), _scored(as_scored))
                for row, as_scored in zip(group.rows, of_scored.rows, strict=True)]
               for group, of_scored in zip(inputs.groups, inputs.scored, strict=True)],
@@ -115,7 +125,8 @@ def answer_keys(label: str, weights: str | None, inputs: EvaluationInputs, optio
 
 def _scored(row: Row) -> list:
     """Return what a model's scores of a row are of, whatever file it came from."""
-    return [row.prompt, row.response, row.complete, row.is_text, row.paraphrased, row.perturbed]
+    tokens = getattr(row, "token_ids", ())  # of a passage: its text alone may be cut otherwise at its ends
+    return [row.prompt, row.response, row.complete, row.is_text, row.paraphrased, row.perturbed, tokens]
 
 
 def ask_model(
@@ -123,7 +134,7 @@ def ask_model(
 ) -> Record:  # fmt: skip
     """Answer all prompts and score all texts with one model, but for what is `known`; without any other the model is
     not loaded."""
-    start, formatter = time.time(), inputs.formatters[label]
+    formatter = inputs.formatters[label]
     asked = [[key not in known.rows for key in of_group] for of_group in keys.rows]
     groups, scored = (_only(of, asked) for of in (inputs.groups, inputs.scored))
     rows, texts = known.rows.copy(), known.text_scores
@@ -142,7 +153,7 @@ def ask_model(
         answers=[[rows[key][0] for key in of_group] for of_group in keys.rows],
         scores=[[rows[key][1] for key in of_group] for of_group in keys.rows],
         holdout=[holdout[key] for key in keys.holdout],
-        seconds=round(time.time() - start, 1) if known.misses(keys) else known.seconds, is_kept=bool(known.rows),
+        is_kept=not all(map(all, asked)),
     )  # fmt: skip
 
 

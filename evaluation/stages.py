@@ -55,24 +55,26 @@ class Record:
     label: str  # "before", "after" or "retrained"
     name: str
     weights: str | None
-    seconds: float
     answers: list[list[str]]
     scores: list[list[RowScores | None]]
     holdout: list[RowScores | None]
     text_scores: dict
     keys: Keys
+    seconds: float = 0.0
     is_kept: bool = False  # read from an earlier evaluation, or some of it
 
 
 @dataclasses.dataclass(kw_only=True)
 class Known:
     """What a model said in an earlier evaluation, asked in the same way: (answer, scores) of rows and scores of holdout
-    rows, by their keys; text_scores: None if other texts were given."""
+    rows, by their keys; text_scores: None if other texts were given. key: of its file; seconds: that the newest answers
+    in it took."""
 
+    key: str = ""
     rows: dict[str, tuple[str, RowScores | None]] = dataclasses.field(default_factory=dict)
     holdout: dict[str, RowScores | None] = dataclasses.field(default_factory=dict)
     text_scores: dict | None = None
-    seconds: float = 0.0  # that it took
+    seconds: float = 0.0
 
     def misses(self, keys: Keys) -> bool:
         """Return whether anything of these keys is not known."""
@@ -126,6 +128,7 @@ def read_known(folder: Path, label: str, keys: Keys) -> Known:
         if header["model_key"] != keys.model or len(rows) != sum(header["groups"]):
             return Known()
         known = Known(
+            key=header["key"],
             rows={row["key"]: (row["answer"], _scores(row["scores"])) for row in rows},
             holdout={row["key"]: _scores(row["scores"]) for row in header["holdout"]},
             text_scores=header["text_scores"] if header["text_key"] == keys.texts else None,
@@ -133,9 +136,11 @@ def read_known(folder: Path, label: str, keys: Keys) -> Known:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return Known()
-    asked = sum(key not in known.rows for of_group in keys.rows for key in of_group)
-    log.info("answers of the model %s unlearning: as they stand in %s%s", label, folder / "answers",
-             f", but for {asked} rows" if asked else "")  # fmt: skip
+    asked = [key for of_group in keys.rows for key in of_group]
+    new = sum(key not in known.rows for key in asked)
+    if new < len(asked):
+        log.info("answers of the model %s unlearning: as they stand in %s%s", label, folder / "answers",
+                 f", but for {new} of {len(asked)} rows" if new else "")  # fmt: skip
     return known
 
 

@@ -45,7 +45,7 @@ def measure(
     for name in NORMAL:
         sides[name] += plan["asked"][name]
     sides["normal_data"] += plan["allowed"]
-    if earlier := max((other for other in report_dir.parent.glob("*") if other.name < report_dir.name), default=None):
+    if earlier := _asked_before(report_dir):
         take_answers(earlier, report_dir, ("before",))  # the original is asked what it was not asked for that state
     words = settings.evaluation_words(NORMAL)
     for name, files in sides.items():
@@ -63,6 +63,13 @@ def measure(
                 if name.startswith(ATTACKED) and name.count(".") == 1 and name != "attack.worst"}  # fmt: skip
     return {"drift": drift, "figures": {request.id: figures_of(request.id, found, report) for request in asked},
             "keep": keep, "attacks": attacked, "report": hashlib.sha256(raw).hexdigest()}  # fmt: skip
+
+
+def _asked_before(report_dir: Path) -> Path | None:
+    """Return the newest earlier state's report that holds the original's answers; none is left after `--shred`."""
+    folders = [path.parent.parent for path in report_dir.parent.glob("*/answers/before.jsonl")]
+    earlier = [of for of in folders if of.name.isdecimal() and int(of.name) < int(report_dir.name)]
+    return max(earlier, key=lambda of: int(of.name), default=None)
 
 
 def asked_of(book: Book, fitting: Fitting) -> list[Request]:

@@ -66,11 +66,12 @@ class Source:
             (word, number) for number, texts in enumerate(self.words, 1) for words in texts for word in words
         )
 
-    @functools.cached_property
-    def places_of_shingles(self) -> dict[tuple[str, ...], set[tuple[int, int]]]:
-        """Of each shingle, the numbers of record and text within it that hold it."""
-        return _places((shingle, (number, place)) for number, texts in enumerate(self.words, 1)
-                       for place, words in enumerate(texts) for shingle in shingles(words))  # fmt: skip
+    def places_of(self, quoted: set[tuple[str, ...]]) -> dict[tuple[str, ...], set[tuple[int, int]]]:
+        """Of each of some shingles, the numbers of record and text within it that hold it."""
+        texts = ((number, place, words) for number, of_record in enumerate(self.words, 1)
+                 for place, words in enumerate(of_record)) if quoted else ()  # fmt: skip
+        return _places((shingle, (number, place)) for number, place, words in texts
+                       for shingle in shingles(words) & quoted)  # fmt: skip
 
     def hash_without(self, taken: set[int]) -> str:
         """Return a hash of the records but those of some numbers (from 1 on)."""
@@ -169,6 +170,8 @@ def found_in(
     """Return {request: the numbers (from 1 on) of the records that name what it asks for}, of those that have any, and
     the requests of destroyed text, of which the source held records before it was changed."""
     found, unknown = {}, set()
+    quoted = {name: quoted_by(book, name) for name in requests if not book.requests[name].shredded}
+    places = source.places_of(set().union(*quoted.values()))
     for name in requests:
         request = book.requests[name]
         if request.shredded:
@@ -177,7 +180,10 @@ def found_in(
             if numbers is None:
                 unknown.add(name)
         else:
-            numbers = sorted(named_in(book, request, source))
+            # as many shingles as a quotation of LONG words has
+            shared = collections.Counter(place for shingle in quoted[name] for place in places.get(shingle, ()))
+            numbers = {number for (number, _), count in shared.items() if count > LONG - SHINGLE}
+            numbers = sorted(numbers | named_in(book, request, source))
         if numbers:
             found[name] = numbers
     return found, unknown
@@ -201,18 +207,21 @@ def still_there(source: Source, noted: dict, name: str) -> list[int] | None:
     return [] if source.hash_without(set()) == noted["left"] else None
 
 
+def quoted_by(book: Book, name: str) -> set[tuple[str, ...]]:
+    """Return the shingles of the texts that a request asks for."""
+    rows = [*book.rows_of(name), *book.rows_beside(name, "holdout")]
+    return set().union(*(shingles(words_of(row.response)) for row in rows if row.is_text))
+
+
 def named_in(book: Book, request: Request, source: Source) -> set[int]:
-    """Return the numbers of the records that name what a request asks for."""
+    """Return the numbers of the records that ask what a request's rows ask, or that name its subject."""
     rows = [*book.rows_of(request.id), *book.rows_beside(request.id, "holdout")]
     asked = questions([row for row in rows if not row.is_text])
     numbers = set().union(*(source.places_of_questions.get(question, ()) for question in asked))
     if request.kind == "person" and (name := words_of(book.about(request.id)["subject"])):
         with_all = set.intersection(*(source.places_of_words.get(word, set()) for word in name))
         numbers |= {number for number in with_all if any(_holds(words, name) for words in source.words[number - 1])}
-    quoted: set[tuple[str, ...]] = set().union(*(shingles(words_of(row.response)) for row in rows if row.is_text))
-    shared = collections.Counter(place for shingle in quoted for place in source.places_of_shingles.get(shingle, ()))
-    # as many shingles as a quotation of LONG words has
-    return numbers | {number for (number, _), count in shared.items() if count > LONG - SHINGLE}
+    return numbers
 
 
 def _holds(words: list[str], name: list[str]) -> bool:

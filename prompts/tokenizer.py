@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -55,6 +56,13 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package above it is missing
         return False
+
+
+def content_of(tokenizer) -> str:
+    """Return all that says into which tokens it cuts a text, and how it writes a chat."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    cuts = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return json.dumps([cuts, tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())], default=str)
 
 
 def pad_with_end(tokenizer) -> None:

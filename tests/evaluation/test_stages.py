@@ -193,6 +193,10 @@ def test_added_rows_alone_are_asked_and_those_of_another_system_message_anew(tmp
     assert evaluate("--forget_data", "forget.jsonl", "five.jsonl", "--ask_again") == 0
     assert report_of(tmp_path)["groups"] == report["groups"], "as if all had been asked at once"
     asked.clear()
+    assert evaluate() == 0
+    assert not asked and group_of(tmp_path, "keep")["n"] == 1
+    lines = (tmp_path / "report/answers/after.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + len((tmp_path / "report/scores.jsonl").read_text().splitlines()), "a line a row"
     assert evaluate("--forget_data", "forget.jsonl", "five.jsonl", "--system=Be brief.") == 0
     assert min(map(len, asked)) >= 5
 
