@@ -28,6 +28,7 @@ from method.step import StepStats
 from method.terms import next_multipliers
 from options import UnlearnOptions
 from run.account import account_lines
+from run.averaged import average, begin_run
 from run.noise import add_noise
 from run.parsing import parse_run
 from run.perturbed import step_gradients
@@ -104,6 +105,7 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
                     state.best = dataclasses.replace(state.best, weights=setup.optimizer.snapshot())
             if step == 0 and setup.recipe.noise.share:
                 add_noise(setup)
+            begin_run(setup, state)
             # ---- one step: gradients, the stop rule, the update
             tick = time.perf_counter()
             sums = step_gradients(setup, prefetcher.get(step), state.multipliers, signalled=stop.signalled)
@@ -127,6 +129,7 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
                      **({"multipliers": state.multipliers} if state.multipliers else {}))  # fmt: skip
             if ended:
                 break
+        average(setup, state)
         evaluate(setup, state)
     return state, ended or f"all {options.max_unlearn_steps} steps taken"
 

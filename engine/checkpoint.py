@@ -146,9 +146,11 @@ def write_state(
             saved_tensors[f"optimizer.{i:05d}.master"] = master
     for i, tensor in enumerate(state.best.weights if state.best else []):
         saved_tensors[f"best.{i:05d}"] = tensor
+    for i, tensor in enumerate(state.summed or []):
+        saved_tensors[f"summed.{i:05d}"] = tensor
     save_file({name: tensor.contiguous() for name, tensor in saved_tensors.items()}, beside / TENSORS)
     best = dataclasses.replace(state.best, weights=None) if state.best else None
-    content = dataclasses.asdict(dataclasses.replace(state, best=best))
+    content = dataclasses.asdict(dataclasses.replace(state, best=best, summed=None))
     write_json(beside / STATE, {"state": content, "schedule": schedule, "identity": identity, "masters": places})
     files = sorted(file for file in beside.rglob("*") if file.is_file())
     write_json(beside / MANIFEST, {str(f.relative_to(beside)): {"bytes": f.stat().st_size, "sha256": sha256(f)}
@@ -236,10 +238,16 @@ def read_state(path: Path, optimizer, identity: dict) -> TrainingState:
     moments = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
     optimizer.load_state(moments, content["schedule"])
     state = TrainingState(**content["state"])
+
+    def kept_as(kind: str) -> list[torch.Tensor]:
+        kept = [tensors[name] for name in sorted(tensors) if name.startswith(f"{kind}.")]
+        return [shard_like(t, p) for t, p in zip(kept, optimizer.parameters, strict=True)]
+
+    if state.runs:
+        state.summed = kept_as("summed")
     if state.best is not None:
         best = BestState(**state.best)
-        kept = [tensors[name] for name in sorted(tensors) if name.startswith("best.")]
-        best.weights = [shard_like(t, p) for t, p in zip(kept, optimizer.parameters, strict=True)]
+        best.weights = kept_as("best")
         state.best = dataclasses.replace(best, selection_key=tuple(best.selection_key))
     return state
 

@@ -76,6 +76,7 @@ class MasterWeightAdamW:
         self._fused = {flat: FusedAdamW(flat) for flat, reason in zip(self.flats, reasons, strict=True) if not reason}
         self._work = WorkBuffers(self.flats)
         self.num_updates, self.lr_scale = 0, 1.0  # of the updates so far; of the learning rate
+        self.restarted_at = 0  # the updates before the schedule began anew
 
     def _round_frozen(self, parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:
         if parameter.dtype == dtype:
@@ -89,9 +90,14 @@ class MasterWeightAdamW:
                 self._residuals[parameter] = residual
 
     @property
+    def updates_of_run(self) -> int:
+        """Return the updates since the schedule began."""
+        return self.num_updates - self.restarted_at
+
+    @property
     def lr(self) -> float:
         """Return the learning rate of the next update: a linear warm-up, then linear decay to 0, or constant."""
-        settings, done = self.settings, self.num_updates
+        settings, done = self.settings, self.updates_of_run
         if done < settings.warmup_steps:
             factor = (done + 1) / (settings.warmup_steps + 1)
         else:
@@ -199,7 +205,7 @@ class MasterWeightAdamW:
         return kept
 
     def progress(self) -> dict:
-        return {"taken": self.num_updates, "lr_scale": self.lr_scale}
+        return {"taken": self.num_updates, "lr_scale": self.lr_scale, "restarted_at": self.restarted_at}
 
     @torch.no_grad()
     def load_state(self, kept: dict[str, torch.Tensor], progress: dict) -> None:
@@ -216,12 +222,20 @@ class MasterWeightAdamW:
                 for name, moment in flat.moments.items():
                     moment[flat.moment_place(name, place)] = local_shard(shard_like(mine[name], parameter)).view(-1)
         self.num_updates, self.lr_scale = progress["taken"], progress["lr_scale"]
+        self.restarted_at = progress["restarted_at"]
 
     def halve_lr_and_reset(self) -> None:
         """Halve the learning rate and reset AdamW's moments, which still point towards the failed step."""
         self.lr_scale /= 2
         for flat in self.flats:
             flat.reset_moments()
+
+    def restart(self, snapshot: list[torch.Tensor]) -> None:
+        """Begin anew with the weights of a `snapshot`: no moments, and the schedule at its start."""
+        self.restore(snapshot)
+        for flat in self.flats:
+            flat.reset_moments()
+        self.restarted_at = self.num_updates
 
     def snapshot(self) -> list[torch.Tensor]:
         """Return copies of the trained master weights, on their device."""

@@ -26,7 +26,8 @@ class TrainingState:
 
     `step`: completed steps, skipped ones included. `skipped`: latest steps in a row with a loss or gradient that was
     not finite. `rollbacks`, `seconds`, `tokens`: so far. `first_evaluation`, `last_evaluation`: as logged.
-    `multipliers`: of the weights of terms with a budget (method/terms.py).
+    `multipliers`: of the weights of terms with a budget (method/terms.py). `runs`, `summed`: short runs that have
+    ended, and the sum of their fp32 master weights (run/averaged.py).
     """
 
     step: int = 0
@@ -38,3 +39,5 @@ class TrainingState:
     first_evaluation: dict | None = None
     last_evaluation: dict | None = None
     multipliers: dict[str, float] = dataclasses.field(default_factory=dict)
+    runs: int = 0
+    summed: list[torch.Tensor] | None = None

@@ -99,12 +99,13 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     answer_model.zero_grad(set_to_none=True)
     largest = answer_model.layout(tried[-1][0], pack_tokens, pad_id)
     parts = estimate_parts(model, options, saved, largest.input_ids.numel())
-    perturbed = recipe.perturbed
+    perturbed, trained = recipe.perturbed, [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    copies = 8 * count * (recipe.average.runs > 1)  # the first weights, and the sum of the last ones, in fp32
     if perturbed.at(0):  # the weights in fp32, while others stand in their place; the forget side's gradient, changed
-        trained = [p for p in model.parameters() if p.requires_grad]
-        copies = 4 * perturbed.changes_weights * sum(p.numel() for p in trained)
+        copies += 4 * perturbed.changes_weights * count
         copies += 2 * perturbed.shapes_gradient * sum(p.numel() * p.element_size() for p in trained)
-        parts = dataclasses.replace(parts, best_state=parts.best_state + copies)
+    parts = dataclasses.replace(parts, best_state=parts.best_state + copies)
     loaded = peak_memory_gib(device)
     available = free_memory_gib(device) + (current_memory_gib(device) if device.type == "cuda" else loaded)
     seconds, peak = None, parts.total / 2**30
@@ -186,6 +187,9 @@ def _plan_lines(
         first.append(f"forget side    its gradient is {' and '.join(shapes)}, one step in {recipe.perturbed.every}")
     if recipe.noise.share:
         first.append(f"before that    noise takes the place of {recipe.noise.share:g} of each matrix")
+    if recipe.average.runs > 1:
+        first.append(f"averaged       the weights of {recipe.average.runs} runs from the first ones, of "
+                     f"{options.max_unlearn_steps // recipe.average.runs} steps each")  # fmt: skip
     part = "a step" if options.gradient_accumulation == 1 else "part of a step"
     lines = [
         f"model          {options.model_name}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",

@@ -57,6 +57,15 @@ class Trainable:
 
 
 @dataclasses.dataclass(frozen=True)
+class Averaging:
+    """Short runs whose trained weights are averaged (a soup of models: Wortsman et al. 2022, arXiv 2203.05482)."""
+
+    runs: POSITIVE = option(
+        1, "short runs that the steps are divided into; each begins with the first weights, and their last are averaged"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class DevSettings:
     """Evaluation during a run, on the dev split."""
 
@@ -82,7 +91,7 @@ class Checkpoints:
 
 SECTIONS = {"wording": Wording, "own_answers": OwnAnswers, "optimizer": OptimizerSettings, "lora": LoraSettings,
             "trainable": Trainable, "selection": SelectionSettings, "noise": NoiseSettings,
-            "perturbed": PerturbedSettings, "dev": DevSettings, "layout": Layout,
+            "perturbed": PerturbedSettings, "average": Averaging, "dev": DevSettings, "layout": Layout,
             "checkpoints": Checkpoints}  # fmt: skip
 
 
@@ -99,6 +108,7 @@ class Recipe:
     selection: SelectionSettings
     noise: NoiseSettings
     perturbed: PerturbedSettings
+    average: Averaging
     dev: DevSettings
     layout: Layout
     checkpoints: Checkpoints
@@ -158,15 +168,16 @@ def _sizes(options: UnlearnOptions) -> RunSizes:
     return RunSizes(options.batch_size, options.max_answer_tokens)
 
 
-def _optimizer_options(options: UnlearnOptions) -> dict:
-    """Return what the optimizer takes from the options of a run and not from its recipe."""
-    return {"lr": options.lr, "total_steps": options.max_unlearn_steps, "kind": options.optimizer,
+def _optimizer_options(options: UnlearnOptions, runs: int = 1) -> dict:
+    """Return what the optimizer takes from the options of a run, of which several may share the steps."""
+    return {"lr": options.lr, "total_steps": options.max_unlearn_steps // runs, "kind": options.optimizer,
             "adapters": options.use_lora}  # fmt: skip
 
 
 def _read_sections(recipe: dict, options: UnlearnOptions) -> dict[str, object]:
     """Return the settings of each section. Raises UsageError."""
-    fixed = {"optimizer": _optimizer_options(options)}
+    runs = read_settings(Averaging, recipe.get("average") or {}, "average").runs
+    fixed = {"optimizer": _optimizer_options(options, runs)}
     return {name: read_settings(kind, recipe.get(name) or {}, name, **fixed.get(name, {}))
             for name, kind in SECTIONS.items()}  # fmt: skip
 

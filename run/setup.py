@@ -54,6 +54,7 @@ from prompts.tokenizer import load_tokenizer
 from prompts.windows import TextCutter, fit_windows
 from run.account import SourceAccount, held_out_line
 from run.asked import ask_about_forget_rows
+from run.averaged import refuse_averaging
 from run.levels import refuse_levels, with_levels
 from run.neighbours_file import Neighbours, add_neighbours
 from run.noise import refuse_noise
@@ -99,6 +100,7 @@ class Setup:
     evaluator: DevEvaluator | None = None
     wrapped: torch.nn.Module | None = None
     graphs: KnownGraphs | None = None
+    first_weights: list[torch.Tensor] | None = None  # of short runs, which all begin with them
 
     @property
     def save_dir(self) -> Path:
@@ -147,6 +149,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     refuse_levels(recipe.terms, options.holdout_text)
     refuse_selection(recipe, options, accelerator.num_processes)
     refuse_noise(recipe, options, accelerator.num_processes)
+    refuse_averaging(recipe, options)
     refuse_perturbed(recipe, options)
     refuse_start_adapter(options)
     sides = sides or read_sides(options)
@@ -377,6 +380,8 @@ def save_checkpoint(setup: Setup, state: TrainingState) -> None:
 def resume_or_start(setup: Setup) -> TrainingState:
     """Return the state of the newest checkpoint, or the state of a new run."""
     options, folder = setup.options, checkpoint.folder_of(setup.save_dir)
+    if setup.recipe.average.runs > 1:
+        setup.first_weights = setup.optimizer.snapshot()
     if setup.newest:
         state = checkpoint.read_state(setup.newest, setup.optimizer, setup.metadata.identity())
         setup.started -= state.seconds
