@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Literal, Optional, get_args, get_origin, get_type_hints
@@ -301,7 +303,14 @@ class OneLineParser(HfArgumentParser):
     """An argument parser that reports an error in one line, without the usage text, and exits with 2."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (--help lists every option)\n")
+        self.exit(2, f"{self.prog}: {message}{self._nearest(message)} (--help lists every option)\n")
+
+    def _nearest(self, message: str) -> str:
+        """Return the question whether the option that is nearest to an unknown one was meant; "" if none is near."""
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        names = [name for name in self._option_string_actions if not name.startswith("--no_")]
+        near = difflib.get_close_matches(unknown[1], names, n=1) if unknown else []
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse(options_class: type, argv: list[str] | None = None):
