@@ -11,7 +11,13 @@ import unlearn_requests
 from run.parsing import old_names
 
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")]
+    [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "recipes").rglob("*.md"),
+    ]
 )
 NOT_CHECKED = ("LOG.md", "CHANGELOG.md", "options.md")  # they name what was; it is made of the code
 

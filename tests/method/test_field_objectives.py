@@ -119,7 +119,7 @@ def test_the_table_of_papers_names_every_objective_its_function_and_its_test():
     rows, levers = ([row for row in rows if len(row) == length] for length in (5, 4))
     assert [row[0].strip("`") for row in rows] == list(OBJECTIVES)
     assert len(levers) > 1
-    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests/method").glob("test_*.py"))
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("[mr]*/test_*.py"))
     for _, _, paper, function, _ in rows:
         assert re.search(r"\d{4}, \d{4}\.\d{5}", paper), paper
         assert callable(getattr(losses, function.strip("`"))), function
