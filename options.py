@@ -307,10 +307,21 @@ class OneLineParser(HfArgumentParser):
 
     def _nearest(self, message: str) -> str:
         """Return the question whether the option that is nearest to an unknown one was meant; "" if none is near."""
-        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
-        names = [name for name in self._option_string_actions if not name.startswith("--no_")]
-        near = difflib.get_close_matches(unknown[1], names, n=1) if unknown else []
-        return f"; did you mean {near[0]}?" if near else ""
+        unknown = re.match(r"unrecognized arguments: --(\w+)", message)
+        names = [name[2:] for name in self._option_string_actions if name.startswith("--") and name[:5] != "--no_"]
+        near = nearest(unknown[1], names) if unknown else None
+        return f"; did you mean --{near}?" if near else ""
+
+
+def nearest(name: str, names: list[str]) -> str | None:
+    """Return the name that was probably meant: spelled nearly so, or the only one in which all parts begin words."""
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
+        return close[0]
+    parts = name.split("_")
+    holding = [
+        other for other in names if all(any(word.startswith(part) for word in other.split("_")) for part in parts)
+    ]
+    return holding[0] if len(holding) == 1 else None
 
 
 def parse(options_class: type, argv: list[str] | None = None):

@@ -50,6 +50,9 @@ def page() -> str:
     parts.append("## unlearn_requests.py\n")
     for command, (kind, _) in unlearn_requests.COMMANDS.items():
         parts += [f"**{command}**: {kind.__doc__.splitlines()[0]}\n", *_table(kind, kind, "--", inherited=True), ""]
+    parts.append(
+        "`find` also takes what is looked for, names or quotations, before its options, and files after `--in`.\n"
+    )
     parts.append("## Settings of a recipe\n\nThe sections:\n")
     for name, kind in SECTIONS.items():
         parts += [f"**{name}**\n", *_table(kind, kind, f"{name}."), ""]
@@ -68,7 +71,7 @@ def _title(kind: type) -> str:
 def _first_sentence(kind: type) -> str:
     """Return the first sentence of a class's own docstring."""
     text = " ".join((kind.__dict__.get("__doc__") or "").split())
-    return re.split(r"(?<=(?<!al)\.) ", text)[0]  # "et al." ends no sentence
+    return re.split(r"(?<!al)(?<!eq)(?<=\.) ", text)[0]  # "et al." and "eq." end no sentence
 
 
 def _table(kind: type, whole: type, prefix: str, *, inherited: bool = False) -> list[str]:

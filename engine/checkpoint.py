@@ -27,6 +27,7 @@ from utils import UsageError, log, write_json
 
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
 # Options that may change between a run and its resume: none changes a result by more than rounding.
+LISTS = ("first", "summed")  # of a state: a tensor a trained parameter
 FREE = {
     "resume", "overwrite", "dry_run",  # how this start treats what lies there
     "config", "from_manifest",  # where options came from; their values are compared
@@ -146,11 +147,12 @@ def write_state(
             saved_tensors[f"optimizer.{i:05d}.master"] = master
     for i, tensor in enumerate(state.best.weights if state.best else []):
         saved_tensors[f"best.{i:05d}"] = tensor
-    for i, tensor in enumerate(state.summed or []):
-        saved_tensors[f"summed.{i:05d}"] = tensor
+    for name in LISTS:
+        for i, tensor in enumerate(getattr(state, name) or []):
+            saved_tensors[f"{name}.{i:05d}"] = tensor
     save_file({name: tensor.contiguous() for name, tensor in saved_tensors.items()}, beside / TENSORS)
     best = dataclasses.replace(state.best, weights=None) if state.best else None
-    content = dataclasses.asdict(dataclasses.replace(state, best=best, summed=None))
+    content = dataclasses.asdict(dataclasses.replace(state, best=best, **dict.fromkeys(LISTS)))
     write_json(beside / STATE, {"state": content, "schedule": schedule, "identity": identity, "masters": places})
     files = sorted(file for file in beside.rglob("*") if file.is_file())
     write_json(beside / MANIFEST, {str(f.relative_to(beside)): {"bytes": f.stat().st_size, "sha256": sha256(f)}
@@ -243,8 +245,9 @@ def read_state(path: Path, optimizer, identity: dict) -> TrainingState:
         kept = [tensors[name] for name in sorted(tensors) if name.startswith(f"{kind}.")]
         return [shard_like(t, p) for t, p in zip(kept, optimizer.parameters, strict=True)]
 
-    if state.runs:
-        state.summed = kept_as("summed")
+    for name in LISTS:
+        if any(key.startswith(f"{name}.") for key in tensors):
+            setattr(state, name, kept_as(name))
     if state.best is not None:
         best = BestState(**state.best)
         best.weights = kept_as("best")

@@ -26,8 +26,8 @@ class TrainingState:
 
     `step`: completed steps, skipped ones included. `skipped`: latest steps in a row with a loss or gradient that was
     not finite. `rollbacks`, `seconds`, `tokens`: so far. `first_evaluation`, `last_evaluation`: as logged.
-    `multipliers`: of the weights of terms with a budget (method/terms.py). `runs`, `summed`: short runs that have
-    ended, and the sum of their fp32 master weights (run/averaged.py).
+    `multipliers`: of the weights of terms with a budget (method/terms.py). `first`, `runs`, `summed`: the fp32
+    master weights that short runs begin with, the runs that have ended, and the sum of their weights (run/averaged.py).
     """
 
     step: int = 0
@@ -39,5 +39,6 @@ class TrainingState:
     first_evaluation: dict | None = None
     last_evaluation: dict | None = None
     multipliers: dict[str, float] = dataclasses.field(default_factory=dict)
+    first: list[torch.Tensor] | None = None
     runs: int = 0
     summed: list[torch.Tensor] | None = None

@@ -6,6 +6,8 @@ which is the average of what they add only as long as the factors stay near each
 
 from __future__ import annotations
 
+import logging
+
 from engine.state import TrainingState
 from utils import UsageError, log
 
@@ -16,8 +18,8 @@ def refuse_averaging(recipe, options) -> None:
     if runs == 1:
         return
     if options.max_unlearn_steps % runs:
-        raise UsageError(f"average.runs={runs}: does not divide --max_unlearn_steps {options.max_unlearn_steps}, so "
-                         "the runs would not be alike; change one of the two")  # fmt: skip
+        raise UsageError(f"average.runs={runs}: does not divide the run's {options.max_unlearn_steps} steps, so the "
+                         "short runs would not be alike; change one of the two")  # fmt: skip
     others = {"--kl_budget": options.kl_budget, "--shard": options.shard, "noise.share": recipe.noise.share,
               "selection.kl_budget": recipe.selection.kl_budget}  # fmt: skip
     for what, on in others.items():
@@ -28,27 +30,33 @@ def refuse_averaging(recipe, options) -> None:
 
 def begin_run(setup, state: TrainingState) -> None:
     """Where one of the short runs has ended, add up its weights and begin the next one; setup: of run/setup.py."""
-    length = setup.options.max_unlearn_steps // setup.recipe.average.runs
-    if setup.first_weights is None or state.step == 0 or state.step % length:
+    runs = setup.recipe.average.runs
+    if runs == 1:
         return
-    add_up(setup, state)
-    setup.optimizer.restart(setup.first_weights)
-    log.info("run %d of %d begins with the first weights", state.runs + 1, setup.recipe.average.runs)
+    if state.first is None:
+        state.first = setup.optimizer.snapshot()
+    elif state.step % (setup.options.max_unlearn_steps // runs) == 0:
+        add_up(setup, state)
+        setup.optimizer.restart(state.first)
+        state.skipped, state.multipliers = 0, {}
+        log.info("a run of %d begins with the first weights", runs)
 
 
 def average(setup, state: TrainingState) -> None:
-    """Put the average of all short runs in the place of the last one's weights."""
-    if setup.first_weights is None:
+    """Put the average of all short runs in the place of the last one's weights; one that was stopped counts as well."""
+    if state.first is None:
         return
-    if setup.optimizer.updates_of_run:  # a run that was stopped on the way counts as well
-        add_up(setup, state)
-    if state.runs > 1:
+    add_up(setup, state)
+    if state.runs:
         setup.optimizer.restore([tensor / state.runs for tensor in state.summed])
-        log.info("the weights of %d runs are averaged", state.runs)
+    level = logging.INFO if state.runs == setup.recipe.average.runs else logging.WARNING
+    log.log(level, "the weights of %d of %d runs are averaged", state.runs, setup.recipe.average.runs)
 
 
 def add_up(setup, state: TrainingState) -> None:
-    """Add the weights of a run that has ended to those of the runs before it."""
+    """Add the weights of a run that has ended to those of the runs before it, unless it took no step."""
+    if not setup.optimizer.updates_of_run:
+        return
     weights = setup.optimizer.snapshot()
-    state.summed = weights if state.summed is None else [a + b for a, b in zip(state.summed, weights, strict=True)]
+    state.summed = [a.add_(b) for a, b in zip(state.summed, weights, strict=True)] if state.runs else weights
     state.runs += 1

@@ -100,7 +100,6 @@ class Setup:
     evaluator: DevEvaluator | None = None
     wrapped: torch.nn.Module | None = None
     graphs: KnownGraphs | None = None
-    first_weights: list[torch.Tensor] | None = None  # of short runs, which all begin with them
 
     @property
     def save_dir(self) -> Path:
@@ -365,6 +364,9 @@ def save_checkpoint(setup: Setup, state: TrainingState) -> None:
     if state.best is not None:
         gathered = [gather_to_main_cpu(tensor) for tensor in state.best.weights]
         saved.best = dataclasses.replace(state.best, weights=gathered)
+    for name in checkpoint.LISTS:
+        if (tensors_of_run := getattr(state, name)) is not None:
+            setattr(saved, name, [gather_to_main_cpu(tensor) for tensor in tensors_of_run])
     if setup.accelerator.is_main_process:
         folder = checkpoint.folder_of(setup.save_dir)
         path = folder / f"step-{state.step:06d}"
@@ -380,8 +382,6 @@ def save_checkpoint(setup: Setup, state: TrainingState) -> None:
 def resume_or_start(setup: Setup) -> TrainingState:
     """Return the state of the newest checkpoint, or the state of a new run."""
     options, folder = setup.options, checkpoint.folder_of(setup.save_dir)
-    if setup.recipe.average.runs > 1:
-        setup.first_weights = setup.optimizer.snapshot()
     if setup.newest:
         state = checkpoint.read_state(setup.newest, setup.optimizer, setup.metadata.identity())
         setup.started -= state.seconds

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import re
 
 import pytest
@@ -55,8 +56,9 @@ def test_commands_name_options_that_there_are(page):
         r"(unlearn_harm|finetune|evaluate_unlearning|sweep|unlearn_requests)\.py +([^`\n]*)", text
     ):
         if script == "unlearn_requests":
-            command = words.split()[0]
+            command = (words.split() or [""])[0]
             if command not in unlearn_requests.COMMANDS:
+                wrong.append(f"{script}.py {command}")
                 continue
             known = {field.name for field in dataclasses.fields(unlearn_requests.COMMANDS[command][0])} | {"in"}
         else:
@@ -64,3 +66,11 @@ def test_commands_name_options_that_there_are(page):
         given = re.findall(r"--([\w-]+)", words.partition("#")[0])
         wrong += [f"{script}.py --{name}" for name in given if name.replace("-", "_") not in known | {"help"}]
     assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_whole(page):
+    lines = page.read_text().splitlines()
+    broken = [line for before, line in itertools.pairwise(lines) if before.startswith("|") and line.strip()
+              and not line.startswith("|")]  # fmt: skip
+    assert not broken

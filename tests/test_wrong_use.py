@@ -14,7 +14,10 @@ from utils import UsageError
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--no_such_option=1"], "unrecognized arguments: --no_such_option=1"),
+    (["--no_such_option=1"], "unrecognized arguments: --no_such_option=1 (--help lists every option)"),
+    (["--max_step=1"], "unrecognized arguments: --max_step=1; did you mean --max_unlearn_steps?"),
+    (["--forget_dta=a"], "; did you mean --forget_data?"),
+    (["--retain_data=a"], "unrecognized arguments: --retain_data=a (--help lists every option)"),
     (["--lr=-1"], "--lr: must be a finite number above 0, got '-1'"),
     (["--lr=nan"], "--lr: must be a finite number"),
     (["--batch_size=0"], "must be a whole number at least 1, got '0'"),

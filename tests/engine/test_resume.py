@@ -85,6 +85,7 @@ def test_a_killed_run_ends_in_the_same_weights(whole, tmp_path):
     ["--dtype=bf16", "--set=trainable.frozen_layers=1", "--kl_budget=0"],
     ["--dtype=bf16", "--use_lora", "--gradient_checkpointing"],
     ["--dtype=bf16", "--kl_budget=0", "--set=average.runs=3"],  # the sum of the runs that have ended is kept
+    ["--dtype=bf16", "--kl_budget=0", "--use_lora", "--set=average.runs=2", "--max_unlearn_steps=8"],  # at a boundary
 ])  # fmt: skip
 def test_resume_in_bf16_with_whole_weights_and_adapters_is_exact(tmp_path, model_folders, data_files, words):
     """A master is a bf16 weight and the residual of its rounding; a checkpoint keeps their sum once."""

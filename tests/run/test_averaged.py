@@ -19,7 +19,7 @@ def setup_of(runs: int, steps: int):
     settings = OptimizerSettings(lr=0.1, total_steps=steps // runs, schedule="constant", max_grad_norm=100.0)
     optimizer = MasterWeightAdamW(model, settings, torch.float32)
     setup = types.SimpleNamespace(
-        optimizer=optimizer, first_weights=optimizer.snapshot(), options=types.SimpleNamespace(max_unlearn_steps=steps),
+        optimizer=optimizer, options=types.SimpleNamespace(max_unlearn_steps=steps),
         recipe=types.SimpleNamespace(average=types.SimpleNamespace(runs=runs)),
     )  # fmt: skip
 
@@ -54,8 +54,18 @@ def test_a_run_that_was_stopped_on_the_way_counts_if_it_took_a_step():
     assert model.weight.data[0].tolist() == pytest.approx([(0.8 + 1.1) / 2, (1.8 + 2.1) / 2], abs=1e-4)
 
 
+def test_a_run_without_a_step_is_left_out_and_is_never_what_is_saved():
+    """Its weights are the first ones: nothing is forgotten in them."""
+    (setup, model, step), state = setup_of(runs=2, steps=2), TrainingState()
+    step(state, 1.0, 1.0)
+    begin_run(setup, state)
+    assert model.weight.data[0].tolist() == [1.0, 2.0]
+    average(setup, state)
+    assert model.weight.data[0].tolist() == pytest.approx([0.9, 1.9]) and state.runs == 1
+
+
 @pytest.mark.parametrize(("words", "message"), [
-    (["--max_unlearn_steps=5"], "average.runs=2: does not divide --max_unlearn_steps 5"),
+    (["--max_unlearn_steps=5"], "average.runs=2: does not divide the run's 5 steps"),
     (["--max_unlearn_steps=4", "--kl_budget=0.1", "--eval_every=1"], "does not go with --kl_budget"),
 ])  # fmt: skip
 def test_runs_that_would_not_be_alike_are_refused(tmp_path, model_folders, data_files, words, message):
