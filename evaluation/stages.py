@@ -49,7 +49,7 @@ class Keys:
 class Record:
     """What one model said. answers and scores: a list a group, an entry a row; holdout: its scores of those rows.
 
-    text_scores: of the texts that all models are given. keys: of all that it depends on.
+    text_scores: of the texts that all models are given. keys: of all that it depends on; None: it is of no file.
     """
 
     label: str  # "before", "after" or "retrained"
@@ -59,7 +59,7 @@ class Record:
     scores: list[list[RowScores | None]]
     holdout: list[RowScores | None]
     text_scores: dict
-    keys: Keys
+    keys: Keys | None = None
     seconds: float = 0.0
     is_kept: bool = False  # read from an earlier evaluation, or some of it
 
