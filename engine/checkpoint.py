@@ -26,8 +26,8 @@ from engine.state import BestState, TrainingState
 from utils import UsageError, log, write_json
 
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
-# Options that may change between a run and its resume: none changes a result by more than rounding.
 LISTS = ("first", "summed")  # of a state: a tensor a trained parameter
+# Options that may change between a run and its resume: none changes a result by more than rounding.
 FREE = {
     "resume", "overwrite", "dry_run",  # how this start treats what lies there
     "config", "from_manifest",  # where options came from; their values are compared

@@ -210,8 +210,7 @@ class MasterWeightAdamW:
     @torch.no_grad()
     def load_state(self, kept: dict[str, torch.Tensor], progress: dict) -> None:
         """Take up what `state` (with masters) and `progress` gave, on the same trained parameters."""
-        for flat in self.flats:
-            flat.reset_moments()
+        self._reset_moments()
         for i, parameter in enumerate(self.parameters):
             flat, place = self._of[parameter]
             mine = {name.partition(".")[2]: t for name, t in kept.items() if name.startswith(f"{i:05d}.")}
@@ -224,17 +223,19 @@ class MasterWeightAdamW:
         self.num_updates, self.lr_scale = progress["taken"], progress["lr_scale"]
         self.restarted_at = progress["restarted_at"]
 
+    def _reset_moments(self) -> None:
+        for flat in self.flats:
+            flat.reset_moments()
+
     def halve_lr_and_reset(self) -> None:
         """Halve the learning rate and reset AdamW's moments, which still point towards the failed step."""
         self.lr_scale /= 2
-        for flat in self.flats:
-            flat.reset_moments()
+        self._reset_moments()
 
     def restart(self, snapshot: list[torch.Tensor]) -> None:
         """Begin anew with the weights of a `snapshot`: no moments, and the schedule at its start."""
         self.restore(snapshot)
-        for flat in self.flats:
-            flat.reset_moments()
+        self._reset_moments()
         self.restarted_at = self.num_updates
 
     def snapshot(self) -> list[torch.Tensor]:

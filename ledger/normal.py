@@ -130,11 +130,12 @@ def normal_side(
     files: dict[str, dict[str, str | None]] = {}
     taken_out: dict[str, dict[str, dict]] = {}
     unknown: set[str] = set()
+    wanted = {name: Wanted.read(book, book.requests[name]) for name in requests if not book.requests[name].shredded}
     for option in NORMAL:
         files[option], taken_out[option] = {}, {}
         for spec in dict.fromkeys(specs[option]):
             source = Source.read(spec, option, fields)
-            found, not_known = found_in(book, requests, source, option)
+            found, not_known = found_in(book, requests, wanted, source, option)
             unknown |= not_known
             files[option][spec] = spec
             if found:
@@ -164,26 +165,51 @@ def write_copies(taken_out: dict[str, dict[str, dict]], fields: list[str], folde
 
 
 # ------------------------------------------------------------------------------------------------- what is found
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a request asks to forget, as it is looked for: `asked`, the `questions` of its rows; `name`, the words of
+    its subject (of a person); `quoted`, the shingles of its texts."""
+
+    asked: set[str]
+    name: list[str]
+    quoted: set[tuple[str, ...]]
+
+    @classmethod
+    def read(cls, book: Book, request: Request) -> Wanted:
+        """Read the rows of a request and of its holdout, and its subject."""
+        rows = [*book.rows_of(request.id), *book.rows_beside(request.id, "holdout")]
+        return cls(
+            asked=questions([row for row in rows if not row.is_text]),
+            name=words_of(book.about(request.id)["subject"]) if request.kind == "person" else [],
+            quoted=set().union(*(shingles(words_of(row.response)) for row in rows if row.is_text)),
+        )
+
+    def places_in(self, source: Source, quotations: dict[tuple[str, ...], set[tuple[int, int]]]) -> set[int]:
+        """Return the numbers of the records that ask, name or quote it; quotations: `Source.places_of` its shingles."""
+        numbers = set().union(*(source.places_of_questions.get(question, ()) for question in self.asked))
+        if self.name:
+            with_all = set.intersection(*(source.places_of_words.get(word, set()) for word in self.name))
+            numbers |= {n for n in with_all if any(_holds(words, self.name) for words in source.words[n - 1])}
+        shared = collections.Counter(place for shingle in self.quoted for place in quotations.get(shingle, ()))
+        # as many shingles as a quotation of LONG words has
+        return numbers | {number for (number, _), count in shared.items() if count > LONG - SHINGLE}
+
+
 def found_in(
-    book: Book, requests: list[str], source: Source, option: str
+    book: Book, requests: list[str], wanted: dict[str, Wanted], source: Source, option: str
 ) -> tuple[dict[str, list[int]], set[str]]:  # fmt: skip
     """Return {request: the numbers (from 1 on) of the records that name what it asks for}, of those that have any, and
-    the requests of destroyed text, of which the source held records before it was changed."""
+    the requests of destroyed text, of which the source held records before it was changed. wanted: of the others."""
     found, unknown = {}, set()
-    quoted = {name: quoted_by(book, name) for name in requests if not book.requests[name].shredded}
-    places = source.places_of(set().union(*quoted.values()))
+    quotations = source.places_of(set().union(*(one.quoted for one in wanted.values())))
     for name in requests:
-        request = book.requests[name]
-        if request.shredded:
+        if name in wanted:
+            numbers = sorted(wanted[name].places_in(source, quotations))
+        else:
             noted = noted_of(book, name, option, source.spec)
             numbers = still_there(source, noted, name) if noted else []
             if numbers is None:
                 unknown.add(name)
-        else:
-            # as many shingles as a quotation of LONG words has
-            shared = collections.Counter(place for shingle in quoted[name] for place in places.get(shingle, ()))
-            numbers = {number for (number, _), count in shared.items() if count > LONG - SHINGLE}
-            numbers = sorted(numbers | named_in(book, request, source))
         if numbers:
             found[name] = numbers
     return found, unknown
@@ -205,23 +231,6 @@ def still_there(source: Source, noted: dict, name: str) -> list[int] | None:
     if len(source.records) == noted["count"] and source.hash_without(taken) == noted["left"]:
         return noted["rows"][name]
     return [] if source.hash_without(set()) == noted["left"] else None
-
-
-def quoted_by(book: Book, name: str) -> set[tuple[str, ...]]:
-    """Return the shingles of the texts that a request asks for."""
-    rows = [*book.rows_of(name), *book.rows_beside(name, "holdout")]
-    return set().union(*(shingles(words_of(row.response)) for row in rows if row.is_text))
-
-
-def named_in(book: Book, request: Request, source: Source) -> set[int]:
-    """Return the numbers of the records that ask what a request's rows ask, or that name its subject."""
-    rows = [*book.rows_of(request.id), *book.rows_beside(request.id, "holdout")]
-    asked = questions([row for row in rows if not row.is_text])
-    numbers = set().union(*(source.places_of_questions.get(question, ()) for question in asked))
-    if request.kind == "person" and (name := words_of(book.about(request.id)["subject"])):
-        with_all = set.intersection(*(source.places_of_words.get(word, set()) for word in name))
-        numbers |= {number for number in with_all if any(_holds(words, name) for words in source.words[number - 1])}
-    return numbers
 
 
 def _holds(words: list[str], name: list[str]) -> bool:

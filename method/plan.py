@@ -101,9 +101,8 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     parts = estimate_parts(model, options, saved, largest.input_ids.numel())
     perturbed, trained = recipe.perturbed, [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
-    copies = (
-        12 * count * (recipe.average.runs > 1)
-    )  # the first weights, the sum of the last ones, and new ones, in fp32
+    # of short runs, in fp32: the first weights, the sum of the last ones, and a new copy
+    copies = 12 * count * (recipe.average.runs > 1)
     if perturbed.at(0):  # the weights in fp32, while others stand in their place; the forget side's gradient, changed
         copies += 4 * perturbed.changes_weights * count
         copies += 2 * perturbed.shapes_gradient * sum(p.numel() * p.element_size() for p in trained)
