@@ -108,7 +108,7 @@ def train(setup: Setup, state: TrainingState, stop: StopSignals) -> tuple[Traini
             begin_run(setup, state)
             # ---- one step: gradients, the stop rule, the update
             tick = time.perf_counter()
-            sums = step_gradients(setup, prefetcher.get(step), state.multipliers, signalled=stop.signalled)
+            sums = step_gradients(setup, prefetcher.get(step), state, signalled=stop.signalled)
             norm = setup.optimizer.grad_norm()
             if step + 1 < options.max_unlearn_steps:
                 prefetcher.start(step + 1)  # while the device runs what was launched
@@ -211,7 +211,8 @@ def roll_back(setup: Setup, state: TrainingState, why: str) -> str | None:
     if best is not None:
         optimizer.restore(best.weights)
     optimizer.halve_lr_and_reset()
-    state.skipped, state.multipliers = 0, {}  # what a budget's term weighed in a collapse is no measure
+    # what a budget's term weighed in a collapse, and an adversary learned there, is no measure
+    state.skipped, state.multipliers, state.adversary = 0, {}, None
     place = f"rolls back to the state after step {best.step}" if best is not None else "the weights stay as they are"
     log.warning("%s: %s, with half the learning rate (x %g)", why, place, optimizer.lr_scale)
     return None

@@ -26,7 +26,7 @@ from engine.state import BestState, TrainingState
 from utils import UsageError, log, write_json
 
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
-LISTS = ("first", "summed")  # of a state: a tensor a trained parameter
+LISTS = ("first", "summed", "adversary")  # of a state: a tensor a trained parameter
 # Options that may change between a run and its resume: none changes a result by more than rounding.
 FREE = {
     "resume", "overwrite", "dry_run",  # how this start treats what lies there

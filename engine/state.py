@@ -28,6 +28,8 @@ class TrainingState:
     not finite. `rollbacks`, `seconds`, `tokens`: so far. `first_evaluation`, `last_evaluation`: as logged.
     `multipliers`: of the weights of terms with a budget (method/terms.py). `first`, `runs`, `summed`: the fp32
     master weights that short runs begin with, the runs that have ended, and the sum of their weights (run/averaged.py).
+    `adversary`, `adversary_turns`: its factors and moments, a tensor a trained parameter, and the steps of the run in
+    which it has learned since it began anew (method/adversary.py).
     """
 
     step: int = 0
@@ -42,3 +44,5 @@ class TrainingState:
     first: list[torch.Tensor] | None = None
     runs: int = 0
     summed: list[torch.Tensor] | None = None
+    adversary: list[torch.Tensor] | None = None
+    adversary_turns: int = 0

@@ -32,6 +32,7 @@ class BaseDraw:
     is_off = False
     only_given = own_words = False  # what the original is asked about each forget row (method/draws.py)
     teaches = False  # the model learns its rows: they are no rows of an unlearning run
+    apart = False  # its sequences are no part of a step's: another pass takes them
     needs_prompt = False  # it puts other answers after a row's prompt, so rows of text give it no sequence
 
     @property

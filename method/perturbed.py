@@ -14,10 +14,13 @@ from options import COUNT, POSITIVE, WEIGHT, option
 class PerturbedSettings:
     """What is done for the gradient of the forget side's terms; that of the others is taken as usual.
 
-    To the weights before it: radius: sharpness-aware minimisation of the forget loss (Fan et al. 2025, arXiv
-    2502.05374), a move towards knowing the forget set again; bits: a straight-through forward at rounded weights (arXiv
-    2605.02196). To the gradient itself: agreeing and norm: disruption masking and normalisation (MUDMAN, Sondej et al.
-    2025, arXiv 2506.12484), without the paper's adversary.
+    To the weights before it, in this order: adversary_steps: an adversary that has learned the forget rows again is
+    laid over them (MUDMAN, Sondej et al. 2025, arXiv 2506.12484): meta-learning to the first order, the gradient is
+    taken at the adversary and applied to the weights themselves; radius: sharpness-aware minimisation of the forget
+    loss (Fan et al. 2025, arXiv 2502.05374), a move towards knowing the forget set again; bits: a straight-through
+    forward at rounded weights (arXiv 2605.02196). To the gradient itself: agreeing and norm: MUDMAN's disruption
+    masking and normalisation. The paper's adversary is a copy of the weights that takes plain steps; here it is
+    low-rank factors under Adam, as the adversary who fine-tunes adapters is (evaluation/attacks/relearning.py).
     """
 
     radius: WEIGHT = option(0.0, "length of a move of all weights towards a higher forget loss (0: none)")
@@ -25,6 +28,15 @@ class PerturbedSettings:
     agreeing: bool = option(False, "keep it where its sign is that of the other terms' gradient, elsewhere drop it")
     norm: WEIGHT = option(0.0, "length that what is left of it is brought to, over all weights (0: as it is)")
     every: POSITIVE = option(1, "one step in so many, from the first on")
+    adversary_steps: COUNT = option(
+        0, "steps in which an adversary learns the step's forget rows again before it is taken, each a forward and a "
+        "backward of their answers (0: no adversary)"
+    )  # fmt: skip
+    adversary_lr: WEIGHT = option(1e-3, "the adversary's learning rate (Adam)")
+    adversary_rank: POSITIVE = option(8, "rank of its factors, which lie over the layers' trained matrices")
+    adversary_turns: POSITIVE = option(
+        32, "steps of the run for which it learns, before it begins anew from the weights as they are"
+    )
 
     def at(self, step: int) -> bool:
         """Return whether a step takes the forget side's gradient apart."""
@@ -33,7 +45,7 @@ class PerturbedSettings:
     @property
     def changes_weights(self) -> bool:
         """Whether it is taken at changed weights."""
-        return self.radius > 0 or self.bits > 0
+        return self.radius > 0 or self.bits > 0 or self.adversary_steps > 0
 
     @property
     def shapes_gradient(self) -> bool:

@@ -106,6 +106,8 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     if perturbed.at(0):  # the weights in fp32, while others stand in their place; the forget side's gradient, changed
         copies += 4 * perturbed.changes_weights * count
         copies += 2 * perturbed.shapes_gradient * sum(p.numel() * p.element_size() for p in trained)
+        if perturbed.adversary_steps:  # its factors and their moments
+            copies += 12 * perturbed.adversary_rank * sum(sum(p.shape[-2:]) * math.prod(p.shape[:-2]) for p in trained)
     parts = dataclasses.replace(parts, best_state=parts.best_state + copies)
     loaded = peak_memory_gib(device)
     available = free_memory_gib(device) + (current_memory_gib(device) if device.type == "cuda" else loaded)
@@ -175,7 +177,8 @@ def _plan_lines(
     rows = {side: sum(map(len, sources)) for side, sources in sampler.rows.items()}
     terms = ", ".join(f"{term.weight:g} x {term.name}" for term in recipe.terms)
     selection = recipe.selection
-    changes = [f"moved by {recipe.perturbed.radius:g}"] * (recipe.perturbed.radius > 0)
+    changes = [_adversary_line(recipe.perturbed)] * (recipe.perturbed.adversary_steps > 0)
+    changes += [f"moved by {recipe.perturbed.radius:g}"] * (recipe.perturbed.radius > 0)
     changes += [f"rounded to {recipe.perturbed.bits} bits"] * (recipe.perturbed.bits > 0)
     first = [f"before that    selection: the forget gradient without its {selection.directions} largest directions is "
              f"taken out, up to a KL of {selection.kl_budget:g}"] if selection.kl_budget else []  # fmt: skip
@@ -212,6 +215,13 @@ def _plan_lines(
         follows = f" each token to be followed by [{decode(list(s.targets[:1]))}]" if s.targets else ""
         lines.append(f"  {s.draw:8s} row {s.example_id}: {prompt}[{answer}]{follows}")
     return lines
+
+
+def _adversary_line(perturbed) -> str:
+    """Say at which weights the forget side's gradient is taken, and what that costs."""
+    more = "1 pass more" if perturbed.adversary_steps == 1 else f"{perturbed.adversary_steps} passes more"
+    return (f"which an adversary of rank {perturbed.adversary_rank} has taught the forget rows again ({more} a step, "
+            f"anew after {perturbed.adversary_turns})")  # fmt: skip
 
 
 def _num_tokens(sequences: list[Sequence]) -> int:

@@ -11,15 +11,16 @@ from typing import Literal, Optional
 
 from engine.adapters import LoraSettings
 from engine.optimizer import OptimizerSettings
+from method.adversary import adversary_term
 from method.draw import RunSizes
 from method.draws import DRAWS
 from method.noise import NoiseSettings
 from method.objective import ForgetObjective
 from method.objectives import OBJECTIVES
 from method.perturbed import PerturbedSettings
-from method.sampler import Wording
+from method.sampler import Draw, Wording
 from method.selection import SelectionSettings
-from method.terms import Term, active_terms
+from method.terms import Term, active_terms, draws_of
 from options import COUNT, POSITIVE, WEIGHT, OptionalWeight, UnlearnOptions, option, read_settings
 from utils import UsageError
 
@@ -112,6 +113,12 @@ class Recipe:
     dev: DevSettings
     layout: Layout
     checkpoints: Checkpoints
+    adversary: Term | None = None  # what it minimises, where the forget side's gradient is taken at one
+
+    @property
+    def draws(self) -> list[Draw]:
+        """The draws of its terms, and the adversary's."""
+        return draws_of([*self.terms, *([self.adversary] if self.adversary else [])])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +152,8 @@ class TermEntry:
 def read_recipe(options: UnlearnOptions) -> Recipe:
     """Return `options.recipe` as a Recipe. Raises UsageError with term and setting."""
     terms = build_terms(options.recipe["terms"], _sizes(options))
-    return Recipe(terms, **_read_sections(options.recipe, options))
+    sections = _read_sections(options.recipe, options)
+    return Recipe(terms, **sections, adversary=adversary_term(sections["perturbed"], _sizes(options)))
 
 
 def with_defaults(recipe: dict, options: UnlearnOptions) -> dict:

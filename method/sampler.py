@@ -86,6 +86,7 @@ class Draw(Protocol):
     side: str  # of its rows: "forget" or "normal"
     answer_tokens: int  # longer answers are truncated
     teaches: bool  # the model learns its rows
+    apart: bool  # its sequences are no part of a step's
     needs_prompt: bool  # rows of text give it no sequence
     replacements: int  # minimum number of different replacement answers
     is_off: bool  # its settings ask for no sequence
@@ -314,5 +315,6 @@ class UnlearnBatchSampler:
 
     def sequences(self, step: int, formatter: PromptFormatter) -> list[Sequence]:
         """Return all sequences of a step, over all processes: by forget row, then by normal row."""
-        by_draw = [(draw.side, s) for draw in self.draws for s in draw.sequences(step, self, formatter)]
+        by_draw = [(draw.side, s) for draw in self.draws if not draw.apart
+                   for s in draw.sequences(step, self, formatter)]  # fmt: skip
         return [s for _, s in sorted(by_draw, key=lambda pair: (pair[0], pair[1].example_id))]

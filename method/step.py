@@ -47,11 +47,13 @@ class PreparedStep:
     """A step as the host prepares it: this process's parts, and the counts of the whole step.
 
     forget: the forget side's sequences, where their gradient is taken at other weights; the parts are then the others.
+    relearned: what an adversary learns before that (method/adversary.py).
     """
 
     parts: list[PreparedPart]
     counts: dict[str, DrawCount]
     forget: PreparedStep | None = None
+    relearned: PreparedStep | None = None
 
 
 def prepare_step(

@@ -38,7 +38,7 @@ def begin_run(setup, state: TrainingState) -> None:
     elif state.step % (setup.options.max_unlearn_steps // runs) == 0:
         add_up(setup, state)
         setup.optimizer.restart(state.first)
-        state.skipped, state.multipliers = 0, {}
+        state.skipped, state.multipliers, state.adversary = 0, {}, None
         log.info("a run of %d begins with the first weights", runs)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 
+from engine.state import TrainingState
 from evaluation.attacks.quantisation import rounded_to_bits
 from evaluation.attacks.weights import matrices
 from method.perturbed import PerturbedSettings, shaped, towards_worse
 from method.step import PreparedStep, StepSums, compute_gradients
+from run.adversary import taught
 from utils import UsageError
 
 
@@ -23,29 +25,32 @@ def refuse_perturbed(recipe, options) -> None:
         raise UsageError(f"perturbed.bits {settings.bits}: must be 0, or from 2 to 8")
 
 
-def step_gradients(setup, prepared: PreparedStep, multipliers: dict[str, float], *, signalled: bool) -> StepSums:
-    """Leave the gradients of a step's loss with the weights; return the step's sums over all processes."""
+def step_gradients(setup, prepared: PreparedStep, state: TrainingState, *, signalled: bool) -> StepSums:
+    """Leave the gradients of a step's loss with the weights; return the step's sums over all processes.
+
+    state: of the run; its adversary learns, if there is one.
+    """
 
     def gradients(of: PreparedStep) -> StepSums:
         return compute_gradients(of, setup.recipe.terms, setup.wrapped, setup.accelerator, sharded=setup.options.shard,
-                                 signalled=signalled, graphs=setup.graphs, multipliers=multipliers)  # fmt: skip
+                                 signalled=signalled, graphs=setup.graphs, multipliers=state.multipliers)  # fmt: skip
 
     if prepared.forget is None:
         return gradients(prepared)
-    settings, at_own_weights = setup.recipe.perturbed, None
+    settings, before_move = setup.recipe.perturbed, None
     if settings.changes_weights:
-        with _changed_weights(setup, lambda: gradients(prepared.forget)) as at_own_weights:
+        with _changed_weights(setup, state, prepared, lambda: gradients(prepared.forget)) as before_move:
             sums = gradients(prepared.forget)
     else:
         sums = gradients(prepared.forget)
     if not settings.shapes_gradient:
-        return gradients(prepared) + (at_own_weights or sums)
+        return gradients(prepared) + (before_move or sums)
     parameters = setup.optimizer.parameters
     forget = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
     setup.optimizer.drop_gradients()
     of_others = gradients(prepared)
     add_shaped(parameters, forget, settings)
-    return of_others + (at_own_weights or sums)
+    return of_others + (before_move or sums)
 
 
 def add_shaped(parameters: list, forget: list, settings: PerturbedSettings) -> None:
@@ -59,23 +64,25 @@ def add_shaped(parameters: list, forget: list, settings: PerturbedSettings) -> N
 
 
 @contextlib.contextmanager
-def _changed_weights(setup, forget_gradients):
+def _changed_weights(setup, state: TrainingState, prepared: PreparedStep, forget_gradients):
     """Within the block the trained weights are changed as the recipe says; gradients that it leaves stay.
 
-    Yields the forget side's sums at the weights as they are, where they had to be taken (radius), else None.
+    Yields the forget side's sums before the move, where they had to be taken (radius), else None.
     """
     settings, optimizer = setup.recipe.perturbed, setup.optimizer
     kept = optimizer.snapshot()
     changed, sums = kept, None
-    if settings.radius:
-        sums = forget_gradients()
-        changed = towards_worse(kept, [parameter.grad for parameter in optimizer.parameters], settings.radius)
-        optimizer.drop_gradients()
-    if settings.bits:
-        changed = _rounded(setup.model, optimizer, changed, settings.bits)
-    optimizer.restore(changed)
-    del changed  # as much memory as the weights in fp32
     try:
+        if settings.adversary_steps:
+            changed = taught(setup, state, kept, prepared.relearned)
+        if settings.radius:
+            sums = forget_gradients()
+            changed = towards_worse(changed, [parameter.grad for parameter in optimizer.parameters], settings.radius)
+            optimizer.drop_gradients()
+        if settings.bits:
+            changed = _rounded(setup.model, optimizer, changed, settings.bits)
+        optimizer.restore(changed)
+        del changed  # as much memory as the weights in fp32
         yield sums
     finally:
         optimizer.restore(kept)

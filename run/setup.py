@@ -47,12 +47,13 @@ from method.draws import Mismatch, Stop
 from method.recipe import Recipe, read_recipe
 from method.sampler import UnlearnBatchSampler
 from method.step import PreparedStep, prepare_step
-from method.terms import draws_of, layers_of, sequences_needing_reference
+from method.terms import Term, layers_of, sequences_needing_reference
 from options import UnlearnOptions
 from prompts.formatter import PromptFormatter
 from prompts.tokenizer import load_tokenizer
 from prompts.windows import TextCutter, fit_windows
 from run.account import SourceAccount, held_out_line
+from run.adversary import refuse_no_matrix
 from run.asked import ask_about_forget_rows
 from run.averaged import refuse_averaging
 from run.levels import refuse_levels, with_levels
@@ -119,15 +120,18 @@ class Setup:
         """Return a step as the host prepares it: this process's sequences, laid out, and what is asked of them."""
         sequences = self.sampler.sequences(step, self.formatter)
 
-        def prepared(some: list[Sequence]) -> PreparedStep:
-            return prepare_step(some, self.recipe.terms, self.layout, self.reference, self.accelerator,
+        def prepared(some: list[Sequence], terms: list[Term] = self.recipe.terms) -> PreparedStep:
+            return prepare_step(some, terms, self.layout, self.reference, self.accelerator,
                                 num_parts=self.options.gradient_accumulation)  # fmt: skip
 
         if not self.recipe.perturbed.at(step):
             return prepared(sequences)
         forget = {draw.name for draw in self.sampler.draws if draw.side == "forget"}
         others = prepared([s for s in sequences if s.draw not in forget])
-        return dataclasses.replace(others, forget=prepared([s for s in sequences if s.draw in forget]))
+        others.forget = prepared([s for s in sequences if s.draw in forget])
+        if adversary := self.recipe.adversary:
+            others.relearned = prepared(adversary.draw.sequences(step, self.sampler, self.formatter), [adversary])
+        return others
 
 
 def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | None = None) -> Setup:
@@ -174,7 +178,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     log.info(held_out_line(splits))
     sampler = UnlearnBatchSampler(
         *([parts["train"] for parts in splits[side] if parts["train"]] for side in ("forget", "normal")),
-        draws_of(recipe.terms),
+        recipe.draws,
         seed=options.seed, steps=options.max_unlearn_steps, wording=recipe.wording,
     )  # fmt: skip
     refuse_terms_without_prompts(recipe.terms, options, sampler.rows)
@@ -269,6 +273,7 @@ def load_weights(setup: Setup) -> None:
         shard(answer_model, dtype, accelerator.device.type)
     masters = torch.float32 if options.shard else dtype  # a sharded model's parameters are the fp32 masters
     setup.optimizer, setup.answer_model = MasterWeightAdamW(model, recipe.optimizer, masters), answer_model
+    refuse_no_matrix(setup)
     name, count = str(dtype).removeprefix("torch."), accelerator.num_processes
     setup.run_log.event(
         "model", f"{options.model_name} in {name} on {accelerator.device}, template {formatter.style}, "

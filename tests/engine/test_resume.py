@@ -19,6 +19,7 @@ from utils import RunError
 
 # one more than --eval_every divides, so that checkpoints fall on and beside looks
 RUN = [*SMALL, "--max_unlearn_steps=9", "--save_every=2", "--eval_every=4", "--kl_budget=0.5", "--log_file=out.log"]
+ADVERSARY = ["--set=perturbed.adversary_steps=2", "--set=perturbed.adversary_lr=0.02"]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,9 @@ def test_a_killed_run_ends_in_the_same_weights(whole, tmp_path):
     ["--dtype=bf16", "--use_lora", "--gradient_checkpointing"],
     ["--dtype=bf16", "--kl_budget=0", "--set=average.runs=3"],  # the sum of the runs that have ended is kept
     ["--dtype=bf16", "--kl_budget=0", "--use_lora", "--set=average.runs=2", "--max_unlearn_steps=8"],  # at a boundary
+    # an adversary that has learned once since it began anew, and one that goes on from before
+    ["--dtype=bf16", "--kl_budget=0", *ADVERSARY, "--set=perturbed.adversary_turns=3", "--set=perturbed.agreeing=true"],
+    ["--dtype=bf16", "--kl_budget=0", "--use_lora", *ADVERSARY, "--set=perturbed.every=2"],
 ])  # fmt: skip
 def test_resume_in_bf16_with_whole_weights_and_adapters_is_exact(tmp_path, model_folders, data_files, words):
     """A master is a bf16 weight and the residual of its rounding; a checkpoint keeps their sum once."""

@@ -8,6 +8,7 @@ from conftest import one_line_error, run_cli, tiny_model, weights
 from test_run import SMALL, data_words
 
 from engine.optimizer import MasterWeightAdamW, OptimizerSettings
+from engine.state import TrainingState
 from evaluation.attacks.quantisation import rounded_to_bits
 from method.perturbed import PerturbedSettings, shaped, towards_worse
 from run.perturbed import _changed_weights, refuse_perturbed
@@ -63,7 +64,7 @@ def test_the_weights_are_put_back_bit_for_bit_and_the_gradient_stays(dtype, sett
         recipe=SimpleNamespace(perturbed=PerturbedSettings(**settings)), optimizer=optimizer, model=model
     )
     before = [master.clone() for master in optimizer.snapshot()]
-    with _changed_weights(setup, backward):
+    with _changed_weights(setup, TrainingState(), None, backward):
         moved = torch.cat([(p.detach().float() - m.to(dtype).float()).flatten()
                            for p, m in zip(optimizer.parameters, before, strict=True)])  # fmt: skip
         with torch.no_grad():
