@@ -6,6 +6,7 @@ Loading torch and transformers takes a script seconds, and the tests start a hun
 script from its input, {"script", "argv", "cwd", "stdout", "stderr": files to write}, and answers with its exit code.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -25,6 +26,8 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     for name in (*MODULES, *SCRIPTS):
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else every forked process goes through all that is loaded once more as it ends: 3 s, now 0.6 s
     answers = os.fdopen(os.dup(1), "w")
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
