@@ -51,9 +51,9 @@ def make_tokenizer(kind: str):
     return tokenizer
 
 
-def tiny_model(family: str, vocabulary: int = 600):
-    """A random two-layer model of a family, with weights large enough that its answers differ."""
-    small = dict(vocab_size=vocabulary, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=512)
+def tiny_model(family: str, vocabulary: int = 600, layers: int = 2):
+    """A random model of a family, with weights large enough that its answers differ."""
+    small = dict(vocab_size=vocabulary, num_attention_heads=4, num_hidden_layers=layers, max_position_embeddings=512)
     if family == "opt":
         config = transformers.OPTConfig(
             hidden_size=32, ffn_dim=64, word_embed_proj_dim=16, pad_token_id=1, bos_token_id=2, eos_token_id=2,
