@@ -194,6 +194,9 @@ class TrainOptions(CommonOptions):
     model_name: str = option("facebook/opt-1.3b", "model to start from: a folder or a hub name")
     model_save_dir: str = option("models/unlearned", "output folder of the trained model")
     log_file: str = option("logs/unlearn.log", "readable log; the same log as JSON lines goes to this name with .jsonl")
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = option(
+        "none", "tracker that gets the numbers of the log as well; TensorBoard's files go beside the log"
+    )
     overwrite: bool = option(False, "replace the content of --model_save_dir")
     dry_run: bool = option(False, "print the plan and the first batch, then stop without training or writing anything")
     set: list[str] = option([], "recipe settings to change, as TERM.SETTING=VALUE or SECTION.SETTING=VALUE")

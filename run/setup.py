@@ -63,6 +63,7 @@ from run.perturbed import refuse_perturbed
 from run.rows import development_rows, log_account, read_chain, without_seen
 from run.selection import refuse_selection
 from run.texts import has_text, refuse_terms_without_prompts
+from run.tracker import TrackedLog
 from run.warm_up import warm_up
 from sources.rows import Row, read_texts
 from utils import RunLog, UsageError, atomic_dir, log, pick_dtype
@@ -167,7 +168,8 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
                                      | ({"holdout": holdout} if holdout else {}))  # fmt: skip
     newest = checkpoint.resumable(options, metadata) if options.resume else None
     # data and tokenizer have loaded: a mistyped name must not overwrite an earlier log
-    run_log = RunLog(options.log_file, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
+    run_log = TrackedLog(options, write=accelerator.is_main_process and not options.dry_run, resume=bool(newest))
+    held.callback(run_log.close)
     if neighbours:
         neighbours.warn(options.make_neighbours)
     formatter = PromptFormatter.of(tokenizer, options.model_name, options, options.max_answer_tokens)
