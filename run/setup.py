@@ -55,13 +55,10 @@ from prompts.windows import TextCutter, fit_windows
 from run.account import SourceAccount, held_out_line
 from run.adversary import refuse_no_matrix
 from run.asked import ask_about_forget_rows
-from run.averaged import refuse_averaging
-from run.levels import refuse_levels, with_levels
+from run.levels import with_levels
+from run.levers import refuse_levers
 from run.neighbours_file import Neighbours, add_neighbours
-from run.noise import refuse_noise
-from run.perturbed import refuse_perturbed
 from run.rows import development_rows, log_account, read_chain, without_seen
-from run.selection import refuse_selection
 from run.texts import has_text, refuse_terms_without_prompts
 from run.tracker import TrackedLog
 from run.warm_up import warm_up
@@ -150,11 +147,7 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
     refuse_missing_8bit(options)
     held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
     recipe = read_recipe(options)
-    refuse_levels(recipe.terms, options.holdout_text)
-    refuse_selection(recipe, options, accelerator.num_processes)
-    refuse_noise(recipe, options, accelerator.num_processes)
-    refuse_averaging(recipe, options)
-    refuse_perturbed(recipe, options)
+    refuse_levers(recipe, options, accelerator.num_processes)
     refuse_start_adapter(options)
     sides = sides or read_sides(options)
     tokenizer = load_tokenizer(options.model_name, trust_remote_code=options.trust_remote_code)
