@@ -9,7 +9,7 @@ It makes models that know something, and models that never did: the truth that a
 
 from __future__ import annotations
 
-from options import parse
+from command_line import parse
 from run.finetuning import FinetuneOptions, as_run, read_rows_to_learn
 from unlearn_harm import run
 from utils import run_script

@@ -1,30 +1,23 @@
-"""All options with their defaults, units and checks, and the parsing of YAML files and command lines.
+"""All options with their defaults, units, checks and groups.
 
-An option is a dataclass field. Its annotation is a plain type or a check made by `number`, so that parsing refuses a
-bad value with one line and exit code 2. Settings of a recipe are fields of the same kind, in the dataclass of the room
-that uses them (`read_settings`).
+An option is a dataclass field. Its annotation is a plain type or a check made by `number`, so that parsing
+(command_line.py) refuses a bad value with one line and exit code 2. Settings of a recipe are fields of the same kind,
+in the dataclass of the room that uses them (`read_settings`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
-import re
-import sys
-from pathlib import Path
-from typing import Literal, Optional, get_args, get_origin, get_type_hints
-
-import yaml
-from transformers.hf_argparser import HfArgumentParser
+from typing import ClassVar, Literal, Optional, get_args, get_origin, get_type_hints
 
 from utils import UsageError
 
 
 # ------------------------------------------------------------------------------------------- checks
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False):
-    """Return a parser of finite numbers in [low, high], or in (low, high] with `above`."""
+    """Return a parser of finite numbers in [low, high], or in (low, high] with `above`. It holds its JSON schema."""
     bound = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
     name = f"{'whole number' if kind is int else 'finite number'} {bound}"
 
@@ -39,6 +32,9 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
         return value
 
     read.__name__ = name
+    read.schema = {"type": "integer" if kind is int else "number", "exclusiveMinimum" if above else "minimum": low}
+    if high < math.inf:
+        read.schema["maximum"] = high
     return read
 
 
@@ -51,12 +47,38 @@ OptionalWeight = Optional[WEIGHT]  # noqa: UP045 - a check is a function, which 
 OptionalShare = Optional[SHARE]  # noqa: UP045
 
 
-def option(default, text: str):
-    """Return a dataclass field with a help text. Each instance gets its own copy of a list default."""
-    metadata = {"help": text.replace("%", "%%")}  # which argparse reads as a format
+# what the options of a run are about, in the order in which --help and docs/options.md show them
+GROUPS = {
+    "model": "model",
+    "data": "data (what goes, what stays, how it is asked)",
+    "recipe": "recipe (what a step minimises)",
+    "run": "run (how long, how fast, with which seed)",
+    "memory": "memory (precision, adapters, what is held at once)",
+    "looking": "looking (what is measured and shown)",
+    "judges": "judges (who says what an answer is)",
+    "attacks": "attacks (what tries to get the answers back)",
+    "harness": "lm-evaluation-harness",
+    "files": "files (what is read and written)",
+}
+
+
+def option(default, text: str, group: str | None = None, *, common: bool = False):
+    """Return a dataclass field with a help text. Each instance gets its own copy of a list default.
+
+    group: a key of GROUPS; a setting of a recipe has none. common: among the first of its group in --help.
+    """
+    metadata = {"help": text.replace("%", "%%"), "group": group, "common": common}  # argparse reads % as a format
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def in_groups(kind: type) -> dict[str | None, list[dataclasses.Field]]:
+    """Return a dataclass's options by group, in the order of GROUPS; those of no group under None, at the end."""
+    fields = [field for field in dataclasses.fields(kind) if "help" in field.metadata]
+    fields.sort(key=lambda field: not field.metadata["common"])
+    groups = {group: [field for field in fields if field.metadata["group"] == group] for group in (*GROUPS, None)}
+    return {group: found for group, found in groups.items() if found}
 
 
 def read_settings(kind: type, values: dict, where: str, /, **fixed):
@@ -112,16 +134,16 @@ TEXT_FILES = ".txt, .md, .jsonl with 'text', or folders"
 class PromptOptions:
     """How a row becomes a prompt, and a text passages."""
 
-    fields: list[str] = option([], "names of fields in your files, as prompt=frage response=antwort")
-    text_window: POSITIVE = option(128, "tokens of a passage that a text is cut into")
-    text_stride: COUNT = option(0, "tokens from the start of a passage to the next one (0: as --text_window)")
+    fields: list[str] = option([], "names of fields in your files, as prompt=frage response=antwort", "data")
+    text_window: POSITIVE = option(128, "tokens of a passage that a text is cut into", "data")
+    text_stride: COUNT = option(0, "tokens from the start of a passage to the next one (0: as --text_window)", "data")
     template: Literal["auto", "qa", "chat", "raw"] = option(
-        "auto", "prompt template; auto: the tokenizer's chat template if it has one, else qa"
+        "auto", "prompt template; auto: the tokenizer's chat template if it has one, else qa", "data"
     )
-    template_args: list[str] = option([], "arguments of the chat template, as enable_thinking=false")
-    system: str | None = option(None, "system message before every prompt that has none of its own")
+    template_args: list[str] = option([], "arguments of the chat template, as enable_thinking=false", "data")
+    system: str | None = option(None, "system message before every prompt that has none of its own", "data")
     max_prompt_tokens: POSITIVE = option(
-        512, "tokens of a prompt at most; longer prompts are cut at the beginning of the user's text"
+        512, "tokens of a prompt at most; longer prompts are cut at the beginning of the user's text", "data"
     )
 
 
@@ -133,26 +155,28 @@ class DataOptions(PromptOptions):
         [],
         f"prompts to forget: {ROW_FILES}; each source gets an equal share of a step, list it twice to double it (if "
         f"neither this nor --forget_text is given: {FORGET_DATA[0]})",
+        "data",
+        common=True,
     )
     normal_data: list[str] = option(
         [], "prompts to retain, in the same forms and shares (if neither this nor --normal_text is given: "
-        f"{NORMAL_DATA[0]})"
+        f"{NORMAL_DATA[0]})", "data", common=True
     )  # fmt: skip
-    forget_text: list[str] = option([], f"text to forget, without prompts: {TEXT_FILES}")
-    normal_text: list[str] = option([], "text to retain, in the same forms")
+    forget_text: list[str] = option([], f"text to forget, without prompts: {TEXT_FILES}", "data", common=True)
+    normal_text: list[str] = option([], "text to retain, in the same forms", "data", common=True)
     unseen_data: list[str] = option(
-        [], "prompts of the kind that is forgotten, never trained on: the looks and the evaluation ask them"
+        [], "prompts of the kind that is forgotten, never trained on: the looks and the evaluation ask them", "data"
     )
     harm_categories: list[str] = option(
-        [], "use only forget rows of these categories, upper or lower case (if unset: all rows)"
+        [], "use only forget rows of these categories, upper or lower case (if unset: all rows)", "data"
     )
     dev_share: OptionalShare = option(
         None, "fraction of each side's prompts used for evaluation during training (if unset: none of the forget "
-        f"prompts, {NORMAL_SHARES['dev']} of the normal ones)"
+        f"prompts, {NORMAL_SHARES['dev']} of the normal ones)", "data"
     )  # fmt: skip
     test_share: OptionalShare = option(
         None, "fraction of each side's prompts used only by the final evaluation (if unset: none of the forget "
-        f"prompts, {NORMAL_SHARES['test']} of the normal ones)"
+        f"prompts, {NORMAL_SHARES['test']} of the normal ones)", "data"
     )  # fmt: skip
 
     def __post_init__(self):
@@ -168,18 +192,20 @@ class DataOptions(PromptOptions):
 class CommonOptions:
     """Of every script: where its options come from, precision, chance, and what code it may run."""
 
-    config: str | None = option(None, "YAML file of options; the command line overrides it")
+    config: str | None = option(None, "YAML file of options; the command line overrides it", "files", common=True)
     dtype: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "precision of forward and backward; auto: bf16 if the hardware supports it, else fp32"
+        "auto", "precision of forward and backward; auto: bf16 if the hardware supports it, else fp32", "memory"
     )
-    seed: COUNT = option(8888, "seed of all random choices: splits, order, replacement answers, sampling")
-    threads: COUNT = option(0, "CPU threads (0: torch's default)")
+    seed: COUNT = option(8888, "seed of all random choices: splits, order, replacement answers, sampling", "run")
+    threads: COUNT = option(0, "CPU threads (0: torch's default)", "run")
     deterministic: bool = option(
         False, "give the same bits in every run on one GPU, where torch can, at some cost in time (a CPU does so "
-        "anyway, with one number of threads)"
+        "anyway, with one number of threads)", "run"
     )  # fmt: skip
-    trust_remote_code: bool = option(False, "allow code from the model's repository to run")
-    allow_pickle: bool = option(False, "allow a local folder's weights to be a pickle (.bin, .pt), which can run code")
+    trust_remote_code: bool = option(False, "allow code from the model's repository to run", "model")
+    allow_pickle: bool = option(
+        False, "allow a local folder's weights to be a pickle (.bin, .pt), which can run code", "model"
+    )
 
     def trust(self) -> dict[str, bool]:
         """Return the options that allow code in a model, as keyword arguments of `load_model`."""
@@ -191,54 +217,80 @@ class CommonOptions:
 class TrainOptions(CommonOptions):
     """Of every run that trains: where it writes, its size, its memory, what it saves, and its checkpoints."""
 
-    model_name: str = option("facebook/opt-1.3b", "model to start from: a folder or a hub name")
-    model_save_dir: str = option("models/unlearned", "output folder of the trained model")
-    log_file: str = option("logs/unlearn.log", "readable log; the same log as JSON lines goes to this name with .jsonl")
-    report_to: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = option(
-        "none", "tracker that gets the numbers of the log as well; TensorBoard's files go beside the log"
+    model_name: str = option("facebook/opt-1.3b", "model to start from: a folder or a hub name", "model", common=True)
+    model_save_dir: str = option("models/unlearned", "output folder of the trained model", "files", common=True)
+    log_file: str = option(
+        "logs/unlearn.log", "readable log; the same log as JSON lines goes to this name with .jsonl", "files"
     )
-    overwrite: bool = option(False, "replace the content of --model_save_dir")
-    dry_run: bool = option(False, "print the plan and the first batch, then stop without training or writing anything")
-    set: list[str] = option([], "recipe settings to change, as TERM.SETTING=VALUE or SECTION.SETTING=VALUE")
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = option(
+        "none", "tracker that gets the numbers of the log as well; TensorBoard's files go beside the log", "files"
+    )
+    overwrite: bool = option(False, "replace the content of --model_save_dir", "files")
+    dry_run: bool = option(
+        False, "print the plan and the first batch, then stop without training or writing anything", "run", common=True
+    )
+    set: list[str] = option([], "recipe settings to change, as TERM.SETTING=VALUE or SECTION.SETTING=VALUE", "recipe")
 
     # ---- the run
-    batch_size: POSITIVE = option(2, "forget rows per step, over all processes")
-    max_answer_tokens: POSITIVE = option(128, "tokens of an answer at most; longer answers are truncated on the right")
-    lr: number(float, 0, above=True) = option(2e-6, "peak learning rate of AdamW")
+    batch_size: POSITIVE = option(2, "forget rows per step, over all processes", "run")
+    max_answer_tokens: POSITIVE = option(
+        128, "tokens of an answer at most; longer answers are truncated on the right", "data"
+    )
+    lr: number(float, 0, above=True) = option(2e-6, "peak learning rate of AdamW", "run", common=True)
 
     # ---- memory
-    use_lora: bool = option(False, "train low-rank adapters; they are saved, and merged into the saved model")
+    use_lora: bool = option(
+        False, "train low-rank adapters; they are saved, and merged into the saved model", "memory", common=True
+    )
     load_in_4bit: bool = option(
-        False, "quantise the base to 4 bits and train adapters on it (QLoRA; needs --use_lora and bitsandbytes)"
+        False,
+        "quantise the base to 4 bits and train adapters on it (QLoRA; needs --use_lora and bitsandbytes)",
+        "memory",
     )
     optimizer: Literal["adamw", "adamw8bit"] = option(
-        "adamw", "adamw8bit: 8-bit AdamW moments, 2 bytes per weight instead of 8 (needs bitsandbytes)"
+        "adamw", "adamw8bit: 8-bit AdamW moments, 2 bytes per weight instead of 8 (needs bitsandbytes)", "memory"
     )
     shard: bool = option(
-        False, "shard weights, gradients and optimizer state over the processes (FSDP2), for models too large for a GPU"
+        False, "shard weights, gradients and optimizer state over the processes (FSDP2), for models too large for a "
+        "GPU", "memory"
     )  # fmt: skip
     gradient_accumulation: POSITIVE = option(
-        1, "number of parts that a step's rows are processed in, one after the other: less memory, same update"
+        1,
+        "number of parts that a step's rows are processed in, one after the other: less memory, same update",
+        "memory",
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time", "memory"
+    )
     compile: Literal["auto", "on", "off"] = option(
-        "auto", "compile the layers on a CUDA GPU; auto: in a run of at least 500 steps, and without it if that fails"
+        "auto",
+        "compile the layers on a CUDA GPU; auto: in a run of at least 500 steps, and without it if that fails",
+        "run",
     )
 
     # ---- what is saved
     save_dtype: Literal["auto", "fp32", "bf16"] = option(
         "auto",
         "type of the saved weights; auto: bf16 if the run is in bf16 and its base is stored in 16 bits, else fp32",
+        "files",
     )
-    adapter_only: bool = option(False, "save the adapters alone; their folder and the base together make the model")
+    adapter_only: bool = option(
+        False, "save the adapters alone; their folder and the base together make the model", "files"
+    )
     merge_into_base: bool = option(
-        False, "merge adapters trained on a quantised base into its full weights (if unset: they are saved alone)"
+        False,
+        "merge adapters trained on a quantised base into its full weights (if unset: they are saved alone)",
+        "files",
     )
 
     # ---- evaluation and checkpoints during the run
-    eval_every: COUNT = option(0, "steps between evaluations on the dev split (0: only at start and end)")
-    save_every: COUNT = option(500, "steps between checkpoints, written to a folder beside --model_save_dir (0: none)")
-    resume: bool = option(False, "continue from the newest valid checkpoint of this run")
+    eval_every: COUNT = option(
+        0, "steps between evaluations on the dev split (0: only at start and end)", "looking", common=True
+    )
+    save_every: COUNT = option(
+        500, "steps between checkpoints, written to a folder beside --model_save_dir (0: none)", "files"
+    )
+    resume: bool = option(False, "continue from the newest valid checkpoint of this run", "files")
 
     def __post_init__(self):
         if self.log_file.endswith(".jsonl"):
@@ -247,49 +299,72 @@ class TrainOptions(CommonOptions):
 
 @dataclasses.dataclass
 class UnlearnOptions(TrainOptions, DataOptions):
-    from_manifest: str | None = option(None, "run_manifest.json of an earlier run; repeat that run")
+    """Make a causal language model forget listed prompts, texts or facts, and keep its other behaviour."""
+
+    EXAMPLES: ClassVar = {
+        "the plan of a run; nothing is trained (setup_demo.py makes the model)": (
+            "python unlearn_harm.py --model_name models/smollm2-135m-instruct --method selective "
+            "--forget_data data/harmful.jsonl --normal_data data/benign.jsonl data/neighbours.jsonl --dry_run"
+        ),
+        "forget people, and keep the rest": (
+            "python unlearn_harm.py --model_name models/smollm2-135m-instruct --model_save_dir models/mine "
+            "--method people --forget_data recipes/people/rows.jsonl --normal_data data/benign.jsonl data/facts.jsonl"
+        ),
+        "the demo, from its file of options; goes on where it was stopped": (
+            "python unlearn_harm.py --config configs/demo.yaml --overwrite --resume"
+        ),
+    }
+
+    from_manifest: str | None = option(None, "run_manifest.json of an earlier run; repeat that run", "files")
     holdout_text: list[str] = option(
-        [], "text that the model never saw, of the kind of --forget_text: some recipes stop where that is as unlikely"
+        [],
+        "text that the model never saw, of the kind of --forget_text: some recipes stop where that is as unlikely",
+        "data",
     )
     cache_dir: str = option(
-        "data/cache", "cache folder of the model's own answers, with their prompts; none: they are not kept"
+        "data/cache", "cache folder of the model's own answers, with their prompts; none: they are not kept", "files"
     )
 
     start_adapter: str | None = option(
         None, "adapters of an earlier run on the same --model_name, from which these adapters go on: the folder "
         "'adapter' of what it saved, or all of it with --adapter_only (needs --use_lora; the original is --model_name "
-        "itself)"
+        "itself)", "model"
     )  # fmt: skip
 
     make_neighbours: COUNT = option(
         0, "number of prompts beside the forget prompts that the model writes, to retain: one more normal source, in a "
-        "file beside the log, which --dry_run writes too and you may edit (0: none)"
+        "file beside the log, which --dry_run writes too and you may edit (0: none)", "data"
     )  # fmt: skip
 
     # ---- the objective: --method names a recipe, the other options change it
     method: str = option(
         "yao",
         "recipe: a folder of recipes/ (yao, selective, rmu, facts, people, copyright), or a path to a recipe.yaml",
+        "recipe",
+        common=True,
     )
     forget_loss: str | None = option(
-        None, "objective of the term 'forget': ascent npo simnpo dpo unlikelihood rmu (if unset: the recipe's)"
+        None,
+        "objective of the term 'forget': ascent npo simnpo dpo unlikelihood rmu (if unset: the recipe's)",
+        "recipe",
     )
     bad_weight: OptionalWeight = option(
-        None, "weight of the term that unlearns forget answers (if unset: the recipe's)"
+        None, "weight of the term that unlearns forget answers (if unset: the recipe's)", "recipe"
     )
     random_weight: OptionalWeight = option(
         None,
         "weight of the terms that teach forget prompts replacement answers or end-of-turn (if unset: the recipe's)",
+        "recipe",
     )
-    normal_weight: OptionalWeight = option(None, "weight of the KL on normal rows (if unset: the recipe's)")
+    normal_weight: OptionalWeight = option(None, "weight of the KL on normal rows (if unset: the recipe's)", "recipe")
 
     # ---- when it ends, and which state is kept
-    max_unlearn_steps: POSITIVE = option(1000, "maximum number of steps")
+    max_unlearn_steps: POSITIVE = option(1000, "maximum number of steps", "run", common=True)
     max_bad_loss: number(float, 0, above=True) = option(
-        100.0, "nats; stop when the forget answers' mean token NLL reaches it"
+        100.0, "nats; stop when the forget answers' mean token NLL reaches it", "run"
     )
     kl_budget: WEIGHT = option(
-        0.0, "nats; at the end, restore the best evaluated state with a dev KL of at most this (0: off)"
+        0.0, "nats; at the end, restore the best evaluated state with a dev KL of at most this (0: off)", "looking"
     )
 
     recipe: dict = dataclasses.field(default_factory=dict, init=False)  # with all settings resolved
@@ -299,95 +374,3 @@ class UnlearnOptions(TrainOptions, DataOptions):
         DataOptions.__post_init__(self)
         if self.kl_budget and not self.eval_every:
             raise UsageError("--kl_budget chooses among the states that are looked at: set --eval_every as well")
-
-
-# ---------------------------------------------------------------------------------------------- parsing
-class OneLineParser(HfArgumentParser):
-    """An argument parser that reports an error in one line, without the usage text, and exits with 2."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}{self._nearest(message)} (--help lists every option)\n")
-
-    def _nearest(self, message: str) -> str:
-        """Return the question whether the option that is nearest to an unknown one was meant; "" if none is near."""
-        unknown = re.match(r"unrecognized arguments: --(\w+)", message)
-        names = [name[2:] for name in self._option_string_actions if name.startswith("--") and name[:5] != "--no_"]
-        near = nearest(unknown[1], names) if unknown else None
-        return f"; did you mean --{near}?" if near else ""
-
-
-def nearest(name: str, names: list[str]) -> str | None:
-    """Return the name that was probably meant: spelled nearly so, or the only one in which all parts begin words."""
-    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
-        return close[0]
-    parts = name.split("_")
-    holding = [
-        other for other in names if all(any(word.startswith(part) for word in other.split("_")) for part in parts)
-    ]
-    return holding[0] if len(holding) == 1 else None
-
-
-def parse(options_class: type, argv: list[str] | None = None):
-    """Read the options from a YAML file (`--config`) and the command line, which overrides the file.
-
-    The file's options are put before the real arguments, so both pass the same checks. This also reads `1e-5`, which
-    is text in YAML, as a number. run/parsing.py adds the recipe of a run.
-    """
-    argv = underscored(sys.argv[1:] if argv is None else argv)
-    parser = OneLineParser(options_class, allow_abbrev=False)
-    arguments = config_words(options_class, argv) + argv
-    return options_class(**vars(parser.parse_args(arguments)))
-
-
-def underscored(argv: list[str]) -> list[str]:
-    """Return the arguments with option names as they are spelled here: --use-lora=no as --use_lora=no."""
-    parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in argv]
-    return [name.replace("-", "_").replace("__", "--", 1) + sign + value for name, sign, value in parts]
-
-
-def config_words(options_class: type, argv: list[str], also: frozenset[str] = frozenset()) -> list[str]:
-    """Return the options in the `--config` file as arguments; `also`: names allowed beside the options."""
-    path = peek(argv, "config")
-    known = {f.name for f in dataclasses.fields(options_class) if f.init} - {"config"} | also
-    return _yaml_words(path, known) if path else []
-
-
-def peek(argv: list[str], name: str, kind=str, const=None):
-    """Return one option's value before the others are read: None if it is not given, `const` if it has no value."""
-    parser = OneLineParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", nargs="?", type=kind, const=const)
-    return getattr(parser.parse_known_args(argv)[0], name)
-
-
-def words_of(content: dict) -> list[str]:
-    """Return options and their values as command-line arguments; None and empty lists are left out."""
-    arguments = []
-    for key, value in content.items():
-        values = value if isinstance(value, list) else [value]
-        if value is not None and values:
-            arguments += [f"--{key}", *(str(v) for v in values)]
-    return arguments
-
-
-def read_yaml(path: str | Path, option: str) -> dict:
-    """Read a YAML file of 'name: value' lines. Raises UsageError, with `option`."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--{option} {path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--{option} {path}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"--{option} {path}: must hold one 'name: value' a line")
-    return content
-
-
-def _yaml_words(path: str, known: set[str]) -> list[str]:
-    """Return the options in a YAML file as arguments. Raises UsageError for a name that is not in `known`."""
-    content = read_yaml(path, "config")
-    for key, value in content.items():
-        if key not in known:
-            raise UsageError(f"--config {path}: unknown option {key!r}")
-        if any(isinstance(v, dict | list) for v in (value if isinstance(value, list) else [value])):
-            raise UsageError(f"--config {path}: option {key!r} must be a value or a list of values")
-    return words_of(content)

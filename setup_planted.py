@@ -14,7 +14,7 @@ import random
 import re
 from pathlib import Path
 
-from options import read_yaml
+from command_line import read_yaml
 from sources.names import invented_word
 from utils import read_json_lines, run_script, write_json_lines
 

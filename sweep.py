@@ -18,16 +18,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import ClassVar, Optional
 
 import yaml
 
+from command_line import OneLineParser
 from engine import checkpoint
 from engine.paths import read_args, refuse_no_folder
 from evaluation.figures import point_values
 from evaluation.report import front_plot, print_table
 from evaluation.stages import ASKED_BY, take_answers
-from options import COUNT, OneLineParser, UnlearnOptions, option
+from options import COUNT, UnlearnOptions, option
 from run.parsing import old_names, parse_run
 from utils import RunError, UsageError, atomic_write_text, run_script, write_json
 
@@ -40,7 +41,13 @@ HELD_OUT = {"dev_share": 0.1, "test_share": 0.2}  # of both sides
 
 @dataclasses.dataclass
 class SweepOptions:
-    """Options of the sweep."""
+    """Run every combination of some settings, evaluate it, and plot the Pareto front."""
+
+    EXAMPLES: ClassVar = {
+        "the demo's search; goes on where it was stopped (setup_demo.py makes the model)": (
+            "python sweep.py --config configs/demo.yaml --grid configs/sweep.yaml --sweep_dir sweeps/demo"
+        )
+    }
 
     config: str = option("configs/demo.yaml", "YAML file of the options that all runs share, as for unlearn_harm.py")
     grid: str = option("configs/sweep.yaml", "YAML file with a list of values for each option or setting to vary")
@@ -59,7 +66,7 @@ class SweepOptions:
 
 def main() -> None:
     """Run the sweep and print its table. Raises RunError if a combination failed."""
-    options = SweepOptions(**vars(OneLineParser(SweepOptions, allow_abbrev=False).parse_args()))
+    options = SweepOptions(**vars(OneLineParser(SweepOptions).parse_args()))
     refuse_no_folder("--sweep_dir", options.sweep_dir)
     folder, runs = Path(options.sweep_dir), combinations(options.grid)
     refuse_unknown_settings(runs, options.config)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from command_line import OneLineParser, read_yaml, underscored
 from engine.processes import join_processes
 from engine.weights_hash import weights_hash
 from evaluation.parsing import parse_evaluation
@@ -45,7 +46,6 @@ from ledger.page import export_of, write_export
 from ledger.policy import SIDES, changes, free_id, read_policy, refuse_answers, write_rule
 from ledger.settings import LedgerSettings, read_settings_file
 from method.recipe import read_recipe
-from options import OneLineParser, read_yaml, underscored
 from prompts.tokenizer import load_tokenizer
 from run.levels import refuse_levels
 from run.parsing import parse_run
@@ -323,8 +323,9 @@ def main() -> None:
     if name not in COMMANDS:
         raise UsageError(f"{name}: no such command; there are {', '.join(COMMANDS)}")
     kind, command = COMMANDS[name]
-    parser = OneLineParser(kind, prog=f"unlearn_requests.py {name}", description=kind.__doc__, allow_abbrev=False)
+    parser = OneLineParser(kind, prog=f"unlearn_requests.py {name}")
     if kind is FindOptions:
+        parser.usage = "%(prog)s WHAT ... [--OPTION VALUE ...] --in FILE ..."
         parser.add_argument("terms", nargs="*", help="names, or quotations of eight words and more")
         parser.add_argument("--in", dest="files", nargs="+", default=[], help="files of rows")
     given = vars(parser.parse_args(underscored(argv)))

@@ -28,7 +28,8 @@ from bench_inputs import ROWS, SHAPES
 from bench_kinds import KINDS, ONE_MORE, OURS, OURS_FP32, PUBLISHED, OurStep, StepFigures
 from bench_measures import Operations, Products, gemm_seconds, median_of, peak_operations, profile_steps
 
-from options import POSITIVE, OneLineParser, option
+from command_line import OneLineParser
+from options import POSITIVE, option
 from utils import UsageError, peak_memory_gib, run_script, seed_everything, write_json
 
 WARM_UP = {"cpu": 1, "cuda": 5}  # steps that are not timed: on a GPU the first ones compile
@@ -204,7 +205,7 @@ def bench_cpu(options: BenchOptions) -> dict:
 
 def main() -> None:
     """Time every kind of step on the rows asked for, and print the figures."""
-    options = BenchOptions(**vars(OneLineParser(BenchOptions, allow_abbrev=False).parse_args()))
+    options = BenchOptions(**vars(OneLineParser(BenchOptions).parse_args()))
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.only and options.only not in KINDS:

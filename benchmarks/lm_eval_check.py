@@ -27,9 +27,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from command_line import OneLineParser
 from engine.tree import wrap_model
 from evaluation.likelihood import choices, labels_of, perplexity, read_choices
-from options import POSITIVE, OneLineParser, option
+from options import POSITIVE, option
 from prompts.formatter import PromptFormatter
 from prompts.tokenizer import load_tokenizer
 from utils import load_model, pick_dtype, run_script
@@ -129,7 +130,7 @@ def ours(model, formatter: PromptFormatter, rows: list[dict], text: str) -> dict
 
 def main() -> None:
     """Compare both on each model and print a table."""
-    options = CheckOptions(**vars(OneLineParser(CheckOptions, allow_abbrev=False).parse_args()))
+    options = CheckOptions(**vars(OneLineParser(CheckOptions).parse_args()))
     rows = read_choices(options.mc_data, "--mc_data")[: options.rows]
     text = Path(options.text).read_text(encoding="utf-8")[: options.characters]
     tokenizers = {name: load_tokenizer(name) for name in options.models}  # fails early for a missing folder

@@ -20,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from command_line import read_yaml
 from evaluation.report import print_table
 from ledger.book import Book
 from ledger.evidence import HELD_OUT, own_measure
-from options import read_yaml
 from utils import read_json_lines, write_json_lines
 
 WORSE_POINTS, WORSE_ROWS = 0.05, 3  # pooled over requests; of a request

@@ -6,7 +6,6 @@ python docs/make_options.py
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -20,13 +19,14 @@ from evaluation.options import EvaluateOptions
 from method.draws import DRAWS
 from method.objectives import OBJECTIVES
 from method.recipe import SECTIONS, TermEntry
-from options import UnlearnOptions
+from options import GROUPS, UnlearnOptions, in_groups
 from run.finetuning import FinetuneOptions
 from sweep import SweepOptions
 
 PAGE = Path(__file__).resolve().parent / "options.md"
 SCRIPTS = {"unlearn_harm.py": UnlearnOptions, "finetune.py": FinetuneOptions,
            "evaluate_unlearning.py": EvaluateOptions, "sweep.py": SweepOptions}  # fmt: skip
+HEAD = ["| name | takes | default | |", "|---|---|---|---|"]
 TEXT = """# Options and settings
 
 This page is written by `python docs/make_options.py`; a test holds it to the code. Options stand on the command line
@@ -40,32 +40,32 @@ def page() -> str:
     """Return the text of docs/options.md."""
     parts, shown = [TEXT], {}
     for script, kind in SCRIPTS.items():
-        parts.append(f"## {script}\n")
-        for base in [cls for cls in reversed(kind.__mro__) if dataclasses.is_dataclass(cls)]:
-            if base in shown:
-                parts.append(f"{_title(base)}: as of {shown[base]}.\n")
-            elif lines := _table(base, kind, "--"):
-                shown[base] = script
-                parts += [f"{_title(base)}:\n" if base is not kind else "Its own:\n", *lines, ""]
+        parts.append(f"## {script}\n\n{kind.__doc__}\n")
+        for group, fields in in_groups(kind).items():
+            rows = {field.name: row for field, row in zip(fields, _rows(fields, kind, "--"), strict=True)}
+            if group:
+                parts.append(f"**{GROUPS[group]}**\n")
+            if new := [row for row in rows.values() if row not in shown]:
+                parts += [*HEAD, *new, ""]
+            for other in dict.fromkeys(shown[row] for row in rows.values() if row in shown):
+                same = ", ".join(f"`--{name}`" for name, row in rows.items() if shown.get(row) == other)
+                parts.append(f"As of {other}: {same}.\n")
+            shown |= {row: script for row in rows.values() if row not in shown}
     parts.append("## unlearn_requests.py\n")
     for command, (kind, _) in unlearn_requests.COMMANDS.items():
-        parts += [f"**{command}**: {kind.__doc__.splitlines()[0]}\n", *_table(kind, kind, "--", inherited=True), ""]
+        parts += [f"**{command}**: {kind.__doc__.splitlines()[0]}\n", *_table(kind, "--"), ""]
     parts.append(
         "`find` also takes what is looked for, names or quotations, before its options, and files after `--in`.\n"
     )
     parts.append("## Settings of a recipe\n\nThe sections:\n")
     for name, kind in SECTIONS.items():
-        parts += [f"**{name}**\n", *_table(kind, kind, f"{name}."), ""]
-    parts += ["Every term:\n", *_table(TermEntry, TermEntry, "TERM."), ""]
+        parts += [f"**{name}**\n", *_table(kind, f"{name}."), ""]
+    parts += ["Every term:\n", *_table(TermEntry, "TERM."), ""]
     for what, kinds in (("draws", DRAWS), ("objectives", OBJECTIVES)):
         parts.append(f"## Settings of {what}\n")
         for name, kind in kinds.items():
-            parts += [f"**{name}**: {_first_sentence(kind)}\n", *_table(kind, kind, "TERM.", inherited=True), ""]
+            parts += [f"**{name}**: {_first_sentence(kind)}\n", *_table(kind, "TERM."), ""]
     return "\n".join(parts).rstrip("\n") + "\n"
-
-
-def _title(kind: type) -> str:
-    return _first_sentence(kind).removesuffix(".")
 
 
 def _first_sentence(kind: type) -> str:
@@ -74,19 +74,18 @@ def _first_sentence(kind: type) -> str:
     return re.split(r"(?<!al)(?<!eq)(?<=\.) ", text)[0]  # "et al." and "eq." end no sentence
 
 
-def _table(kind: type, whole: type, prefix: str, *, inherited: bool = False) -> list[str]:
-    """Return a table of the options that a dataclass defines itself, with their defaults in `whole`; inherited: of all
-    that it has."""
-    own = inspect.get_annotations(kind)
-    hints = get_type_hints(whole)
-    fields = [field for field in dataclasses.fields(whole)
-              if "help" in field.metadata and (inherited or field.name in own)]  # fmt: skip
-    if not fields:
-        return []
+def _table(kind: type, prefix: str) -> list[str]:
+    """Return a table of a dataclass's options, in the order in which they are declared."""
+    fields = [field for field in dataclasses.fields(kind) if "help" in field.metadata]
+    return [*HEAD, *_rows(fields, kind, prefix)] if fields else []
+
+
+def _rows(fields: list[dataclasses.Field], kind: type, prefix: str) -> list[str]:
+    """Return the line of a table for each of a dataclass's options."""
+    hints = get_type_hints(kind)
     said = [field.metadata["help"].replace("%%", "%").replace("|", "\\|") for field in fields]
-    rows = [f"| `{prefix}{field.name}` | {_kind(hints[field.name])} | {_default(field)} | {text} |"
+    return [f"| `{prefix}{field.name}` | {_kind(hints[field.name])} | {_default(field)} | {text} |"
             for field, text in zip(fields, said, strict=True)]  # fmt: skip
-    return ["| name | takes | default | |", "|---|---|---|---|", *rows]
 
 
 def _kind(hint) -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+from command_line import OneLineParser, config_words, peek, underscored, words_of
 from engine.paths import read_args
 from evaluation.members import SPLIT_OPTIONS
 from evaluation.options import AUTO, EvaluateOptions
-from options import DataOptions, OneLineParser, config_words, peek, underscored, words_of
+from options import DataOptions
 from utils import UsageError
 
 
 def parse_evaluation(argv: list[str] | None = None) -> EvaluateOptions:
     """Read the options of an evaluation; the defaults are those of the training run that made the model."""
     argv = underscored(sys.argv[1:] if argv is None else argv)
-    parser = OneLineParser(EvaluateOptions, allow_abbrev=False)
+    parser = OneLineParser(EvaluateOptions)
     argv = config_words(EvaluateOptions, argv) + argv
     own = [side for side in ("forget", "normal")
            if any(peek(argv, f"{side}_{kind}") is not None for kind in ("data", "text"))]  # fmt: skip

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import read_yaml
 from data_module import prompt_hash
 from ledger.book import Book
-from options import read_yaml
 from sources.paraphrase import paraphrase
 from utils import UsageError, write_json_lines
 

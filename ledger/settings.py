@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 
+from command_line import read_yaml, words_of
 from ledger.fitting import FittingSettings
-from options import read_settings, read_yaml, words_of
+from options import read_settings
 from utils import UsageError
 
 # what each state's run gets from the ledger itself

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Optional
+from typing import ClassVar, Optional
 
+from command_line import words_of
 from data_module import Sides, split_sides
 from options import (
     COUNT,
@@ -21,7 +22,6 @@ from options import (
     UnlearnOptions,
     number,
     option,
-    words_of,
 )
 from prompts.formatter import PromptFormatter
 from prompts.tokenizer import load_tokenizer
@@ -36,20 +36,38 @@ OptionalSteps = Optional[POSITIVE]  # noqa: UP045 - a check is a function, which
 
 @dataclasses.dataclass
 class FinetuneOptions(TrainOptions, PromptOptions):
-    data: list[str] = option([], f"rows to learn, prompts with answers: {ROW_FILES}")
-    text: list[str] = option([], f"text to learn, without prompts: {TEXT_FILES}")
-    dev_share: SHARE = option(0.0, "fraction of the rows that are not learned, but looked at on the way")
+    """Teach a causal language model rows or text: the opposite of unlearning, on the same engine."""
+
+    EXAMPLES: ClassVar = {
+        "teach rows (setup_demo.py makes the model)": (
+            "python finetune.py --model_name models/smollm2-135m-instruct --model_save_dir models/taught "
+            "--data recipes/people/rows.jsonl"
+        ),
+        "teach a text by heart": (
+            "python finetune.py --model_name models/smollm2-135m-instruct --model_save_dir models/reader "
+            "--text data/planted/story.txt --epochs 10"
+        ),
+        "the planted model, from its file of options (after setup_planted.py)": (
+            "python finetune.py --config configs/planted.yaml --overwrite --resume"
+        ),
+    }
+
+    data: list[str] = option([], f"rows to learn, prompts with answers: {ROW_FILES}", "data", common=True)
+    text: list[str] = option([], f"text to learn, without prompts: {TEXT_FILES}", "data", common=True)
+    dev_share: SHARE = option(0.0, "fraction of the rows that are not learned, but looked at on the way", "data")
     test_share = 0.0  # of no option: nothing is held out for an evaluation
-    epochs: number(float, 0, above=True) = option(3.0, "number of times that every row is learned")
-    max_steps: OptionalSteps = option(None, "number of steps, in place of --epochs")
-    model_save_dir: str = option("models/finetuned", "output folder of the trained model")
+    epochs: number(float, 0, above=True) = option(3.0, "number of times that every row is learned", "run", common=True)
+    max_steps: OptionalSteps = option(None, "number of steps, in place of --epochs", "run")
+    model_save_dir: str = option("models/finetuned", "output folder of the trained model", "files", common=True)
     log_file: str = option(
-        "logs/finetune.log", "readable log; the same log as JSON lines goes to this name with .jsonl"
+        "logs/finetune.log", "readable log; the same log as JSON lines goes to this name with .jsonl", "files"
     )
-    batch_size: POSITIVE = option(8, "rows per step, over all processes")
+    batch_size: POSITIVE = option(8, "rows per step, over all processes", "run")
     lr: number(float, 0, above=True) = option(2e-5, "peak learning rate of AdamW (with --use_lora, ten times as much "
-                                                    "is usual)")  # fmt: skip
-    save_every: COUNT = option(0, "steps between checkpoints, written to a folder beside --model_save_dir (0: none)")
+                                                    "is usual)", "run", common=True)  # fmt: skip
+    save_every: COUNT = option(
+        0, "steps between checkpoints, written to a folder beside --model_save_dir (0: none)", "files"
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,10 +15,11 @@ from pathlib import Path
 import yaml
 from transformers.hf_argparser import string_to_bool
 
+from command_line import OneLineParser, config_words, peek, read_yaml, underscored, words_of
 from method.draws import DRAWS
 from method.objectives import OBJECTIVES
 from method.recipe import FORGET_LOSSES, SECTIONS, WEIGHTS, TermEntry, read_recipe, setting_names, with_defaults
-from options import OneLineParser, UnlearnOptions, config_words, peek, read_yaml, underscored, words_of
+from options import UnlearnOptions
 from utils import UsageError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -59,7 +60,7 @@ def parse_run(argv: list[str] | None = None) -> UnlearnOptions:
     words = words_of(recipe_options) + earlier.words + typed
     if not peek(words, "use_lora", string_to_bool, const=True):
         recipe_options |= recipe.get("whole_weights") or {}
-    parser = OneLineParser(UnlearnOptions, allow_abbrev=False)
+    parser = OneLineParser(UnlearnOptions)
     options = UnlearnOptions(**vars(parser.parse_args(words_of(recipe_options) + earlier.words + typed)))
     options.set = [f"{place}={json.dumps(value, default=str)}" for place, value in settings]
     unused = [place for place, _ in settings if place.startswith("lora.")]
@@ -138,7 +139,7 @@ def _take_settings(argv: list[str], old: dict[str, list[str]]) -> tuple[list[str
 
     Prints one line for each old option, with its new place.
     """
-    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser = OneLineParser(add_help=False)
     taken: list[tuple[str, list[str] | str]] = []  # (option, its values)
 
     class Note(argparse.Action):

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from test_data import formatter
 from transformers import AutoModelForSequenceClassification
 
+from command_line import parse
 from data_module import Shares, split_rows
 from evaluation.options import EvaluateOptions
-from options import UnlearnOptions, parse
+from options import UnlearnOptions
 from sources.fields import CHOICE_FIELDS, PROMPT_FIELDS, RESPONSE_FIELDS, TALK_FIELDS
 from sources.rows import FILE_KINDS, Row, read_rows, read_texts
 from utils import UsageError, load_model

@@ -1,4 +1,4 @@
-"""The files at the top import one way as well: utils -> options, sources -> data_module -> rooms -> scripts."""
+"""The files at the top import one way: utils -> options -> command_line, sources -> data_module -> rooms -> scripts."""
 
 import ast
 
@@ -9,14 +9,15 @@ ROOMS = {"sources", "prompts", "engine", "method", "evaluation", "run", "ledger"
 MAY_IMPORT = {
     "utils": set(),
     "options": {"utils"},
+    "command_line": {"utils", "options"},
     "data_module": {"utils", "options", "sources", "prompts"},
     "setup_demo": {"utils", "options"},
-    "setup_planted": {"utils", "options", "sources"},
-    "finetune": {"utils", "options", "unlearn_harm", *ROOMS},
+    "setup_planted": {"utils", "command_line", "sources"},
+    "finetune": {"utils", "command_line", "unlearn_harm", *ROOMS},
     "unlearn_harm": {"utils", "options", "data_module", *ROOMS},
     "evaluate_unlearning": {"utils", "options", "data_module", *ROOMS},
-    "sweep": {"utils", "options", "data_module", *ROOMS},
-    "unlearn_requests": {"utils", "options", *ROOMS},
+    "sweep": {"utils", "options", "command_line", "data_module", *ROOMS},
+    "unlearn_requests": {"utils", "command_line", *ROOMS},
 }
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80  # lines
 
