@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+from hub import cached_file, why_unreachable
 
 log = logging.getLogger("unlearning")
 
@@ -329,11 +330,8 @@ def model_folder(name: str) -> Path | None:
     """Return the folder of a local model (of an adapter: its base's), or a hub model's cached snapshot, or None."""
     if (folder := Path(adapter_base(name) or name)).is_dir():
         return folder
-    try:
-        config = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name of a hub model
-        config = None
-    return Path(config).parent if isinstance(config, str) else None
+    config = cached_file(name, "config.json")
+    return config.parent if config else None
 
 
 def context_length(config) -> int | None:
@@ -375,6 +373,8 @@ def from_pretrained(auto_class, name: str, **kwargs):
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
+        if not Path(name).is_dir() and (why := why_unreachable(name)):
+            raise OSError(why)
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         if Path(name).is_dir():

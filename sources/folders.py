@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from hub import why_unreachable
 from sources.containers import BATCH_ROWS, RECORD_KINDS, TEXT_KINDS, Record, kind_of, read_records, stem_of
 from utils import UsageError, atomic_write_text
 
@@ -127,6 +128,8 @@ def _hub_records(hub: re.Match, spec: str, option: str) -> Iterator[Record]:
     name, config, split = hub["name"], (hub["config"] or "")[1:] or None, (hub["split"] or ":train")[1:]
     datasets.disable_progress_bars()
     try:
+        if not _is_prepared(name) and (why := why_unreachable(name, "dataset")):
+            raise OSError(why)
         data_set = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the hub client raises errors of many libraries; each means that the download failed
         file = f"data/{name.rpartition('/')[2]}.jsonl"
@@ -135,6 +138,15 @@ def _hub_records(hub: re.Match, spec: str, option: str) -> Iterator[Record]:
             f"has, as {name}:SPLIT or {name}:CONFIG:SPLIT ({_reason(error)})"
         ) from error
     yield from _records_of_data_set(data_set, f"{option} {spec}")
+
+
+def _is_prepared(name: str) -> bool:
+    """Return whether the data set's tables lie on this machine, whatever became of the files that they were made of."""
+    import datasets  # slow to import, and only data sets need it
+
+    *owner, last = name.split("/")
+    folder = "___".join([*owner, datasets.naming.camelcase_to_snakecase(last)])
+    return Path(datasets.config.HF_DATASETS_CACHE, folder).is_dir()
 
 
 def _records_of_data_set(data_set, place: str) -> Iterator[Record]:

@@ -79,8 +79,8 @@ class NamedEmbedder:
 
     def __init__(self, name: str, device: torch.device | None = None, **trust):
         remote = trust.get("trust_remote_code", False)
+        self.tokenizer = load_tokenizer(name, generates=False, trust_remote_code=remote)  # refuses what is not there
         self.pooling = _pooling(name)
-        self.tokenizer = load_tokenizer(name, generates=False, trust_remote_code=remote)
         # a pooler is not read here, and many such models were saved without one
         model_class = AutoModel._model_mapping.get(type(load_config(name, trust_remote_code=remote)), None)
         has_pooler = model_class and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters

@@ -15,6 +15,7 @@ import yaml
 from engine.paths import read_args
 from evaluation.page.tables import group_table, worst_attack_line
 from evaluation.page.wording import sentence
+from hub import cached_file
 from sources.containers import RECORD_KINDS, TEXT_KINDS, kind_of
 from sources.folders import HUB
 from utils import atomic_write_text
@@ -103,14 +104,6 @@ def licence(model_name: str) -> dict:
     card = front_matter(folder / CARD if folder.is_dir() else cached_file(model_name, CARD))
     kept = {name: card[name] for name in ("license", "license_name", "license_link") if isinstance(card.get(name), str)}
     return kept if "license" in kept else {}
-
-
-def cached_file(name: str, file: str) -> Path | None:
-    """Return a hub model's file in the local cache; None if it was never downloaded. Asks no server."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, file) if REPOSITORY.fullmatch(name) else None
-    return Path(found) if isinstance(found, str) else None
 
 
 def front_matter(file: Path | None) -> dict:
