@@ -16,6 +16,7 @@ def learning_rate(text):
 
 
 learning_rate.__name__ = "number above 0, or auto"
+learning_rate.schema = {"anyOf": [{"const": AUTO}, number(float, 0, above=True).schema]}
 OptionalCount = Optional[COUNT]  # noqa: UP045 - a check is a function, which knows no |
 
 
