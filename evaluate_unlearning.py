@@ -28,7 +28,8 @@ from evaluation.judges.panel import Panel
 from evaluation.judging import score_answers
 from evaluation.model_run import Models, ask_models, read_by_original
 from evaluation.parsing import parse_evaluation
-from evaluation.report import print_report, write_model_card, write_report
+from evaluation.report import write_model_card, write_report
+from evaluation.terminal import next_steps, print_report
 from utils import (
     log,
     pick_dtype,
@@ -88,6 +89,8 @@ def main() -> None:
         print_report(report, scores.lines, options.examples)
         any_kept = any(record.is_kept for record in records.values())
         print(f"report: {folder / 'report.html'} ({time_line(report['seconds'], any_kept=any_kept)})")
+        for step in next_steps(report):
+            print(f"next: {step}")
         raise SystemExit(exit_code(report))
 
 

@@ -26,8 +26,9 @@ from command_line import OneLineParser
 from engine import checkpoint
 from engine.paths import read_args, refuse_no_folder
 from evaluation.figures import point_values
-from evaluation.report import front_plot, print_table
+from evaluation.report import front_plot
 from evaluation.stages import ASKED_BY, take_answers
+from evaluation.terminal import print_table
 from options import COUNT, UnlearnOptions, option
 from run.parsing import old_names, parse_run
 from utils import RunError, UsageError, atomic_write_text, run_script, write_json

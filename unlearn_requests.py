@@ -23,7 +23,7 @@ from command_line import OneLineParser, read_yaml, underscored
 from engine.processes import join_processes
 from engine.weights_hash import weights_hash
 from evaluation.parsing import parse_evaluation
-from evaluation.report import print_table
+from evaluation.terminal import print_table
 from ledger import evidence, state_run
 from ledger.book import Asked, Book, faults_of_notes, read_date
 from ledger.chain import missing_since, read_head

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from command_line import read_yaml
-from evaluation.report import print_table
+from evaluation.terminal import print_table
 from ledger.book import Book
 from ledger.evidence import HELD_OUT, own_measure
 from utils import read_json_lines, write_json_lines

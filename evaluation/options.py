@@ -121,7 +121,7 @@ class EvaluateOptions(CommonOptions, DataOptions):
         "ask and judge everything anew, also what lies in the report's folder from earlier",
         "files",
     )
-    examples: COUNT = option(6, "number of example answers printed side by side at the end", "looking")
+    examples: COUNT = option(3, "number of prompts whose answers are printed side by side at the end", "looking")
 
     about_data: list[str] = option(
         [], "questions about the forget text, with answers: what is known about a text may stay where its words go, so "

@@ -198,17 +198,22 @@ def with_error(found: dict | None, form: str) -> str:
 
 def attack_table(report: dict) -> Table:
     """Return the worst variant of every attack, worst first."""
+    rows = [{"attack": a["name"], "worst variant": a["variant"], "of the forgotten, back": percent(a["back"]),
+             "control": f"{a['control_name'] or 'control'}: {percent(a['control'])}" if a.get("control") else NO_FIGURE,
+             "n": str(a["back"]["n"]), "judged": "yes" if a["judged"] else "shown only"}
+            for a in worst_variants(report)]  # fmt: skip
+    return Table("Attacks", rows)
+
+
+def worst_variants(report: dict) -> list[dict]:
+    """Return the worst variant of every attack, worst first."""
     worst: dict[tuple[str, bool], dict] = {}
     for attack in report.get("attacks") or ():
         key = (attack["name"], attack["judged"])  # what is only shown hides nothing that is judged
         known = worst.get(key)
         if not attack["is_control"] and (known is None or _back(attack) > _back(known)):
             worst[key] = attack
-    rows = [{"attack": a["name"], "worst variant": a["variant"], "of the forgotten, back": percent(a["back"]),
-             "control": f"{a['control_name'] or 'control'}: {percent(a['control'])}" if a.get("control") else NO_FIGURE,
-             "n": str(a["back"]["n"]), "judged": "yes" if a["judged"] else "shown only"}
-            for a in sorted(worst.values(), key=_back, reverse=True)]  # fmt: skip
-    return Table("Attacks", rows)
+    return sorted(worst.values(), key=_back, reverse=True)
 
 
 def _back(attack: dict) -> tuple:
