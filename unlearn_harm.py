@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import time
 
 from tqdm.auto import tqdm
@@ -28,6 +29,7 @@ from method.step import StepStats
 from method.terms import next_multipliers
 from options import UnlearnOptions
 from run.account import account_lines
+from run.announcement import announcement
 from run.averaged import average, begin_run
 from run.noise import add_noise
 from run.parsing import parse_run
@@ -55,7 +57,10 @@ COLLAPSE_FACTOR = 5  # times --kl_budget; with a larger dev KL the retain side h
 
 def main() -> None:
     """Run the command line."""
-    run(parse_run())
+    options = parse_run()
+    if (lines := announcement(options)) and os.environ.get("RANK", "0") == "0":  # one of several processes
+        print("\n".join(lines), flush=True)
+    run(options)
 
 
 def run(options: UnlearnOptions, sides: Sides | None = None, script: str = "unlearn") -> None:

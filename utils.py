@@ -315,7 +315,7 @@ def adapter_base(name: str) -> str | None:
     if not file.is_file() or (Path(name) / "config.json").is_file():
         return None
     base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base or (_looks_local(base) and not Path(base).is_dir()):
+    if not base or (looks_local(base) and not Path(base).is_dir()):
         raise UsageError(f"model {name}: is an adapter of {base or 'no named base'}, and there is no such folder; "
                          f"write the base's folder into {file} (base_model_name_or_path)")  # fmt: skip
     return base
@@ -357,13 +357,13 @@ def without_dropout(model):
     return model
 
 
-def _looks_local(name: str) -> bool:
+def looks_local(name: str) -> bool:  # a path, not the name of a hub model
     return name.startswith((".", "/", "~", "models/")) or os.path.sep in name.strip("/").replace("/", "", 1)
 
 
 def from_pretrained(auto_class, name: str, **kwargs):
     """Load a config, tokenizer or model with an auto class. Raises UsageError if the folder or hub name fails."""
-    if _looks_local(name) and not Path(name).is_dir():
+    if looks_local(name) and not Path(name).is_dir():
         raise UsageError(f"model {name}: no such folder")
     if base := adapter_base(name):
         is_saved_beside = auto_class is AutoTokenizer and (Path(name) / "tokenizer_config.json").is_file()

@@ -173,9 +173,9 @@ def print_table(rows: list[dict]) -> None:
 # -------------------------------------------------------------------------------------------------- answers
 def example_lines(lines: list[dict], count: int) -> list[dict]:
     """Return `count` lines, a forget and a keep row in turn, from as many groups as possible: the first of each, then
-    the second of each."""
+    the second of each. Groups that count come first."""
     by_group: dict[str, list[dict]] = {}
-    for line in lines:
+    for line in sorted(lines, key=lambda line: not line["counts"]):
         by_group.setdefault(line["group"], []).append(line)
     sides = [[group for group in by_group.values() if group[0]["side"] == side] for side in ("forget", "keep")]
     groups = [group for pair in itertools.zip_longest(*sides) for group in pair if group]

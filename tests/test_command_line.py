@@ -5,12 +5,14 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_line_error, run_cli
+from huggingface_hub import constants
 
 from command_line import OneLineParser, parse
 from evaluation.options import EvaluateOptions
 from evaluation.parsing import parse_evaluation
 from options import GROUPS, UnlearnOptions, in_groups
+from run.announcement import announcement
 from run.finetuning import FinetuneOptions
 from run.parsing import parse_run
 from sweep import SweepOptions
@@ -56,3 +58,42 @@ def test_the_options_of_a_run_stand_in_seven_groups():
     assert list(groups) == ["model", "data", "recipe", "run", "memory", "looking", "files"]
     first = {group: fields[0].name for group, fields in groups.items()}
     assert first["data"] == "forget_data" and first["recipe"] == "method" and first["memory"] == "use_lora"
+
+
+def test_a_bare_call_says_what_it_would_do_before_it_downloads(tmp_path):
+    run = run_cli("unlearn_harm.py", cwd=tmp_path)  # offline: it gets no further
+    assert "PKU-Alignment/PKU-SafeRLHF cannot be downloaded" in one_line_error(run)
+    assert run.stdout.startswith("this run will:\n  load    facebook/opt-1.3b")
+
+
+@pytest.fixture
+def nothing_cached(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+
+
+def test_what_a_bare_call_would_do_is_said_whole(nothing_cached):
+    assert announcement(parse_run([])) == [
+        "this run will:",
+        "  load    facebook/opt-1.3b (from https://hub.invalid)",
+        "  forget  PKU-Alignment/PKU-SafeRLHF (from https://hub.invalid)",
+        "  keep    data/TruthfulQA.csv (from https://raw.githubusercontent.com/sylinrl/TruthfulQA)",
+        "  train   whole weights by --method yao, at most 1000 steps of 2 forget rows at a rate of 2e-06",
+        "  save    models/unlearned, its log in logs/unlearn.log",
+    ]
+
+
+def test_only_what_is_neither_here_nor_cached_is_announced(nothing_cached, tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    words = ["--forget_data=rows.jsonl", "--normal_data", "rows.jsonl", "someone/rows:en:train"]
+    assert announcement(parse_run(["--model_name=./mine", words[0], "--normal_data=rows.jsonl"])) == []
+    said = announcement(parse_run(["--model_name=models/mine", *words, "--use_lora", "--dry_run"]))
+    assert said[:4] == [
+        "this run will only show its plan (--dry_run):",
+        "  load    models/mine",
+        "  forget  rows.jsonl",
+        "  keep    rows.jsonl, someone/rows:en:train (from https://hub.invalid)",
+    ]
+    (tmp_path / "cache/datasets--someone--rows/snapshots/1").mkdir(parents=True)
+    assert announcement(parse_run(["--model_name=models/mine", *words])) == []
