@@ -87,7 +87,8 @@ def test_a_model_goes_to_the_hub_with_its_card_and_without_what_tells_of_its_row
     with hub() as (address, made, files):
         done = run(tmp_path, model_folders, data_files, address, "--push_to_hub=forgetful")
     assert done.returncode == 0, done.stderr
-    assert [(one["name"], one["private"]) for one in made] == [("forgetful", True)]
+    (one,) = made  # older clients say that it is private, later ones who may see it
+    assert one["name"] == "forgetful" and (one.get("private") is True or one.get("visibility") == "private")
     pushed = tmp_path / "pushed"
     for name, content in files.items():
         (pushed / name).parent.mkdir(parents=True, exist_ok=True)
@@ -117,10 +118,10 @@ def test_a_name_that_no_hub_takes_is_refused_before_anything_is_trained(tmp_path
     assert not (tmp_path / "models").exists() or not any((tmp_path / "models").iterdir())
 
 
-def test_who_is_not_logged_in_hears_it_at_the_beginning(tmp_path, monkeypatch, capsys):
+def test_who_is_not_logged_in_hears_it_at_the_beginning(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     refuse_bad_name(UnlearnOptions(push_to_hub="me/forgetful"))
-    assert "nobody is logged in" in capsys.readouterr().err
+    assert "nobody is logged in" in caplog.text
     with pytest.raises(UsageError, match="OWNER/NAME"):
         refuse_bad_name(UnlearnOptions(push_to_hub="--me"))
