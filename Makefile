@@ -24,7 +24,7 @@ export HF_HUB_OFFLINE ?= 1
 
 # A second call does only what is missing: the model is a file of make's; what the models said, and how it was judged, is read from the report's folder.
 
-.PHONY: install demo planted recipe recipe-full test test-slow bench sweep lint audit lm-eval lm-eval-env signing-env clean
+.PHONY: install demo planted recipe recipe-full test test-slow picture bench sweep lint audit lm-eval lm-eval-env signing-env clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements-embedded.txt requirements-dev.txt
@@ -81,6 +81,14 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
+
+# the picture at the top of README: how the page of a report begins (facts, which nobody is harmed by)
+REPORT ?= reports/facts/report.html
+picture:
+	@command -v chromium > /dev/null || { echo "make picture: needs chromium, which is not on the path"; exit 2; }
+	@test -f "$(REPORT)" || { echo "make picture: no $(REPORT); make recipe NAME=facts writes it"; exit 2; }
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,1120 \
+	    --screenshot=docs/report.png "file://$(abspath $(REPORT))"
 
 bench: $(VENV)/.installed
 	$(PYTHON) setup_demo.py
