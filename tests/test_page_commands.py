@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, run_cli
 from pages import PYTHON, RUN, SMALL, blocks, commands, makes, planned, run_as_pasted, working_folder
 
+from command_line import parse
 from evaluation.parsing import parse_evaluation
-from options import parse
 from run.finetuning import FinetuneOptions
 from run.neighbours_file import neighbours_path
 from run.parsing import parse_run
