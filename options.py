@@ -325,11 +325,6 @@ class UnlearnOptions(TrainOptions, DataOptions):
         "data/cache", "cache folder of the model's own answers, with their prompts; none: they are not kept", "files"
     )
 
-    push_to_hub: str | None = option(
-        None, "repository of the hub, as OWNER/NAME, that the saved model goes to with its card; a new one is private, "
-        "and what tells of the rows stays here (if unset: nothing is sent)", "files"
-    )  # fmt: skip
-
     start_adapter: str | None = option(
         None, "adapters of an earlier run on the same --model_name, from which these adapters go on: the folder "
         "'adapter' of what it saved, or all of it with --adapter_only (needs --use_lora; the original is --model_name "

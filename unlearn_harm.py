@@ -34,7 +34,6 @@ from run.averaged import average, begin_run
 from run.noise import add_noise
 from run.parsing import parse_run
 from run.perturbed import step_gradients
-from run.publish import push
 from run.selection import select
 from run.setup import Setup, prepare, resume_or_start, save_checkpoint
 from utils import (
@@ -259,8 +258,6 @@ def finish(setup: Setup, state: TrainingState, reason: str, script: str) -> None
                         f"peak memory {summary['peak_gib']:.2f} GiB", **summary)  # fmt: skip
     if accelerator.is_main_process:
         tell("what is left of its checkpoints", lambda: log_leftovers(setup))
-        if script == "unlearn" and options.push_to_hub:
-            push(setup.save_dir, options.push_to_hub)
 
 
 def log_leftovers(setup: Setup) -> None:

@@ -31,7 +31,7 @@ LISTS = ("first", "summed", "adversary")  # of a state: a tensor a trained param
 FREE = {
     "resume", "overwrite", "dry_run",  # how this start treats what lies there
     "config", "from_manifest",  # where options came from; their values are compared
-    "log_file", "model_save_dir", "report_to", "push_to_hub",  # where results are written
+    "log_file", "model_save_dir", "report_to",  # where results are written
     "compile",  # rounding alone
     "set", "method", "forget_loss", "bad_weight", "random_weight", "normal_weight",  # they set the recipe's, compared
     "save_every", "recipe.checkpoints.keep",  # when the state is stored, not what it is

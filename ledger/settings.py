@@ -14,7 +14,7 @@ from utils import UsageError
 OWN_OF_RUN = {"forget_data", "forget_text", "unseen_data", "model_save_dir", "log_file", "cache_dir",
               "start_adapter", "use_lora", "adapter_only", "merge_into_base", "overwrite", "resume", "dry_run",
               "config", "from_manifest", "make_neighbours", "kl_budget", "shard", "load_in_4bit",
-              "dev_share", "test_share", "harm_categories"}  # fmt: skip
+              "dev_share", "test_share", "harm_categories", "report_to"}  # fmt: skip
 # options of which a state's requests may take something out, and whether they name text
 NORMAL = {"normal_data": False, "normal_text": True}
 OWN_OF_EVALUATION = {"model_name", "original_name", "forget_data", "forget_text", "report_dir", "train_log", "config",

@@ -106,7 +106,8 @@ def estimate_plan(options, recipe: Recipe, formatter, sampler, answer_model: Ans
     if perturbed.at(0):  # the weights in fp32, while others stand in their place; the forget side's gradient, changed
         copies += 4 * perturbed.changes_weights * count
         copies += 2 * perturbed.shapes_gradient * sum(p.numel() * p.element_size() for p in trained)
-        if perturbed.adversary_steps:  # its factors and their moments
+        if perturbed.adversary_steps:  # its factors and their moments, and its weights while SAM moves on from them
+            copies += 4 * count * (perturbed.radius > 0)
             copies += 12 * perturbed.adversary_rank * sum(sum(p.shape[-2:]) * math.prod(p.shape[:-2]) for p in trained)
     parts = dataclasses.replace(parts, best_state=parts.best_state + copies)
     loaded = peak_memory_gib(device)
@@ -221,7 +222,7 @@ def _adversary_line(perturbed) -> str:
     """Say at which weights the forget side's gradient is taken, and what that costs."""
     more = "1 pass more" if perturbed.adversary_steps == 1 else f"{perturbed.adversary_steps} passes more"
     return (f"which an adversary of rank {perturbed.adversary_rank} has taught the forget rows again ({more} a step, "
-            f"anew after {perturbed.adversary_turns})")  # fmt: skip
+            f"which the time leaves out; anew after {perturbed.adversary_turns})")  # fmt: skip
 
 
 def _num_tokens(sequences: list[Sequence]) -> int:

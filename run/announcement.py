@@ -28,6 +28,7 @@ def announcement(options: UnlearnOptions) -> list[str]:
         f"  load    {named([options.model_name])}",
         f"  forget  {named(options.forget_data + options.forget_text)}",
         f"  keep    {named(options.normal_data + options.normal_text)}",
+        *([f"  look at {named(options.unseen_data)}"] if options.unseen_data else []),
         f"  train   {weights} by --method {options.method}, at most {options.max_unlearn_steps} steps of "
         f"{options.batch_size} forget rows at a rate of {options.lr:g}",
         f"  save    {options.model_save_dir}, its log in {options.log_file}",

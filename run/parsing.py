@@ -24,7 +24,17 @@ from utils import UsageError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 # what a recipe may not give: where the recipe comes from, and where a run writes
-NOT_OF_A_RECIPE = {"config", "set", "method", "forget_loss", *WEIGHTS, "from_manifest", "model_save_dir", "log_file"}
+NOT_OF_A_RECIPE = {
+    "config",
+    "set",
+    "method",
+    "forget_loss",
+    *WEIGHTS,
+    "from_manifest",
+    "model_save_dir",
+    "log_file",
+    "report_to",
+}
 ZERO_MEANT_NONE = {"forget_beta", "forget_ceiling"}  # old options whose 0 left the setting as it was
 
 Settings = list[tuple[str, object]]  # (TERM.SETTING or SECTION.SETTING, value)
@@ -113,7 +123,7 @@ def read_earlier_run(path: str, old: dict[str, list[str]]) -> EarlierRun:
     """Read a run_manifest.json. Folders that the run wrote to are not taken over. Raises UsageError."""
     known = {field.name for field in dataclasses.fields(UnlearnOptions) if field.init}
     dropped = {"config", "overwrite", "resume", "model_save_dir", "log_file", "set", "forget_loss", *WEIGHTS,
-               "make_neighbours"}  # their file is among normal_data  # fmt: skip
+               "report_to", "make_neighbours"}  # their file is among normal_data  # fmt: skip
     try:
         arguments = json.loads(Path(path).read_text(encoding="utf-8"))["arguments"]
         earlier = EarlierRun(words_of({k: v for k, v in arguments.items() if k in known - dropped}),

@@ -58,7 +58,6 @@ from run.asked import ask_about_forget_rows
 from run.levels import with_levels
 from run.levers import refuse_levers
 from run.neighbours_file import Neighbours, add_neighbours
-from run.publish import refuse_bad_name
 from run.rows import development_rows, log_account, read_chain, without_seen
 from run.texts import has_text, refuse_terms_without_prompts
 from run.tracker import TrackedLog
@@ -146,7 +145,6 @@ def prepare(options: UnlearnOptions, held: contextlib.ExitStack, sides: Sides | 
         refuse_no_folder("--cache_dir", options.cache_dir)
     accelerator = start_processes(options)
     refuse_missing_8bit(options)
-    refuse_bad_name(options)
     held.callback(lock_output_dir(Path(options.model_save_dir), options, accelerator).close)
     recipe = read_recipe(options)
     refuse_levers(recipe, options, accelerator.num_processes)

@@ -13,6 +13,8 @@ from options import UnlearnOptions
 from utils import RunLog, log
 
 PROJECT = "unlearning"  # under which a tracker lists its runs
+# W&B would also send what is printed, the command line and the repository's address, which name files
+QUIET_WANDB = {"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
 KINDS = {"step": "train", "eval": "eval"}  # events with figures of a step -> what their names begin with
 
 
@@ -31,7 +33,8 @@ class TrackedLog(RunLog):
             raise RuntimeError(f"the package {self._name} is not installed")
         name = f"{self.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         given = {"tensorboard": {"run_name": name, "logging_dir": str(self.path.parent)},
-                 "mlflow": {"experiment_name": PROJECT, "run_name": name}}  # fmt: skip
+                 "mlflow": {"experiment_name": PROJECT, "run_name": name},
+                 "wandb": {"run_name": PROJECT, "name": name, "settings": QUIET_WANDB}}  # fmt: skip
         tracker = LOGGER_TYPE_TO_CLASS[self._name](**given.get(self._name, {"run_name": PROJECT, "name": name}))
         tracker.start()
         settings = dataclasses.asdict(options).items()

@@ -77,3 +77,12 @@ def test_a_tracker_that_fails_is_one_warning_and_the_log_goes_on(at, tmp_path, m
     why = "the package wandb is not installed" if at == "import" else "no network at all"
     assert warned == [f"--report_to wandb: {why}; the run goes on without it"]
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 3
+
+
+def test_wandb_is_told_to_send_neither_what_is_printed_nor_the_command_line(tmp_path, monkeypatch):
+    PartialState()
+    given = []
+    monkeypatch.setattr(tracker, "get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setitem(tracker.LOGGER_TYPE_TO_CLASS, "wandb", lambda **words: given.append(words) or Breaking())
+    TrackedLog(UnlearnOptions(log_file=str(tmp_path / "a.log"), report_to="wandb"), write=True, resume=False).close()
+    assert given[0]["settings"] == {"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
