@@ -4,6 +4,7 @@ import glob
 import re
 import shlex
 import shutil
+import os
 import subprocess
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def planned(words: list[str], folder: Path) -> list[list[str]]:
     for name in (".venv", ".venv-lm-eval", ".venv-signing"):  # installed, as far as make can tell
         (folder / name).mkdir(exist_ok=True)
         (folder / name / ".installed").touch()
-    run = subprocess.run(["make", "--dry-run", *words[1:]], cwd=folder, capture_output=True, text=True)
+    plain = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    run = subprocess.run(["make", "--dry-run", *words[1:]], cwd=folder, capture_output=True, text=True, env=plain)
     assert run.returncode == 0, (words, run.stderr)
     return [shlex.split(line) for line in run.stdout.splitlines()]
 
