@@ -1,10 +1,10 @@
 """What a page tells a reader to type, and a folder in which those commands run on a tiny model within seconds."""
 
 import glob
+import os
 import re
 import shlex
 import shutil
-import os
 import subprocess
 from pathlib import Path
 
