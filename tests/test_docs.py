@@ -1,12 +1,11 @@
 """The pages that a user reads: their links, the options in their commands, and the page of all options."""
 
 import dataclasses
-import importlib.util
 import itertools
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, docs_script
 
 import unlearn_requests
 from run.parsing import old_names
@@ -23,15 +22,9 @@ PAGES = sorted(
 NOT_CHECKED = ("LOG.md", "CHANGELOG.md", "options.md")  # they name what was; it is made of the code
 
 
-def make_options():
-    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs/make_options.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_page_of_options_is_that_of_the_code():
-    assert (ROOT / "docs/options.md").read_text() == make_options().page(), "run python docs/make_options.py"
+    made = docs_script("make_options").page()
+    assert (ROOT / "docs/options.md").read_text() == made, "run python docs/make_options.py"
 
 
 def test_the_readme_fits_what_a_newcomer_reads():
@@ -49,7 +42,7 @@ def test_links_lead_somewhere(page):
     "page", [page for page in PAGES if page.name not in NOT_CHECKED], ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_commands_name_options_that_there_are(page):
-    scripts = make_options().SCRIPTS
+    scripts = docs_script("make_options").SCRIPTS
     text = page.read_text().replace("\\\n", " ")
     wrong = []
     for script, words in re.findall(

@@ -1,12 +1,11 @@
 """The schemas that an editor reads: those of the code, true of every file that comes along, as strict as the parser."""
 
-import importlib.util
 import json
 import re
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, docs_script
 
 from command_line import parse
 from evaluation.parsing import parse_evaluation
@@ -69,11 +68,8 @@ def schema_of(name: str) -> dict:
 
 
 def test_the_schemas_are_those_of_the_code():
-    spec = importlib.util.spec_from_file_location("make_schemas", ROOT / "docs/make_schemas.py")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
     found = {file.name: file.read_text() for file in FOLDER.glob("*.json")}
-    assert found == made.schemas(), "run python docs/make_schemas.py"
+    assert found == docs_script("make_schemas").schemas(), "run python docs/make_schemas.py"
 
 
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES.items() for file in files])
